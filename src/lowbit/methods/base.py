@@ -1,0 +1,87 @@
+"""What a method is: a small record that names its parts. Only parts that differ between papers are functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lowbit.quantizers.base import Quantizer
+from lowbit.registry import Registry
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: every field can be overridden on the command line.
+
+    Attributes:
+        optimizer: ``sgd`` (with ``momentum``), ``adam`` or ``adamw``.
+        learning_rate: the peak, after warm-up.
+        weight_decay: reaches convolution and linear weights; norms, biases and latent binary weights only with
+            ``decay_all`` (a latent weight's size has no meaning for its sign).
+        schedule: ``step`` (times ``gamma`` at each of ``milestones``), ``cosine``, ``linear`` or ``poly`` (power ``gamma``).
+        milestones: fractions of the epochs, for ``step``.
+        warmup: epochs of linear warm-up from 0.
+        epochs, batch_size: as they say.
+        label_smoothing: of the cross entropy.
+        augment: random crop with padding 4, and flip where the data set allows it.
+        source: where the recipe comes from and what was changed.
+    """
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    learning_rate: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    decay_all: bool = False
+    schedule: Literal["step", "cosine", "linear", "poly"] = "cosine"
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    warmup: float = 0.0
+    epochs: int = 10
+    batch_size: int = 128
+    label_smoothing: float = 0.0
+    augment: bool = True
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published way of making a network low-bit.
+
+    Attributes:
+        name: registered name.
+        title, paper, url: what is shown beside it.
+        weight, activation: make a fresh quantizer for one layer; None leaves that side in float.
+        bits_w, bits_a, bits_g: bits of weights, activations and gradients, for tables (32 = float).
+        block: name of the block in ``layers.blocks`` whose order the paper uses.
+        skip_first, skip_last: leave the first and last layer in float.
+        first_activation: quantize the input image of a quantized first layer too.
+        projection: changes a latent weight in place after each optimizer step, outside autograd.
+        loss: ``cross_entropy`` or ``squared_hinge``.
+        recipe: the default recipe.
+        recipes: further recipes by name, such as the paper's own.
+        options: keyword arguments that made this method (filled in by `create`).
+    """
+
+    name: str
+    title: str
+    paper: str
+    url: str
+    bits_w: int
+    bits_a: int
+    block: str
+    weight: Callable[[], Quantizer] | None = None
+    activation: Callable[[], Quantizer] | None = None
+    bits_g: int = 32
+    skip_first: bool = True
+    skip_last: bool = True
+    projection: Callable[[Tensor], None] | None = None
+    loss: Literal["cross_entropy", "squared_hinge"] = "cross_entropy"
+    recipe: Recipe = field(default_factory=Recipe)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+registry: Registry[Callable[..., Method]] = Registry("lowbit.methods", "method")

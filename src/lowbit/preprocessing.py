@@ -1,0 +1,101 @@
+"""From an image to the network's input: the one place where that is said, for training, evaluation and deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lowbit.errors import LowbitError
+
+Pixels = npt.NDArray[np.uint8]
+Inputs = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to an image before the network sees it.
+
+    The image is converted to ``mode``, resized (bilinear) to ``size`` when it has another size, padded on all sides by
+    ``pad`` pixels of value 0, and normalised: ``(pixel / 255 - mean) / std`` in float32, channels first.
+
+    Attributes:
+        mode: ``"RGB"`` (3 channels) or ``"L"`` (1 channel).
+        size: height and width before padding, in pixels.
+        pad: zero pixels added on each side.
+        mean, std: per channel, in units of the pixel range 0..1.
+    """
+
+    mode: str
+    size: tuple[int, int]
+    pad: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        channels = {"RGB": 3, "L": 1}.get(self.mode)
+        if channels is None:
+            raise LowbitError(f"preprocessing mode is '{self.mode}', but must be RGB or L")
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise LowbitError(f"preprocessing needs {channels} values of mean and of std for mode {self.mode}")
+        if not all(np.isfinite((*self.mean, *self.std))) or min(self.std) <= 0:
+            raise LowbitError("preprocessing mean and std must be finite, and std above 0")
+        if not (1 <= min(self.size) and max(self.size) <= 1 << 14 and 0 <= self.pad <= 1 << 10):
+            raise LowbitError(f"preprocessing size {self.size} with padding {self.pad} is out of range")
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one network input: (channels, height, width)."""
+        return self.channels, self.size[0] + 2 * self.pad, self.size[1] + 2 * self.pad
+
+    def pixels(self, image: Image.Image) -> Pixels:
+        """``image`` as uint8 of shape (height, width, channels), converted, resized and padded."""
+        converted = image.convert(self.mode)
+        if converted.size != (self.size[1], self.size[0]):
+            converted = converted.resize((self.size[1], self.size[0]), Image.Resampling.BILINEAR)
+        array = np.asarray(converted, dtype=np.uint8).reshape(*self.size, self.channels)
+        return np.pad(array, ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
+
+    def normalise(self, pixels: Pixels) -> Inputs:
+        """Pixels (N, H, W, C) uint8 to inputs (N, C, H, W) float32: ``pixel * (1 / (255 std)) - mean / std``."""
+        std = np.asarray(self.std, np.float64)
+        scale = (1.0 / (255.0 * std)).astype(np.float32)
+        shift = (np.asarray(self.mean, np.float64) / std).astype(np.float32)
+        return np.ascontiguousarray((pixels.astype(np.float32) * scale - shift).transpose(0, 3, 1, 2))
+
+    def __call__(self, images: Sequence[Image.Image]) -> Inputs:
+        """Images to network inputs of shape (N, C, H, W), float32."""
+        return self.normalise(np.stack([self.pixels(image) for image in images]))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Preprocessing:
+        """Inverse of `to_dict`, for data from a file.
+
+        Raises:
+            LowbitError: a field is missing, spare or out of range.
+        """
+        try:
+            height, width = data["size"]
+            return cls(
+                **{
+                    **data,
+                    "mode": str(data["mode"]),
+                    "size": (int(height), int(width)),
+                    "pad": int(data["pad"]),
+                    "mean": tuple(float(v) for v in data["mean"]),
+                    "std": tuple(float(v) for v in data["std"]),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise LowbitError(f"preprocessing is malformed ({error}); write the file again") from None

@@ -1,0 +1,1 @@
+"""Parts that the methods share: the Quantizer contract and straight-through estimators."""

@@ -1,0 +1,116 @@
+"""Find methods, models and data sets by the files of their package: nobody keeps a list by hand."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from lowbit.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Registry(Generic[F]):
+    """Functions of one package, each registered under its own name by a decorator.
+
+    All modules of the package are imported on the first look-up, so a new file is found without being named anywhere.
+
+    Args:
+        package: the package whose modules register themselves, such as ``"lowbit.methods"``.
+        kind: what an entry is called in error messages, such as ``"method"``.
+    """
+
+    def __init__(self, package: str, kind: str) -> None:
+        self.package = package
+        self.kind = kind
+        self._entries: dict[str, F] = {}
+        self._discovered = False
+
+    def register(self, function: F) -> F:
+        """Enter ``function`` under its ``__name__``.
+
+        Raises:
+            UsageError: the name is taken by a function of another module.
+        """
+        name = function.__name__
+        present = self._entries.get(name)
+        if present is not None and present.__module__ != function.__module__:
+            raise UsageError(
+                f"{self.kind} '{name}' is defined twice, in {present.__module__} and {function.__module__}; rename one"
+            )
+        self._entries[name] = function
+        return function
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        self._discovered = True
+
+    def __iter__(self) -> Iterator[str]:
+        self._discover()
+        return iter(sorted(self._entries))
+
+    def __contains__(self, name: object) -> bool:
+        self._discover()
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> F:
+        """The function registered under ``name``.
+
+        Raises:
+            UsageError: there is none; the message lists close matches, else all names.
+        """
+        self._discover()
+        if name not in self._entries:
+            near = difflib.get_close_matches(name, self._entries, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(self)}"
+            raise UsageError(f"no {self.kind} is called '{name}': {hint}")
+        return self._entries[name]
+
+    def options(self, name: str) -> dict[str, inspect.Parameter]:
+        """Keyword options of the entry ``name``, annotations resolved, in the order of its signature."""
+        function = self[name]
+        hints = typing.get_type_hints(function)
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name: p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters}
+
+    def parse_options(self, name: str, settings: dict[str, str]) -> dict[str, Any]:
+        """Turn ``--set key=value`` strings into keyword arguments, by the types of the entry's signature.
+
+        Raises:
+            UsageError: an unknown option, or a value that the option's type does not take.
+        """
+        known = self.options(name)
+        parsed: dict[str, Any] = {}
+        for key, text in settings.items():
+            if key not in known:
+                choices = ", ".join(known) or "none"
+                raise UsageError(f"{self.kind} '{name}' has no option '{key}'; its options: {choices}")
+            parsed[key] = _parse(text, known[key].annotation, f"option '{key}' of {self.kind} '{name}'")
+        return parsed
+
+
+def _parse(text: str, annotation: Any, what: str) -> Any:
+    if typing.get_origin(annotation) is typing.Literal:
+        choices = typing.get_args(annotation)
+        for choice in choices:
+            if text == str(choice):
+                return choice
+        raise UsageError(f"{what} is '{text}', but must be one of {', '.join(map(str, choices))}")
+    if annotation is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UsageError(f"{what} is '{text}', but must be true or false")
+    try:
+        return annotation(text)
+    except (TypeError, ValueError):
+        expected = getattr(annotation, "__name__", annotation)
+        raise UsageError(f"{what} is '{text}', but must be of type {expected}") from None

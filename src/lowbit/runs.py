@@ -1,0 +1,131 @@
+"""The run folder: what training leaves behind and everything else reads.
+
+``runs/NAME/`` holds ``config.json``, ``metrics.csv``, ``model.safetensors``, ``evaluation.json`` (after `evaluate`),
+``checkpoints/`` and ``tensorboard/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lowbit.errors import LowbitError
+
+
+@contextlib.contextmanager
+def write_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under ``path`` complete or not at all.
+
+    The bytes go to a temporary file beside it, are flushed to the disk, and take the name in one step.
+
+    Raises:
+        LowbitError: the disk is full or the folder cannot be written; the old file, if any, is untouched.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            yield file  # type: ignore[misc]
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise LowbitError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` as indented JSON, whole or not at all."""
+    with write_whole(path) as file:
+        file.write((json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        LowbitError: it is missing or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LowbitError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise LowbitError(f"{path} cannot be read as JSON: {error}") from None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read lazily."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """The run at ``path``.
+
+        Raises:
+            LowbitError: there is no run folder there.
+        """
+        run = cls(Path(path))
+        if not run.config_path.is_file():
+            raise LowbitError(f"{path} is no run folder: it has no config.json; `lowbit train --out {path}` makes one")
+        return run
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def weights_path(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def evaluation_path(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config = read_json(self.config_path)
+        if not isinstance(config, dict):
+            raise LowbitError(f"{self.config_path} does not hold a JSON object")
+        return config
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """Contents of ``evaluation.json``, or None before the run was evaluated."""
+        return read_json(self.evaluation_path) if self.evaluation_path.is_file() else None
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Rows of ``metrics.csv``, one per epoch; empty cells are left out."""
+        try:
+            with self.metrics_path.open(newline="", encoding="utf-8") as file:
+                return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]
+        except FileNotFoundError:
+            raise LowbitError(f"{self.path} has no metrics.csv: the run has not finished its first epoch") from None
+        except ValueError as error:
+            raise LowbitError(f"{self.metrics_path} is damaged: {error}") from None
