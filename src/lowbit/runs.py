@@ -40,7 +40,9 @@ def write_whole(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise LowbitError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
+        raise LowbitError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

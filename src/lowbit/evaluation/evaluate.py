@@ -1,0 +1,167 @@
+"""Evaluate a trained network, or its packed file, on a test set and write ``evaluation.json``."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from lowbit.errors import LowbitError, UsageError
+from lowbit.evaluation.metrics import scores
+from lowbit.evaluation.modes import evaluating
+from lowbit.evaluation.profile import profile
+from lowbit.preprocessing import Inputs, Pixels, Preprocessing
+from lowbit.runs import Run, write_json
+
+LogitsOf = Callable[[Inputs], npt.NDArray[np.float32]]
+Progress = Callable[[int, int], None]
+
+
+class LabelledImages(Protocol):
+    """What evaluation needs of a data set; `lowbit.data.ImageData` has it."""
+
+    @property
+    def test_images(self) -> Pixels: ...
+    @property
+    def test_labels(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def classes(self) -> Sequence[str]: ...
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+
+
+def evaluate(
+    source: str | Path,
+    data: LabelledImages,
+    *,
+    batch_size: int = 250,
+    threads: int = 1,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluate ``source`` on the test part of ``data`` and write the record.
+
+    A torch model runs in float32, in ``eval()`` and inference mode, and none of its weights change.
+
+    Args:
+        source: a run folder, a weights file (``.safetensors``, with the run's ``config.json`` beside it) or a packed
+            file (``.lowbit``).
+        batch_size: images at a time; it changes no prediction, save where the two largest logits are within 1e-4.
+        threads: of the engine, for a packed file.
+        output: where to write the record; by default ``evaluation.json`` in the run folder, or ``FILE.evaluation.json``
+            beside a file.
+        progress: called with (images done, images in all) after each batch.
+
+    Returns:
+        The record, as written: `lowbit.evaluation.metrics.scores`, with ``run``, ``source`` (``run``, ``weights`` or
+        ``packed``), ``profile`` (of a torch model), ``date`` and ``versions``.
+
+    Raises:
+        UsageError: ``source`` is none of the three, or ``batch_size`` is below 1.
+        LowbitError: the model and the data set do not fit each other.
+    """
+    if batch_size < 1:
+        raise UsageError(f"the batch size is {batch_size}, but must be at least 1")
+    path = Path(source)
+    kind = _kind(path)
+    if kind == "packed":
+        from lowbit.runtime import Engine
+
+        engine = Engine(path, threads=threads)
+        result = scores(logits(engine, data, batch_size, progress), data.test_labels, data.classes)
+    else:
+        from lowbit.models import load_run
+
+        result = evaluate_model(load_run(path), data, batch_size=batch_size, progress=progress)
+    record = {
+        "run": Run(path).name if kind == "run" else path.name,
+        "source": kind,
+        **result,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+    write_json(Path(output) if output is not None else default_output(path), record)
+    return record
+
+
+def evaluate_model(
+    model: nn.Module, data: LabelledImages, *, batch_size: int = 250, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Scores and profile of a torch model on the test part of ``data``; the model is left as it was.
+
+    Args:
+        model: float32, from inputs (N, C, H, W) to logits (N, K).
+
+    Raises:
+        LowbitError: the model and the data set do not fit each other.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def logits_of(inputs: Inputs) -> npt.NDArray[np.float32]:
+        result: npt.NDArray[np.float32] = model(torch.from_numpy(inputs).to(device)).float().cpu().numpy()
+        return result
+
+    with evaluating(model), torch.inference_mode():
+        found = logits(logits_of, data, batch_size, progress)
+    example = torch.from_numpy(data.preprocessing.normalise(data.test_images[:1])).to(device)
+    return {**scores(found, data.test_labels, data.classes), "profile": profile(model, example)}
+
+
+def logits(
+    logits_of: LogitsOf, data: LabelledImages, batch_size: int, progress: Progress | None = None
+) -> npt.NDArray[np.float32]:
+    """Logits of all test images, of shape (N, K).
+
+    Args:
+        logits_of: from inputs of shape (n, C, H, W), float32, to logits of shape (n, K).
+    """
+    total = len(data.test_images)
+    if total == 0:
+        raise LowbitError("there are no test images to evaluate on; choose a data set with a test part")
+    parts = []
+    for start, stop in _batches(total, batch_size):
+        parts.append(logits_of(data.preprocessing.normalise(data.test_images[start:stop])))
+        if progress is not None:
+            progress(stop, total)
+    return np.concatenate(parts)
+
+
+def default_output(source: Path) -> Path:
+    """Where the record of ``source`` goes when nothing else is said."""
+    return Run(source).evaluation_path if source.is_dir() else source.with_name(f"{source.name}.evaluation.json")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the record."""
+    found = {"python": platform.python_version()}
+    for package in ("lowbit", "torch", "numpy", "scikit-learn"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        Run.open(path)
+        return "run"
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; give a run folder, a .safetensors file or a .lowbit file")
+    kinds = {".safetensors": "weights", ".lowbit": "packed"}
+    if path.suffix not in kinds:
+        raise UsageError(f"{path} is neither a run folder nor a .safetensors or .lowbit file")
+    return kinds[path.suffix]
+
+
+def _batches(total: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, total, size):
+        yield start, min(start + size, total)

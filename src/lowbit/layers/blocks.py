@@ -1,0 +1,76 @@
+"""The orders in which papers put convolution, batch norm, activation and pooling.
+
+A block is made of a convolution, the pooling that follows it, and the dropout in front. The quantizer of a low-bit
+layer is the activation of its block: it sits inside the layer, in front of the convolution. ``role`` says whether the
+layer is the network's first (it reads the image), its last (it gives the classes) or in the middle. A dense layer is a
+convolution whose kernel is the whole map, so there is one kind of block.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+Role: TypeAlias = Literal["first", "middle", "last"]
+Block: TypeAlias = Callable[..., nn.Sequential]
+
+
+def conv_bn_act(
+    conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
+) -> nn.Sequential:
+    """Dropout, convolution, batch norm, ReLU, pooling; the last layer stands alone. The usual order of float networks."""
+    if role == "last":
+        return _sequence(dropout=_dropout(dropout), conv=conv)
+    norm = nn.BatchNorm2d(conv.out_channels)
+    return _sequence(dropout=_dropout(dropout), conv=conv, norm=norm, act=nn.ReLU(), pool=pool)
+
+
+def conv_pool_bn(
+    conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
+) -> nn.Sequential:
+    """Dropout, (quantizer,) convolution, pooling, batch norm: what the next quantizer reads is normalised.
+
+    The last layer too is followed by a batch norm. Order of BNN and HWGQ.
+    """
+    return _sequence(dropout=_dropout(dropout), conv=conv, pool=pool, norm=nn.BatchNorm2d(conv.out_channels))
+
+
+def bn_act_conv(
+    conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
+) -> nn.Sequential:
+    """Batch norm, dropout, (quantizer,) convolution, pooling. Order of XNOR-Net.
+
+    The first layer, which is float, is followed by batch norm and ReLU; the last one, float too, is preceded by them.
+    """
+    if role == "first":
+        return conv_bn_act(conv, pool=pool, dropout=dropout, role=role)
+    act = nn.ReLU() if role == "last" else None
+    norm = nn.BatchNorm2d(conv.in_channels)
+    return _sequence(norm=norm, act=act, dropout=_dropout(dropout), conv=conv, pool=pool)
+
+
+def bn_act_conv_relu(
+    conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
+) -> nn.Sequential:
+    """Batch norm, dropout, (quantizer,) convolution, ReLU, pooling. Order of the NIN of 2018.
+
+    First and last layer as in `bn_act_conv`.
+    """
+    if role != "middle":
+        return bn_act_conv(conv, pool=pool, dropout=dropout, role=role)
+    norm = nn.BatchNorm2d(conv.in_channels)
+    return _sequence(norm=norm, dropout=_dropout(dropout), conv=conv, act=nn.ReLU(), pool=pool)
+
+
+BLOCKS: dict[str, Block] = {f.__name__: f for f in (conv_bn_act, conv_pool_bn, bn_act_conv, bn_act_conv_relu)}
+
+
+def _sequence(**parts: nn.Module | None) -> nn.Sequential:
+    return nn.Sequential(OrderedDict((name, module) for name, module in parts.items() if module is not None))
+
+
+def _dropout(probability: float) -> nn.Module | None:
+    return nn.Dropout(probability) if probability else None

@@ -1,0 +1,118 @@
+"""Torch's own layers with a quantizer in front (activations) and one inside (weights)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import UsageError
+from lowbit.quantizers.base import Quantizer
+
+# Every integer up to here has an exact float32.
+EXACT_FLOAT32 = 1 << 24
+
+
+class QuantizedLayer(nn.Module):
+    """A convolution or linear layer of torch that quantizes what it reads.
+
+    In ``train()``: ``layer(Qa(x), Qw(W)) + bias``, differentiable.
+    In ``eval()``, when both sides are quantized: the exact integer sums ``acc`` of ``multiplier * code + offset`` over
+    the taps inside the image, then ``float32(acc) * (scale_x * scale_w) + bias``, each step one float32 rounding. Sums that could pass
+    2^24 are taken in float64, which holds them exactly. This is the reference of the integer contract.
+
+    Attributes:
+        weight_quantizer, activation_quantizer: None leaves that side in float.
+        projection: applied to the latent ``weight`` after each step (see `attach_projections`).
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_quantizer: Quantizer | None = None
+    activation_quantizer: Quantizer | None = None
+    projection: Callable[[Tensor], None] | None = None
+
+    def transform(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's own linear map, with the given weight and bias."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and self.weight_quantizer is not None and self.activation_quantizer is not None:
+            return self._integer_forward(x, self.activation_quantizer, self.weight_quantizer)
+        if self.activation_quantizer is not None:
+            x = self.activation_quantizer(x)
+        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        return self.transform(x, weight, self.bias)
+
+    def _integer_forward(self, x: Tensor, of_activation: Quantizer, of_weight: Quantizer) -> Tensor:
+        x_codes, x_grid = of_activation.encode(x)
+        w_codes, w_grid = of_weight.encode(self.weight)
+        largest_sum = x_grid.magnitude * w_grid.magnitude * self.weight[0].numel()
+        exact = torch.float32 if largest_sum <= EXACT_FLOAT32 else torch.float64
+        accumulator = self.transform(x_grid.integers(x_codes).to(exact), w_grid.integers(w_codes).to(exact), None)
+        per_channel = (-1,) + (1,) * (self.weight.dim() - 2)
+        result = accumulator.float() * (x_grid.scale * w_grid.scale).reshape(per_channel)
+        return result if self.bias is None else result + self.bias.reshape(per_channel)
+
+
+class _QuantConv(QuantizedLayer):
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    def transform(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """`torch.nn.Conv1d` with quantizers; x: (N, C, L). See `QuantizedLayer`."""
+
+
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """`torch.nn.Conv2d` with quantizers; x: (N, C, H, W). See `QuantizedLayer`."""
+
+
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    """`torch.nn.Conv3d` with quantizers; x: (N, C, D, H, W). See `QuantizedLayer`."""
+
+
+class QuantLinear(QuantizedLayer, nn.Linear):
+    """`torch.nn.Linear` with quantizers; x: (..., in_features). See `QuantizedLayer`."""
+
+    def transform(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, weight, bias)
+
+
+_TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+    nn.Linear: QuantLinear,
+}
+
+
+def quantized_twin(
+    layer: nn.Module,
+    weight_quantizer: Quantizer | None,
+    activation_quantizer: Quantizer | None,
+    projection: Callable[[Tensor], None] | None = None,
+) -> QuantizedLayer:
+    """Turn ``layer`` into its quantized twin, with the very same parameters, hooks and training mode.
+
+    Raises:
+        UsageError: ``layer`` is neither `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` nor `nn.Linear`, or is quantized already.
+    """
+    twin_type = _TWINS.get(type(layer))
+    if twin_type is None:
+        raise UsageError(f"a {type(layer).__name__} cannot be quantized; Conv1d, Conv2d, Conv3d and Linear can")
+    twin = twin_type.__new__(twin_type)
+    twin.__dict__.update(layer.__dict__)
+    twin._modules = dict(layer._modules)
+    twin.weight_quantizer = weight_quantizer
+    twin.activation_quantizer = activation_quantizer
+    twin.projection = projection
+    return twin
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether `quantized_twin` takes ``module``."""
+    return type(module) in _TWINS

@@ -1,0 +1,144 @@
+"""XNOR-Net: binary weights with one scale per filter, binary activations."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.methods.base import Method, Recipe, registry
+from lowbit.quantizers import ste
+from lowbit.quantizers.base import Grid, Quantizer
+from lowbit.quantizers.binary import SignQuantizer, binary_codes
+
+
+@registry.register
+def xnor_net(
+    gradient: Literal["exact", "paper"] = "exact",
+    center: bool = True,
+    clamp: bool = True,
+    relu: bool = False,
+) -> Method:
+    r"""$W \approx \alpha\,\mathrm{sign}(W)$ per filter, activations are their signs.
+
+    Problem: minimise $J(\alpha, B) = \lVert W - \alpha B\rVert^2 = \alpha^2 n - 2\alpha W^\top B + W^\top W$ over
+    $\alpha > 0$, $B \in \{-1, 1\}^n$, for each output filter of $n$ weights. $B^* = \mathrm{sign}(W)$ maximises
+    $W^\top B$, and $\partial J/\partial\alpha = 0$ gives $\alpha^* = W^\top B^*/n = \lVert W\rVert_1/n$.
+
+    Forward: $\mathrm{sign}(x) * (\alpha\,\mathrm{sign}(W))$.
+    Backward: see `ScaledSign` for the weights; $g \cdot 1\{|x| \le 1\}$ for the activations.
+    After each step (the projection of the authors' follow-up code): centre $W$ over its input channels, then clip to [-1, 1].
+    Block order: batch norm, sign, convolution (, ReLU), pooling. First and last layers stay in float. Dropout comes before sign.
+    The activations' scale map K of the paper is left out, as most codes do.
+
+    Args:
+        gradient: ``exact`` differentiates through alpha; ``paper`` is the paper's shorter form.
+        center: subtract from each latent weight the mean over the input channels, per filter and tap.
+        clamp: clip the latent weights to [-1, 1].
+        relu: a ReLU after each convolution, as in the NIN of 2018.
+
+    Source: Rastegari, Ordonez, Redmon and Farhadi 2016, "XNOR-Net", arXiv 1603.05279, section 3.
+    """
+
+    def project(weight: Tensor) -> None:
+        if center and weight.dim() > 2:
+            weight.sub_(weight.mean(dim=1, keepdim=True))
+        if clamp:
+            weight.clamp_(-1, 1)
+
+    return Method(
+        name="xnor_net",
+        title="XNOR-Net",
+        paper="Rastegari et al. 2016",
+        url="https://arxiv.org/abs/1603.05279",
+        bits_w=1,
+        bits_a=1,
+        block="bn_act_conv_relu" if relu else "bn_act_conv",
+        weight=lambda: ScaledSign(gradient),
+        activation=SignQuantizer,
+        projection=project if center or clamp else None,
+        recipe=Recipe(
+            optimizer="adamw",
+            learning_rate=3e-3,
+            weight_decay=1e-4,
+            schedule="cosine",
+            warmup=0.5,
+            source="AdamW with a cosine, in place of the SGD and Adam steps over 300 epochs of the 2018 codes",
+        ),
+        recipes={
+            "bin_vgg16": Recipe(
+                optimizer="sgd",
+                learning_rate=0.1,
+                schedule="step",
+                milestones=(0.5, 2 / 3, 5 / 6),
+                epochs=300,
+                source="BIN_VGG16, 2018: SGD 0.1, momentum 0.9, divided by 10 at epochs 150, 200 and 250",
+            ),
+            "nin": Recipe(
+                optimizer="adam",
+                learning_rate=0.01,
+                weight_decay=1e-5,
+                decay_all=True,
+                schedule="step",
+                milestones=(120 / 320, 200 / 320, 240 / 320, 280 / 320),
+                epochs=320,
+                augment=False,
+                source="the 2018 NIN: Adam 0.01, weight decay 1e-5, divided by 10 at epochs 120, 200, 240 and 280",
+            ),
+        },
+    )
+
+
+class ScaledSign(Quantizer):
+    r"""$q = \alpha\,\mathrm{sign}(W)$ with $\alpha = \lVert W\rVert_1 / n$ for each output filter of $n$ weights.
+
+    Gradient ``exact``, through $\alpha$ and the straight-through sign:
+    $\frac{\partial L}{\partial W_i} = \frac{\mathrm{sign}(W_i)}{n}\sum_j g_j\,\mathrm{sign}(W_j) + \alpha\,g_i\,1\{|W_i| \le 1\}$.
+    Gradient ``paper`` (its equation after 11, elementwise): $g_i\,(1/n + \alpha\,1\{|W_i| \le 1\})$.
+
+    Codes: 1 where ``W >= 0``; grid ``alpha * (2 code - 1)``.
+
+    Args:
+        gradient: which of the two.
+
+    Source: Rastegari et al. 2016, arXiv 1603.05279, sections 3.1 and 3.2.
+    """
+
+    bits = 1
+    signed = True
+
+    def __init__(self, gradient: Literal["exact", "paper"] = "exact") -> None:
+        super().__init__()
+        self.gradient = gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _ScaledSign.apply(x, self.gradient == "exact")
+        return result
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
+        return binary_codes(x), Grid(1, 2, -1, _alpha(x))
+
+
+def _alpha(weight: Tensor) -> Tensor:
+    return weight.detach().abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
+
+
+class _ScaledSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, exact: bool) -> Tensor:
+        alpha = _alpha(weight)
+        ctx.save_for_backward(weight, alpha)
+        ctx.exact = exact
+        return ste.signs(weight).mul_(alpha)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        weight, alpha = ctx.saved_tensors
+        n = weight[0].numel()
+        through_sign = ste.window(gradient, weight).mul_(alpha)
+        if not ctx.exact:
+            return through_sign.add_(gradient, alpha=1 / n), None
+        signs = ste.signs(weight)
+        through_alpha = (gradient * signs).sum(dim=tuple(range(1, weight.dim())), keepdim=True).div_(n)
+        return through_sign.add_(signs.mul_(through_alpha)), None

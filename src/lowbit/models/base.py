@@ -1,0 +1,115 @@
+"""Make a model by name, in the block order of a method, quantized by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import nn
+
+from lowbit import methods
+from lowbit.convert import quantize_, resolve_method
+from lowbit.errors import LowbitError, UsageError
+from lowbit.layers.blocks import BLOCKS
+from lowbit.methods import Method
+from lowbit.registry import Registry
+from lowbit.runs import Run
+
+registry: Registry[Callable[..., nn.Module]] = Registry("lowbit.models", "model")
+
+# A model's function takes these from `create`; what it takes beyond them are the user's options.
+GIVEN = ("block", "num_classes", "in_channels", "image_size")
+
+
+def create(
+    name: str,
+    num_classes: int = 10,
+    method: str | Method = "float",
+    *,
+    in_channels: int = 3,
+    image_size: int = 32,
+    method_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The model ``name``, its blocks in the order of ``method``, quantized by it.
+
+    Args:
+        name: registered name, such as ``"vgg16"``.
+        num_classes: outputs of the last layer.
+        method: registered name or a `Method`.
+        in_channels, image_size: of the input (N, in_channels, image_size, image_size).
+        method_options: keyword arguments of the method, such as ``{"gradient": "paper"}``.
+        options: keyword arguments of the model, such as ``width``.
+
+    Returns:
+        A module with the attribute ``method``; logits are (N, num_classes).
+
+    Raises:
+        UsageError: an unknown model, method or option, or an image that the model does not take.
+    """
+    if method_options:
+        if isinstance(method, Method):
+            raise UsageError("method_options go with a method's name; this method is made already")
+        method = methods.registry[method](**method_options)
+    method = resolve_method(method)
+    unknown = set(options) - set(registry.options(name))
+    if unknown:
+        known = ", ".join(key for key in registry.options(name) if key not in GIVEN) or "none"
+        raise UsageError(f"model '{name}' has no option '{sorted(unknown)[0]}'; its options: {known}")
+    model = registry[name](
+        BLOCKS[method.block], num_classes=num_classes, in_channels=in_channels, image_size=image_size, **options
+    )
+    if method.weight is not None or method.activation is not None:
+        quantize_(model, method)
+    model.method = method  # type: ignore[assignment]
+    return model
+
+
+def load_run(path: str | Path) -> nn.Module:
+    """The trained model of a run folder, in ``eval()``.
+
+    Raises:
+        LowbitError: the folder has no finished weights, or they do not fit its configuration.
+    """
+    run = Run.open(path)
+    config = run.config
+    try:
+        model = create(
+            config["model"]["name"],
+            num_classes=config["num_classes"],
+            method=config["method"]["name"],
+            in_channels=config["in_channels"],
+            image_size=config.get("image_size", 32),
+            method_options=config["method"]["options"],
+            **config["model"]["options"],
+        )
+    except (KeyError, TypeError) as error:
+        raise LowbitError(f"{run.config_path} is damaged: {error!r}") from None
+    load_weights(model, run.weights_path)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file into ``model``; every tensor must fit.
+
+    Raises:
+        LowbitError: the file is missing, malformed, or does not fit; the model is then unchanged.
+    """
+    try:
+        state = safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise LowbitError(f"{path} does not exist: the run has not finished; `lowbit train --resume` goes on") from None
+    except (SafetensorError, OSError) as error:
+        raise LowbitError(f"{path} is no safetensors file: {error}") from None
+    expected = model.state_dict()
+    wrong = sorted(
+        name
+        for name in expected.keys() | state.keys()
+        if name not in expected or name not in state or expected[name].shape != state[name].shape
+    )
+    if wrong:
+        raise LowbitError(f"{path} does not fit the model: tensor '{wrong[0]}' and {len(wrong) - 1} more differ")
+    model.load_state_dict(state)
