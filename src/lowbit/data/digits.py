@@ -13,7 +13,7 @@ from lowbit.preprocessing import Preprocessing
 
 @registry.register
 def digits(data_dir: Path) -> ImageData:
-    """Handwritten digits 8x8, enlarged to 32x32; 10 classes, 1437 train and 360 test images.
+    """Handwritten digits 8x8, enlarged to 32x32; 10 classes, 1438 train and 359 test images.
 
     The split is fixed and takes a fifth of each class for the test. Source: Alpaydin & Kaynak (1998), UCI "Optical
     Recognition of Handwritten Digits", the part that `sklearn.datasets.load_digits` embeds; its pixels 0..16 become

@@ -1,0 +1,103 @@
+"""Batches out of memory: bytes until the last moment, order and augmentation drawn from (seed, epoch) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.data.augment import random_crop_flip
+from lowbit.data.base import Labels
+from lowbit.preprocessing import Pixels, Preprocessing
+
+Batch = tuple[Tensor, Tensor]
+
+
+def derived_seed(*parts: int) -> int:
+    """A 64-bit seed from several integers; different integers give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Normalise:
+    """`Preprocessing.normalise` on tensors: (N, H, W, C) uint8 to (N, C, H, W) float32, channels last in memory."""
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
+        std = np.asarray(preprocessing.std, np.float64)
+        mean = np.asarray(preprocessing.mean, np.float64)
+        self.scale = torch.from_numpy((1.0 / (255.0 * std)).astype(np.float32)).to(device)
+        self.shift = torch.from_numpy((mean / std).astype(np.float32)).to(device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return pixels.to(torch.float32).mul_(self.scale).sub_(self.shift).permute(0, 3, 1, 2)
+
+
+class TrainBatches:
+    """Shuffled, augmented batches of one epoch. Set ``epoch`` before iterating.
+
+    All batches have one size: the images left over sit this epoch out (another order brings them back in the next),
+    so that batch norm never sees a batch of one.
+
+    Args:
+        images, labels: uint8 (N, H, W, C) and int64 (N,).
+        preprocessing: gives the normalisation.
+        batch_size: images in a batch; fewer when there are not as many.
+        seed: of the run.
+        augment: crop at random, and flip if ``flip``.
+        device: where the images are kept and the batches are made.
+
+    Yields:
+        Inputs (B, C, H, W) float32 and labels (B,).
+    """
+
+    def __init__(
+        self,
+        images: Pixels,
+        labels: Labels,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        seed: int,
+        augment: bool,
+        flip: bool,
+        device: torch.device,
+    ) -> None:
+        self.images = torch.from_numpy(images).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
+        self.normalise = Normalise(preprocessing, device)
+        self.batch_size = min(batch_size, len(images))
+        self.seed = seed
+        self.augment = augment
+        self.flip = flip
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch, 1))
+        order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        for indices in order[: len(self) * self.batch_size].view(-1, self.batch_size):
+            pixels = self.images[indices]
+            if self.augment:
+                pixels = random_crop_flip(pixels, generator, flip=self.flip)
+            yield self.normalise(pixels), self.labels[indices]
+
+
+class EvalBatches:
+    """All images in order, in batches of at most ``batch_size``; otherwise like `TrainBatches`."""
+
+    def __init__(
+        self, images: Pixels, labels: Labels, preprocessing: Preprocessing, batch_size: int, device: torch.device
+    ) -> None:
+        self.images = torch.from_numpy(images).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
+        self.normalise = Normalise(preprocessing, device)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for pixels, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            yield self.normalise(pixels), labels

@@ -1,0 +1,68 @@
+"""The state to resume from: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import LowbitError
+from lowbit.runs import write_whole
+
+
+@dataclass
+class Checkpoint:
+    """Everything that the next epoch depends on. Randomness is not in it: epoch e draws from (seed, e) alone.
+
+    Attributes:
+        model, optimizer: state dictionaries at the end of the last finished epoch.
+        rows: one row of metrics per finished epoch.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    rows: list[dict[str, float]]
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint, whole or not at all.
+
+        Raises:
+            LowbitError: the disk is full; an earlier checkpoint under this name is untouched.
+        """
+        buffer = io.BytesIO()
+        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, buffer)
+        with write_whole(path) as file:
+            file.write(buffer.getbuffer())
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Read a checkpoint; only tensors and plain values are accepted.
+
+        Raises:
+            LowbitError: the file is missing or damaged.
+        """
+        try:
+            return cls(**torch.load(path, map_location="cpu", weights_only=True))
+        except (OSError, EOFError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            raise LowbitError(f"checkpoint {path} cannot be read ({error}); train again with another --out") from None
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's state as safetensors, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with write_whole(path) as file:
+        file.write(safetensors.torch.save(tensors))
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Delete what a killed process left half-written beside the whole files of a run."""
+    for place in (folder, folder / "checkpoints"):
+        for path in place.glob(".*"):
+            if path.is_file():
+                path.unlink()

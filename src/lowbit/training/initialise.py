@@ -1,0 +1,100 @@
+"""Start from the weights of another run or file: take what fits, say what does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lowbit.errors import LowbitError, UsageError
+from lowbit.runs import Run
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """Names of tensors, by what became of them.
+
+    Attributes:
+        source: the file that was read.
+        loaded: taken over.
+        reshaped: in both, with different shapes; left as the model was made.
+        missing: in the model only; left as the model was made.
+        unused: in the file only.
+        norms: norms that would fit by name, but stand in another place of their block; left as the model was made.
+    """
+
+    source: str
+    loaded: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    norms: tuple[str, ...]
+
+    def __str__(self) -> str:
+        total = len(self.loaded) + len(self.reshaped) + len(self.missing) + len(self.norms)
+        parts = [f"{len(self.loaded)} of {total} tensors taken from {self.source}"]
+        for names, what in (
+            (self.reshaped, "left out for their shape"),
+            (self.norms, "left out because the two networks put their norms in different places"),
+            (self.missing, "not in the file"),
+            (self.unused, "in the file but not in the model"),
+        ):
+            if names:
+                shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                parts.append(f"{what}: {shown}")
+        return "; ".join(parts)
+
+
+def init_from(model: nn.Module, source: str | Path) -> InitReport:
+    """Copy into ``model`` what fits by name and shape.
+
+    Batch norms are taken all or none: when one of them has another shape or name, the two networks put their norms in
+    different places of the block (before the convolution or after it), and equal names mean different things.
+
+    Args:
+        model: changed in place.
+        source: a run folder or a safetensors file.
+
+    Raises:
+        UsageError: there is no such run or file.
+        LowbitError: the file is malformed, or nothing in it fits.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = Run.open(path).weights_path
+    try:
+        found = safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise UsageError(
+            f"--init-from {source}: {path} does not exist; give a finished run or a .safetensors file"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise LowbitError(f"--init-from {source}: {path} is no safetensors file ({error})") from None
+    own = model.state_dict()
+    fitting = [name for name in own if name in found and own[name].shape == found[name].shape]
+    in_norms = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for name in module.state_dict()
+    }
+    norms_fit = in_norms <= set(fitting)
+    loaded = [name for name in fitting if norms_fit or name not in in_norms]
+    if not loaded:
+        raise LowbitError(f"--init-from {source}: none of its {len(found)} tensors fits the model by name and shape")
+    with torch.no_grad():
+        for name in loaded:
+            own[name].copy_(found[name])
+    return InitReport(
+        source=str(path),
+        loaded=tuple(loaded),
+        reshaped=tuple(name for name in own if name in found and name not in fitting),
+        missing=tuple(name for name in own if name not in found),
+        unused=tuple(sorted(set(found) - set(own))),
+        norms=tuple(name for name in fitting if name not in loaded),
+    )

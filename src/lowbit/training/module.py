@@ -1,0 +1,204 @@
+"""What Lightning trains: the model, its loss, its optimizer and the learning rate of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+
+from lowbit.layers import attach_projections
+from lowbit.methods.base import Recipe
+from lowbit.training.batches import Batch, TrainBatches, derived_seed
+from lowbit.training.schedules import multiplier
+
+
+def squared_hinge(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over batch and classes of max(0, 1 - t y)^2, t = +1 for the label's class and -1 for the others."""
+    targets = 2 * functional.one_hot(labels, logits.shape[1]) - 1
+    return functional.relu(1 - targets * logits).square().mean()
+
+
+def loss_of(name: str, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The loss that a method names, of logits (N, classes) in float32, as a scalar."""
+    if name == "squared_hinge":
+        return squared_hinge(logits, labels)
+    return functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameters with and without weight decay, for an optimizer.
+
+    Decay reaches the weights of convolutions and linear layers. It spares norms, biases and latent weights (those of
+    layers whose ``weight_quantizer`` is not None), unless the recipe says ``decay_all``.
+    """
+    decayed: set[nn.Parameter] = set()
+    for module in model.modules():
+        latent = getattr(module, "weight_quantizer", None) is not None
+        if isinstance(module, (_ConvNd, nn.Linear)) and not latent:
+            decayed.add(module.weight)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with_decay = [parameter for parameter in trained if recipe.decay_all or parameter in decayed]
+    without = [parameter for parameter in trained if not (recipe.decay_all or parameter in decayed)]
+    groups = (
+        {"params": with_decay, "weight_decay": recipe.weight_decay},
+        {"params": without, "weight_decay": 0.0},
+    )
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer, one fused kernel for all parameters, with the method's projections attached."""
+    groups = parameter_groups(model, recipe)
+    rate = recipe.learning_rate
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum, fused=True)
+    elif recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(groups, lr=rate, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+    attach_projections(optimizer, model)
+    return optimizer
+
+
+@dataclass
+class Tally:
+    """Sums over an evaluation, kept on the device and read once at its end."""
+
+    loss: Tensor
+    correct: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Tally:
+        return cls(
+            torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
+        )
+
+    def add(self, loss: Tensor, correct: Tensor, count: int) -> None:
+        """Add one batch's mean loss and number of correct predictions."""
+        self.loss += loss.detach() * count
+        self.correct += correct
+        self.count += count
+
+    @property
+    def mean_loss(self) -> float:
+        return float(self.loss) / self.count
+
+    @property
+    def accuracy(self) -> float:
+        return int(self.correct) / self.count
+
+
+class TrainingModule(pl.LightningModule):
+    """Model, loss, optimizer and learning rate for Lightning's loop.
+
+    Args:
+        model: takes (N, C, H, W) float32, gives logits.
+        loss: name of the method's loss.
+        recipe: how to train.
+        batches: the train batches, to be told which epoch is next.
+        sets: names of the evaluation sets, in the order of the validation loaders.
+        seed: of the run; dropout of epoch e is drawn from (seed, e).
+        optimizer_state: to resume from, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str,
+        recipe: Recipe,
+        batches: TrainBatches,
+        sets: tuple[str, ...],
+        seed: int,
+        optimizer_state: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.recipe = recipe
+        self.batches = batches
+        self.sets = sets
+        self.seed = seed
+        self.optimizer_state = optimizer_state
+        self.tallies: dict[str, Tally] = {}
+        self.step_loss = torch.zeros(())
+        self.step_batch: Batch | None = None
+        self.learning_rate = 0.0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.optimizer = make_optimizer(self.model, self.recipe)
+        if self.optimizer_state is not None:
+            self.optimizer.load_state_dict(self.optimizer_state)
+            self.optimizer_state = None
+        return self.optimizer
+
+    def on_train_epoch_start(self) -> None:
+        self.batches.epoch = self.current_epoch
+        torch.manual_seed(derived_seed(self.seed, self.current_epoch, 2))
+        self.tallies = {name: Tally.empty(self.device) for name in ("train", *self.sets)}
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        moment = self.current_epoch + (batch_idx + 0.5) / len(self.batches)
+        self.learning_rate = self.recipe.learning_rate * multiplier(self.recipe, moment)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self.model(images).float()
+        loss = loss_of(self.loss, logits, labels, self.recipe.label_smoothing)
+        self.step_loss, self.step_batch = loss.detach(), batch
+        self.tallies["train"].add(loss, (logits.detach().argmax(1) == labels).sum(), len(labels))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        images, labels = batch
+        with torch.autocast(self.device.type, enabled=False):
+            logits = self.model(images)
+        loss = loss_of(self.loss, logits, labels)
+        self.tallies[self.sets[dataloader_idx]].add(loss, (logits.argmax(1) == labels).sum(), len(labels))
+
+
+def modules_in_call_order(model: nn.Module, images: Tensor) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Run the model once; give each module's name, the module and whether its output is finite, in order of return."""
+    seen: list[tuple[str, nn.Module, bool]] = []
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            seen.append((name, module, not isinstance(output, Tensor) or bool(output.isfinite().all())))
+
+        return hook
+
+    handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return iter(seen)
+
+
+def find_not_finite(model: nn.Module, images: Tensor) -> str:
+    """Say where a number stopped being finite: the first output on the way forward, else the first gradient on the way back.
+
+    Args:
+        model: with the gradients of the failed step still in ``.grad``.
+        images: the failed step's inputs.
+    """
+    order = list(modules_in_call_order(model, images))
+    for name, _, finite in order:
+        if not finite:
+            return f"the output of layer '{name}'"
+    for name, module, _ in reversed(order):
+        gradients = (parameter.grad for parameter in module.parameters(recurse=False))
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None):
+            return f"the gradient of layer '{name}'"
+    return "the loss"
