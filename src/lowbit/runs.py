@@ -6,46 +6,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
-import os
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lowbit.errors import LowbitError
-
-
-@contextlib.contextmanager
-def write_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under ``path`` complete or not at all.
-
-    The bytes go to a temporary file beside it, are flushed to the disk, and take the name in one step.
-
-    Raises:
-        LowbitError: the disk is full or the folder cannot be written; the old file, if any, is untouched.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            yield file  # type: ignore[misc]
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise LowbitError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+from lowbit.files import write_whole as write_whole
 
 
 def write_json(path: Path, data: Any) -> None:

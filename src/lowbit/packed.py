@@ -1,0 +1,500 @@
+"""The packed file: a network as integers, and the rules that make it safe to run.
+
+A packed file is a safetensors container whose metadata key ``lowbit`` holds the op graph as JSON; docs/contract.md
+lists the ops, their attributes and their tensors. A file may come from anywhere, so `read` and `validate` trust nothing
+in it: every type, shape, range, spare bit and spare key is checked before anything is computed or allocated from it.
+
+The shape of every value is inferred here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+
+from lowbit.errors import LowbitError
+from lowbit.files import write_whole
+from lowbit.preprocessing import Preprocessing
+
+FORMAT = 1
+WORD_BITS = 64
+
+MAX_FILE_BYTES = 1 << 32
+MAX_OPS = 1 << 12
+MAX_EXTENT = 1 << 16
+"""Largest height, width, channel count, kernel, stride, padding or dilation."""
+MAX_VALUE = 1 << 24
+"""Most elements of one value of one image, its padding included."""
+MAX_VALUES = 1 << 27
+"""Most elements of all values of one image together."""
+MAX_TAPS = 1 << 24
+"""Most products in one sum, so that every accumulator fits an int32."""
+
+Array = npt.NDArray[Any]
+Op = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Value:
+    """What an op writes for one image: ``codes`` of ``bits`` bits or ``float`` numbers (bits 32), channels last."""
+
+    kind: Literal["float", "codes"]
+    height: int
+    width: int
+    channels: int
+    bits: int = 32
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.height, self.width, self.channels
+
+    @property
+    def elements(self) -> int:
+        return self.height * self.width * self.channels
+
+    def __str__(self) -> str:
+        kind = "float32" if self.kind == "float" else f"{self.bits}-bit codes"
+        return f"{kind} {self.height}x{self.width}x{self.channels}"
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """What one op takes: bytes of its tensors as stored, the same with float32 weights, and products per image."""
+
+    bytes: int
+    float_bytes: int
+    macs: int
+
+
+@dataclass
+class PackedModel:
+    """A network ready to run.
+
+    Attributes:
+        input_shape: (channels, height, width) of one image.
+        ops: the graph in execution order; see docs/contract.md.
+        tensors: NumPy arrays named ``"{op}.{name}"``.
+        preprocessing: how an image becomes the input; None when the caller prepares inputs.
+        classes: one name per output channel; None when the outputs are no classes.
+        provenance: where the network came from; JSON.
+    """
+
+    input_shape: tuple[int, int, int]
+    ops: list[Op]
+    tensors: dict[str, Array]
+    preprocessing: Preprocessing | None = None
+    classes: list[str] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def op_tensors(self, index: int) -> dict[str, Array]:
+        """Tensors of op ``index`` by their short names."""
+        prefix = f"{index}."
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+    def values(self) -> list[Value]:
+        """All values, the input first and the output last. Raises like `validate`."""
+        return validate(self)
+
+    def costs(self) -> list[OpCost]:
+        """The cost of each op. Raises like `validate`."""
+        values = validate(self)
+        return [
+            _cost(op, self.op_tensors(index), values[op["inputs"][0]], values[index + 1])
+            for index, op in enumerate(self.ops)
+        ]
+
+    def to_bytes(self) -> bytes:
+        """The packed file's bytes: the same for equal models. Raises like `validate`."""
+        validate(self)
+        header = {
+            "format": FORMAT,
+            "input": {"shape": list(self.input_shape)},
+            "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
+            "classes": self.classes,
+            "provenance": self.provenance,
+            "ops": self.ops,
+        }
+        try:
+            text = json.dumps(header, allow_nan=False, separators=(",", ":"))
+        except (TypeError, ValueError) as error:
+            raise LowbitError(f"the packed model's provenance is no JSON: {error}") from None
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in self.tensors.items()}
+        return bytes(safetensors.numpy.save(tensors, {"lowbit": text}))
+
+    def save(self, path: str | Path) -> None:
+        """Write the packed file, whole or not at all. Raises like `validate` and `lowbit.files.write_whole`."""
+        write(path, self)
+
+
+def write(path: str | Path, model: PackedModel) -> None:
+    """Write ``model`` to ``path``, whole or not at all.
+
+    Raises:
+        LowbitError: the model is invalid, or the place cannot be written.
+    """
+    data = model.to_bytes()
+    with write_whole(Path(path)) as file:
+        file.write(data)
+
+
+def read(path: str | Path) -> PackedModel:
+    """Read and validate the packed file at ``path``.
+
+    Raises:
+        LowbitError: there is no file, or it is damaged, malformed or of an unknown format version.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise LowbitError(f"{path} is no file; `lowbit export RUN -o {path}` writes one")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise LowbitError(f"{path} has more than {MAX_FILE_BYTES} bytes and is no packed file; give another file")
+        data = path.read_bytes()
+    except OSError as error:
+        raise LowbitError(f"cannot read {path}: {error.strerror or error}; check its permissions") from None
+    return parse(data, str(path))
+
+
+def parse(data: bytes, name: str = "the packed model") -> PackedModel:
+    """Read and validate the bytes of a packed file; ``name`` is what error messages call it.
+
+    Raises:
+        LowbitError: the bytes are damaged, malformed or of an unknown format version.
+    """
+    try:
+        model = _parse(data)
+        validate(model)
+    except LowbitError as error:
+        raise LowbitError(f"{name}: {error}; write the file again with `lowbit export`") from None
+    return model
+
+
+def _parse(data: bytes) -> PackedModel:
+    try:
+        tensors = safetensors.numpy.load(data)
+        (header_bytes,) = struct.unpack_from("<Q", data)
+        text = json.loads(data[8 : 8 + header_bytes])["__metadata__"]["lowbit"]
+    except Exception as error:  # safetensors raises many kinds; whatever it stumbles over, the file is no packed file
+        raise LowbitError(f"not a packed file, or a damaged one ({type(error).__name__}: {error})") from None
+    try:
+        header = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise LowbitError(f"the graph is no JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise LowbitError("the graph is no JSON object")
+    if header.get("format") != FORMAT or isinstance(header.get("format"), bool):
+        found = header.get("format")
+        raise LowbitError(f"format version {found!r:.40} is unknown to this lowbit, which reads version {FORMAT}")
+    _check_keys("the graph", header, {"format", "input", "preprocessing", "classes", "provenance", "ops"})
+    if not isinstance(header["input"], dict):
+        raise LowbitError("the input is no JSON object")
+    _check_keys("the input", header["input"], {"shape"})
+    shape = header["input"]["shape"]
+    if not isinstance(shape, list) or len(shape) != 3:
+        raise LowbitError("the input shape must be [channels, height, width]")
+    preprocessing = header["preprocessing"]
+    if preprocessing is not None:
+        if not isinstance(preprocessing, dict):
+            raise LowbitError("the preprocessing is no JSON object")
+        try:
+            preprocessing = Preprocessing.from_dict(preprocessing)
+        except OverflowError as error:
+            raise LowbitError(f"preprocessing is malformed ({error})") from None
+    return PackedModel(
+        (shape[0], shape[1], shape[2]),
+        header["ops"],
+        tensors,
+        preprocessing,
+        header["classes"],
+        header["provenance"],
+    )
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not allowed")
+
+
+def validate(model: PackedModel) -> list[Value]:
+    """Check everything that the engine relies on.
+
+    Returns:
+        All values of the graph, the input first and the output last.
+
+    Raises:
+        LowbitError: one sentence that names the op and what is wrong with it.
+    """
+    channels, height, width = (_integer("the input shape", extent, 1, MAX_EXTENT) for extent in model.input_shape)
+    values = [Value("float", height, width, channels)]
+    if not isinstance(model.ops, list) or not 1 <= len(model.ops) <= MAX_OPS:
+        raise LowbitError(f"the graph must be a list of 1 to {MAX_OPS} ops")
+    by_op: dict[str, dict[str, Array]] = {}
+    for key, tensor in model.tensors.items():
+        number, _, name = key.partition(".")
+        by_op.setdefault(number, {})[name] = tensor
+    for index, op in enumerate(model.ops):
+        if not isinstance(op, dict):
+            raise LowbitError(f"op {index} is no JSON object")
+        checker = _Checker(index, op, by_op.pop(str(index), {}), values)
+        values.append(checker.check())
+    for number, tensors in by_op.items():
+        raise LowbitError(f"tensor {f'{number}.{next(iter(tensors))}'!r:.60} belongs to no op")
+    if sum(value.elements for value in values) > MAX_VALUES:
+        raise LowbitError(f"the values of one image have more than {MAX_VALUES} elements")
+    output = values[-1]
+    if output.kind != "float":
+        raise LowbitError(f"op {len(model.ops) - 1} writes the output, which must be float32, not {output}")
+    _check_description(model, output)
+    return values
+
+
+def _check_description(model: PackedModel, output: Value) -> None:
+    if model.preprocessing is not None and model.preprocessing.shape != tuple(model.input_shape):
+        raise LowbitError(
+            f"preprocessing makes images of shape {model.preprocessing.shape}, the input is {model.input_shape}"
+        )
+    if model.classes is not None:
+        if not isinstance(model.classes, list) or not all(isinstance(name, str) for name in model.classes):
+            raise LowbitError("classes must be a list of names")
+        if output.shape != (1, 1, len(model.classes)):
+            raise LowbitError(f"{len(model.classes)} class names do not fit an output of {output}")
+    if not isinstance(model.provenance, dict):
+        raise LowbitError("provenance must be a JSON object")
+
+
+_GEOMETRY = ("kernel", "stride", "padding")
+_ATTRIBUTES: Mapping[str, Sequence[str]] = {
+    "conv2d": (*_GEOMETRY, "dilation", "groups", "channels"),
+    "binary_conv2d": (*_GEOMETRY, "dilation", "groups", "channels"),
+    "threshold": ("bits",),
+    "max_pool": _GEOMETRY,
+    "avg_pool": (*_GEOMETRY, "count_include_pad"),
+    "affine": (),
+    "relu": (),
+    "hardtanh": ("min", "max"),
+    "add": (),
+}
+"""Attributes of each op besides ``op``, ``inputs`` and ``source``."""
+
+
+def _check_keys(what: str, found: Mapping[str, Any], wanted: set[str]) -> None:
+    for key in found:
+        if key not in wanted:
+            raise LowbitError(f"{what} has the unknown entry {key!r:.60}")
+    for key in sorted(wanted):
+        if key not in found:
+            raise LowbitError(f"{what} lacks the entry '{key}'")
+
+
+def _integer(what: str, number: Any, low: int, high: int) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or not low <= number <= high:
+        raise LowbitError(f"{what} holds {number!r:.40} where an integer from {low} to {high} is needed")
+    return number
+
+
+class _Checker:
+    """Checks one op against docs/contract.md and infers the value that it writes."""
+
+    def __init__(self, index: int, op: Op, tensors: Mapping[str, Array], values: Sequence[Value]) -> None:
+        self.op = op
+        self.tensors = dict(tensors)
+        self.values = values
+        kind, source = op.get("op"), op.get("source")
+        self.name = f"op {index} ({kind!s:.20}, from '{source!s:.60}')"
+        if not isinstance(kind, str) or kind not in _ATTRIBUTES:
+            raise LowbitError(f"op {index} is the unknown {kind!r:.40}; this lowbit knows {', '.join(_ATTRIBUTES)}")
+        if not isinstance(source, str):
+            raise LowbitError(f"{self.name} must name its source, the module that it came from")
+
+    def check(self) -> Value:
+        kind = self.op["op"]
+        wanted = {"op", "inputs", "source", *_ATTRIBUTES[kind]}
+        if kind == "binary_conv2d" and "thresholds" in self.tensors:
+            wanted.add("bits")
+        _check_keys(self.name, self.op, wanted)
+        inputs = self._inputs(2 if kind == "add" else 1)
+        value: Value = getattr(self, f"_{kind}")(*inputs)
+        for name in self.tensors:
+            raise LowbitError(f"{self.name} has the spare tensor {name!r:.60}")
+        if value.elements > MAX_VALUE:
+            raise LowbitError(f"{self.name} writes {value}, more than {MAX_VALUE} elements")
+        return value
+
+    def _inputs(self, count: int) -> list[Value]:
+        numbers = self.op["inputs"]
+        if not isinstance(numbers, list) or len(numbers) != count:
+            raise LowbitError(f"{self.name} must list {count} input{'s' if count > 1 else ''}")
+        return [self.values[_integer(f"{self.name}, inputs,", n, 0, len(self.values) - 1)] for n in numbers]
+
+    def _need(self, value: Value, kind: str, bits: int | None = None) -> None:
+        if value.kind != kind or (bits is not None and value.bits != bits):
+            wanted = "float32" if kind == "float" else f"{bits}-bit codes"
+            raise LowbitError(f"{self.name} needs {wanted} as input, not {value}")
+
+    def _pair(self, name: str, low: int) -> tuple[int, int]:
+        pair = self.op[name]
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise LowbitError(f"{self.name}: '{name}' must be a list of two integers")
+        what = f"{self.name}, {name},"
+        return _integer(what, pair[0], low, MAX_EXTENT), _integer(what, pair[1], low, MAX_EXTENT)
+
+    def _number(self, name: str) -> float:
+        number = self.op[name]
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, int | float)
+            or not abs(number) <= np.finfo(np.float32).max
+        ):
+            raise LowbitError(f"{self.name}: '{name}' must be a finite float32 number")
+        return float(number)
+
+    def _window(self, value: Value, dilation: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of what a sliding window over ``value`` writes."""
+        kernel, stride, padding = self._pair("kernel", 1), self._pair("stride", 1), self._pair("padding", 0)
+        padded = [extent + 2 * p for extent, p in zip((value.height, value.width), padding, strict=True)]
+        if math.prod(padded) * value.channels > MAX_VALUE:
+            raise LowbitError(f"{self.name} pads its input to more than {MAX_VALUE} elements")
+        spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+        if spans[0] > padded[0] or spans[1] > padded[1]:
+            raise LowbitError(
+                f"{self.name}: a window of {spans[0]}x{spans[1]} does not fit into {padded[0]}x{padded[1]}"
+            )
+        height, width = ((e - span) // s + 1 for e, span, s in zip(padded, spans, stride, strict=True))
+        return height, width
+
+    def _tensor(self, name: str, dtype: type, *shape: int) -> Array:
+        tensor = self.tensors.pop(name, None)
+        if tensor is None:
+            raise LowbitError(f"{self.name} lacks the tensor '{name}'")
+        if tensor.dtype != dtype or tensor.shape != shape:
+            wanted = f"{np.dtype(dtype).name} {'x'.join(map(str, shape))}"
+            found = f"{tensor.dtype.name} {'x'.join(map(str, tensor.shape)) or 'scalar'}"
+            raise LowbitError(f"{self.name}: tensor '{name}' must be {wanted}, but is {found}")
+        return tensor
+
+    def _floats(self, name: str, *shape: int) -> None:
+        if not np.isfinite(self._tensor(name, np.float32, *shape)).all():
+            raise LowbitError(f"{self.name}: tensor '{name}' holds a number that is not finite")
+
+    def _weight_bits(self, channels: int, kernel: tuple[int, int], depth: int) -> None:
+        bits = self._tensor("weight_bits", np.uint64, channels, *kernel, -(-depth // WORD_BITS))
+        tail = depth % WORD_BITS
+        if tail and np.any(bits[..., -1] >> np.uint64(tail)):
+            raise LowbitError(f"{self.name}: tensor 'weight_bits' has bits set beyond its {depth} channels")
+
+    def _falling(self, channels: int) -> npt.NDArray[np.bool_]:
+        falling = self._tensor("falling", np.uint8, channels)
+        if falling.max() > 1:
+            raise LowbitError(f"{self.name}: tensor 'falling' must hold only 0 and 1")
+        return falling.astype(bool)
+
+    def _thresholds(self, dtype: type, channels: int) -> int:
+        bits = _integer(f"{self.name}, bits,", self.op["bits"], 1, 8)
+        thresholds = self._tensor("thresholds", dtype, channels, 2**bits - 1)
+        if np.isnan(thresholds).any():
+            raise LowbitError(f"{self.name}: tensor 'thresholds' holds a NaN")
+        falling = self._falling(channels)
+        ordered = np.where(falling[:, None], thresholds[:, ::-1], thresholds)
+        if np.any(ordered[:, 1:] < ordered[:, :-1]):
+            raise LowbitError(
+                f"{self.name}: thresholds must not decrease in rising channels nor increase in falling ones"
+            )
+        return bits
+
+    def _convolution(self, value: Value) -> tuple[int, int, int, int, tuple[int, int]]:
+        """(output height, width, channels, input channels per group, kernel) of a convolution of ``value``."""
+        height, width = self._window(value, self._pair("dilation", 1))
+        channels = _integer(f"{self.name}, channels,", self.op["channels"], 1, MAX_EXTENT)
+        groups = _integer(f"{self.name}, groups,", self.op["groups"], 1, MAX_EXTENT)
+        if channels % groups or value.channels % groups:
+            raise LowbitError(f"{self.name}: {groups} groups divide {value.channels} and {channels} channels unevenly")
+        kernel = self._pair("kernel", 1)
+        depth = value.channels // groups
+        if math.prod(kernel) * depth > MAX_TAPS:
+            raise LowbitError(f"{self.name} sums more than {MAX_TAPS} products")
+        return height, width, channels, depth, kernel
+
+    def _conv2d(self, value: Value) -> Value:
+        self._need(value, "float")
+        height, width, channels, depth, kernel = self._convolution(value)
+        if "weight_bits" in self.tensors:
+            self._weight_bits(channels, kernel, depth)
+            self._floats("weight_scale", channels)
+        else:
+            self._floats("weight", channels, *kernel, depth)
+        if "bias" in self.tensors:
+            self._floats("bias", channels)
+        return Value("float", height, width, channels)
+
+    def _binary_conv2d(self, value: Value) -> Value:
+        self._need(value, "codes", 1)
+        height, width, channels, depth, kernel = self._convolution(value)
+        self._weight_bits(channels, kernel, depth)
+        if "thresholds" in self.tensors:
+            return Value("codes", height, width, channels, self._thresholds(np.int32, channels))
+        self._floats("scale", channels)
+        if "bias" in self.tensors:
+            self._floats("bias", channels)
+        return Value("float", height, width, channels)
+
+    def _threshold(self, value: Value) -> Value:
+        self._need(value, "float")
+        return Value("codes", *value.shape, self._thresholds(np.float32, value.channels))
+
+    def _pool(self, value: Value) -> Value:
+        height, width = self._window(value, (1, 1))
+        if any(2 * p > k for p, k in zip(self._pair("padding", 0), self._pair("kernel", 1), strict=True)):
+            raise LowbitError(f"{self.name}: padding may be at most half of the kernel")
+        return Value(value.kind, height, width, value.channels, value.bits)
+
+    def _max_pool(self, value: Value) -> Value:
+        if value.kind == "codes":
+            self._falling(value.channels)
+        return self._pool(value)
+
+    def _avg_pool(self, value: Value) -> Value:
+        self._need(value, "float")
+        if not isinstance(self.op["count_include_pad"], bool):
+            raise LowbitError(f"{self.name}: 'count_include_pad' must be true or false")
+        return self._pool(value)
+
+    def _affine(self, value: Value) -> Value:
+        self._need(value, "float")
+        self._floats("scale", value.channels)
+        self._floats("shift", value.channels)
+        return value
+
+    def _relu(self, value: Value) -> Value:
+        self._need(value, "float")
+        return value
+
+    def _hardtanh(self, value: Value) -> Value:
+        self._need(value, "float")
+        if self._number("min") > self._number("max"):
+            raise LowbitError(f"{self.name}: 'min' is above 'max'")
+        return value
+
+    def _add(self, left: Value, right: Value) -> Value:
+        self._need(left, "float")
+        self._need(right, "float")
+        if left != right:
+            raise LowbitError(f"{self.name} adds {left} to {right}, whose shapes differ")
+        return left
+
+
+def _cost(op: Op, tensors: Mapping[str, Array], source: Value, value: Value) -> OpCost:
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    if "channels" not in op:
+        return OpCost(stored, stored, 0)
+    weights = op["channels"] * math.prod(op["kernel"]) * (source.channels // op["groups"])
+    bits = tensors["weight_bits"].nbytes if "weight_bits" in tensors else weights * 4
+    return OpCost(stored, stored - bits + weights * 4, weights * value.height * value.width)
