@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -94,17 +95,24 @@ class Registry(Generic[F]):
             if key not in known:
                 choices = ", ".join(known) or "none"
                 raise UsageError(f"{self.kind} '{name}' has no option '{key}'; its options: {choices}")
-            parsed[key] = _parse(text, known[key].annotation, f"option '{key}' of {self.kind} '{name}'")
+            parsed[key] = parse_value(text, known[key].annotation, f"option '{key}' of {self.kind} '{name}'")
         return parsed
 
 
-def _parse(text: str, annotation: Any, what: str) -> Any:
-    if typing.get_origin(annotation) is typing.Literal:
-        choices = typing.get_args(annotation)
-        for choice in choices:
+def parse_value(text: str, annotation: Any, what: str) -> Any:
+    """``text`` as a value of the type ``annotation``: a ``Literal``, a tuple (items between commas), bool, int, float or str.
+
+    Raises:
+        UsageError: the type does not take it; the message starts with ``what``.
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        for choice in arguments:
             if text == str(choice):
                 return choice
-        raise UsageError(f"{what} is '{text}', but must be one of {', '.join(map(str, choices))}")
+        raise UsageError(f"{what} is '{text}', but must be one of {', '.join(map(str, arguments))}")
+    if origin is tuple:
+        return tuple(parse_value(item, arguments[0], what) for item in text.split(",") if item)
     if annotation is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -114,3 +122,9 @@ def _parse(text: str, annotation: Any, what: str) -> Any:
     except (TypeError, ValueError):
         expected = getattr(annotation, "__name__", annotation)
         raise UsageError(f"{what} is '{text}', but must be of type {expected}") from None
+
+
+def field_types(record: type) -> dict[str, Any]:
+    """Names and types of the fields of a dataclass."""
+    hints = typing.get_type_hints(record)
+    return {field.name: hints[field.name] for field in dataclasses.fields(record)}

@@ -1,0 +1,30 @@
+# `make demo` and `make test` do all set-up themselves: either one first, from a clean clone.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml CMakeLists.txt $(shell find engine -type f)
+
+.PHONY: demo test check setup clean
+
+demo: setup
+	$(BIN)/lowbit demo
+
+test: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: .venv/installed
+
+# Reinstalls when the native engine or the dependencies change; Python sources are used in place.
+.venv/installed: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowbit needs Python 3.11 or newer; choose one with: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,457 @@
+"""The command line. Each command is a few lines over the library; torch is imported only by those that train or check."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lowbit.errors import LowbitError, UsageError
+
+if TYPE_CHECKING:
+    from lowbit.data import ImageData
+    from lowbit.registry import Registry
+    from lowbit.runs import Run
+    from lowbit.training import TrainConfig
+
+app = typer.Typer(
+    help="Train, evaluate, compare and deploy binary and low-bit neural networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the same as JSON, for scripts.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder that `lowbit train` made.")]
+PackedFile = Annotated[Path, typer.Argument(help="A packed file that `lowbit export` made.")]
+DataName = Annotated[str | None, typer.Option(help="A data set's name, or folder:PATH.")]
+DataDir = Annotated[Path | None, typer.Option(help="Where the data set lies or is downloaded to.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", min=1)]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of all commands; `main` looks for --debug itself, so that it also covers errors in parsing."""
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this method's options.")] = None, as_json: AsJson = False
+) -> None:
+    """List the methods, or describe one of them and its options."""
+    from lowbit.methods import registry
+
+    if name is not None:
+        _describe(registry, name, as_json)
+        return
+    made = [registry[each]() for each in registry]
+    rows = [
+        {"name": m.name, "W": m.bits_w, "A": m.bits_a, "G": m.bits_g, "title": m.title, "paper": m.paper, "url": m.url}
+        for m in made
+    ]
+    _print_rows("Methods", rows, as_json)
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="Show this model's options.")] = None, as_json: AsJson = False
+) -> None:
+    """List the models, or describe one of them and its options."""
+    from lowbit.models import registry
+
+    if name is not None:
+        _describe(registry, name, as_json, hidden=("block",))
+        return
+    _print_rows("Models", [{"name": each, "what": _summary(registry[each])} for each in registry], as_json)
+
+
+@app.command()
+def datasets(as_json: AsJson = False) -> None:
+    """List the data sets."""
+    from lowbit.data import registry
+
+    rows = [{"name": each, "what": _summary(registry[each])} for each in registry]
+    rows.append({"name": "folder:PATH", "what": "PATH/train/CLASS/*.jpg|png and PATH/test/CLASS/*.jpg|png"})
+    _print_rows("Data sets", rows, as_json)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="The run folder to make, such as runs/NAME.")],
+    method: Annotated[str | None, typer.Option(help="See `lowbit methods`; float is the float twin.")] = None,
+    model: Annotated[str | None, typer.Option(help="See `lowbit models`.")] = None,
+    data: DataName = None,
+    data_dir: DataDir = None,
+    image_size: Annotated[int | None, typer.Option(help="Resize the images of a folder to this side.", min=8)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times that all train images are seen.", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a step.", min=2)] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The peak.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Spares norms, biases and latent weights.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="step, cosine, linear or poly.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="One of the method's recipes by name.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of the method; model.KEY=VALUE or recipe.KEY=VALUE for theirs."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random. [default: 0]", min=0)] = None,
+    precision: Annotated[str, typer.Option(help="auto, bf16 or float32.")] = "auto",
+    val_fraction: Annotated[float | None, typer.Option(help="Part of the train images that chooses the epoch.")] = None,
+    init_from: Annotated[Path | None, typer.Option(help="Run or .safetensors to take fitting weights from.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Train a model and leave a run folder."""
+    from lowbit.runs import Run
+    from lowbit.training import TrainConfig
+    from lowbit.training import train as train_run
+
+    explicit = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+    }
+    given = (method, model, data, data_dir, image_size, recipe, settings, seed, val_fraction, init_from, threads)
+    if resume and Run(out).config_path.is_file() and not any(v is not None for v in (*given, *explicit.values())):
+        config = TrainConfig.resuming(out)
+    else:
+        for option, value in (("--method", method), ("--model", model), ("--data", data)):
+            if value is None:
+                raise UsageError(f"{option} is missing; `lowbit {option[2:].replace('data', 'dataset')}s` lists the choices")
+        of_method, of_model, of_recipe = _parse_settings(method or "", model or "", settings or [])
+        config = TrainConfig(
+            out=out,
+            method=method or "",
+            model=model or "",
+            data=data or "",
+            data_dir=data_dir,
+            image_size=image_size,
+            method_options=of_method,
+            model_options=of_model,
+            recipe=recipe,
+            overrides={**of_recipe, **{key: value for key, value in explicit.items() if value is not None}},
+            seed=seed or 0,
+            precision=precision,
+            val_fraction=val_fraction or 0.0,
+            init_from=init_from,
+            resume=resume,
+            threads=threads,
+        )
+    run = train_run(config)
+    _summarise(run, config)
+
+
+@app.command()
+def evaluate(
+    source: Annotated[Path, typer.Argument(help="A run folder, a .safetensors file in it, or a .lowbit file.")],
+    data: DataName = None,
+    data_dir: DataDir = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time; changes no prediction.", min=1)] = 250,
+    threads: Annotated[int, typer.Option(help="CPU threads of the engine.", min=1)] = 1,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where evaluation.json goes.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Loss, accuracy, confusion matrix, and precision, recall and F1 per class, on the test images."""
+    from lowbit.evaluation import evaluate as evaluate_source
+    from lowbit.evaluation import render
+
+    images = _load_data(source, data, data_dir)
+    record = evaluate_source(source, images, batch_size=batch_size, threads=threads, output=output)
+    if as_json:
+        _print_json(record)
+    else:
+        render(record, Console())
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Comparison of runs",
+) -> None:
+    """Write one self-contained page that compares runs."""
+    from lowbit.report import compare as write_report
+    from lowbit.runs import Run
+
+    page = write_report([Run.open(path) for path in runs], output, title)
+    notes.print(f"wrote {page}")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The packed file to write.")] = Path("model.lowbit"),
+    as_json: AsJson = False,
+) -> None:
+    """Pack a trained network, and say per layer what became packed, what stayed float, and why."""
+    packed = _export(run)
+    packed.save(output)
+    rows = [
+        {"layer": r.name, "kind": r.kind, "W": r.bits_w, "A": r.bits_a, "bytes": r.bytes, "note": r.note}
+        for r in packed.layers
+    ]
+    _print_rows(f"Layers of {output}", rows, as_json)
+    notes.print(f"wrote {output}: {output.stat().st_size:,} bytes")
+
+
+@app.command()
+def verify(
+    run: RunFolder,
+    packed: PackedFile,
+    images: Annotated[int, typer.Option(help="Test images to check with.", min=1)] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Check the packed network against the trained one, layer by layer."""
+    import torch
+
+    from lowbit.exporter.verify import verify as verify_model
+    from lowbit.models import load_run
+
+    data = _load_data(run, None, None)
+    inputs = torch.from_numpy(data.preprocessing.normalise(data.test_images[:images]))
+    report = verify_model(load_run(run), packed, inputs)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        Console().print(report.render())
+    if not report.passed:
+        raise LowbitError(f"{packed} does not give what {run} gives; export it again from this run")
+
+
+@app.command()
+def predict(
+    packed: PackedFile,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(help="Classes to show for each image.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Class and probability of each image. Needs no torch."""
+    from lowbit.runtime import Engine, load_image
+
+    engine = Engine(packed, threads=threads)
+    rows = []
+    for path in images:
+        probabilities = engine.predict([load_image(path)])[0]
+        names = engine.classes or [str(index) for index in range(len(probabilities))]
+        for index in probabilities.argsort()[::-1][:top]:
+            rows.append({"image": str(path), "class": names[index], "probability": round(float(probabilities[index]), 4)})
+    _print_rows("Predictions", rows, as_json)
+
+
+@app.command()
+def inspect(packed: PackedFile, as_json: AsJson = False) -> None:
+    """What is inside a packed file: ops, bits, bytes, preprocessing, provenance."""
+    from lowbit.packed import read
+
+    model = read(packed)
+    rows = [
+        {
+            "op": index,
+            "kind": op["op"],
+            "source": op["source"],
+            "output": "x".join(map(str, shape.shape)) + (f", {shape.bits} bit" if shape.bits else ", float"),
+            "bytes": size,
+        }
+        for index, (op, shape, size) in enumerate(zip(model.ops, model.values()[1:], model.op_bytes(), strict=True))
+    ]
+    about = {
+        "input": list(model.input_shape),
+        "classes": model.classes,
+        "preprocessing": model.preprocessing and model.preprocessing.to_dict(),
+        "provenance": model.provenance,
+    }
+    if as_json:
+        _print_json({"ops": rows, **about})
+        return
+    _print_rows(str(packed), rows, False)
+    for key, value in about.items():
+        if value is not None:
+            Console().print(f"{key}: {_short(value)}", highlight=False, markup=False)
+
+
+@app.command()
+def bench(
+    packed: PackedFile,
+    threads: Annotated[int, typer.Option(help="CPU threads of everything that is timed.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 1,
+    against: Annotated[str, typer.Option(help="Peers, between commas: torch, onnxruntime, openvino.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Median time per batch, beside float twins of the same architecture in other runtimes, interleaved in one run."""
+    from lowbit.exporter.bench import bench as run_bench
+
+    result = run_bench(packed, threads=threads, batch=batch, against=[p for p in against.split(",") if p])
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        Console().print(result.render())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for runs, packed files and the report.")] = Path("runs/demo"),
+    threads: Threads = None,
+) -> None:
+    """The whole road on the embedded digits: train float and XNOR-Net, compare, export, verify, run."""
+    from lowbit.demo import run_demo
+
+    run_demo(out, threads)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: turns errors into one sentence and an exit status (2 bad use, 1 failure, 130 interrupted)."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments
+    try:
+        app(["--debug"] * debug + [a for a in arguments if a != "--debug"], standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)
+    except LowbitError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"lowbit: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").split(".")[0] not in TRAINING_PACKAGES:
+            raise
+        print(f"lowbit: this command needs {error.name}; pip install 'lowbit[train]' brings it", file=sys.stderr)
+        sys.exit(1)
+
+
+TRAINING_PACKAGES = {"torch", "torchvision", "lightning", "sklearn", "plotly", "tensorboard", "safetensors"}
+
+
+def _load_data(source: Path, data: str | None, data_dir: Path | None) -> ImageData:
+    """The data set named on the command line, else the one that ``source`` was trained on."""
+    from lowbit import data as data_sets
+
+    if data is not None:
+        return data_sets.load(data, data_dir)
+    used = _data_of(source)
+    if used is None:
+        raise UsageError(f"{source} does not say what it was trained on; name a data set with --data")
+    return data_sets.load(used["spec"], data_dir or used.get("data_dir"), used.get("image_size"))
+
+
+def _data_of(source: Path) -> dict[str, Any] | None:
+    from lowbit.runs import Run
+
+    if source.suffix == ".lowbit" and source.is_file():
+        from lowbit.packed import read
+
+        found = (read(source).provenance or {}).get("data")
+        return found if isinstance(found, dict) and isinstance(found.get("spec"), str) else None
+    found = Run.open(source if source.is_dir() else source.parent).config.get("data")
+    return found if isinstance(found, dict) and isinstance(found.get("spec"), str) else None
+
+
+def _export(run: Path) -> Any:
+    from lowbit.exporter.from_run import export_run
+
+    return export_run(run)
+
+
+def _parse_settings(
+    method: str, model: str, settings: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """``--set`` strings, sorted into options of the method, of the model and fields of the recipe."""
+    from lowbit.methods import Recipe
+    from lowbit.methods import registry as method_registry
+    from lowbit.models import registry as model_registry
+    from lowbit.registry import field_types, parse_value
+
+    texts: dict[str, dict[str, str]] = {"method": {}, "model": {}, "recipe": {}}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes KEY=VALUE, not '{setting}'")
+        owner, dot, option = key.partition(".")
+        texts[owner if dot and owner in texts else "method"][option if dot and owner in texts else key] = value
+    types = field_types(Recipe)
+    for key in texts["recipe"]:
+        if key not in types:
+            raise UsageError(f"a recipe has no field '{key}'; its fields: {', '.join(types)}")
+    return (
+        method_registry.parse_options(method, texts["method"]),
+        model_registry.parse_options(model, texts["model"]),
+        {key: parse_value(text, types[key], f"recipe field '{key}'") for key, text in texts["recipe"].items()},
+    )
+
+
+def _summarise(run: Run, config: TrainConfig) -> None:
+    last = run.metrics()[-1]
+    chosen = run.config.get("best")
+    how = f"epoch {chosen['epoch']}, chosen by the validation images" if chosen else "the last epoch"
+    best = run.config["best_test"]
+    notes.print(
+        f"{run.path}: weights of {how}; test accuracy after the last epoch {100 * last['test_accuracy']:.2f} %; "
+        f"best test epoch, which chose nothing: {best['epoch']} with {100 * best['accuracy']:.2f} %"
+    )
+
+
+def _describe(registry: Registry[Callable[..., Any]], name: str, as_json: bool, hidden: Sequence[str] = ()) -> None:
+    documentation = (registry[name].__doc__ or "").strip()
+    rows = [
+        {"option": p.name, "type": _type_name(p.annotation), "default": p.default}
+        for p in registry.options(name).values()
+        if p.name not in hidden
+    ]
+    if as_json:
+        _print_json({"name": name, "documentation": documentation, "options": rows})
+        return
+    Console().print(documentation, markup=False, highlight=False)
+    if rows:
+        _print_rows(f"Options of {name}", rows, False)
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").strip().split("\n")[0]
+
+
+def _short(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else json.dumps(value, ensure_ascii=False)
+
+
+def _print_rows(title: str, rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _print_json(list(rows))
+        return
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column, value in (rows[0] if rows else {}).items():
+        table.add_column(column, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+    Console().print(table)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1, default=str))
