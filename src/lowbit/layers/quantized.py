@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,16 @@ class QuantizedLayer(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    weight_quantizer: Quantizer | None = None
-    activation_quantizer: Quantizer | None = None
-    projection: Callable[[Tensor], None] | None = None
+    weight_quantizer: Quantizer | None
+    activation_quantizer: Quantizer | None
+    projection: Callable[[Tensor], None] | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Set here and not on the class: a class attribute would hide the submodule of the same name.
+        self.weight_quantizer = None
+        self.activation_quantizer = None
+        self.projection = None
 
     def transform(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's own linear map, with the given weight and bias."""
