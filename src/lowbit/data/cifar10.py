@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lowbit.data.base import ImageData, registry
+from lowbit.data.base import ImageData, Labels, registry
 from lowbit.errors import LowbitError
-from lowbit.preprocessing import Preprocessing
+from lowbit.preprocessing import Pixels, Preprocessing
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PREPROCESSING = Preprocessing("RGB", (32, 32), 0, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -30,13 +30,13 @@ def cifar10(data_dir: Path) -> ImageData:
         train, test, classes, mode = read_folder(data_dir)
         if classes != CLASSES or mode != "RGB" or train.images.shape[1:] != (32, 32, 3):
             raise LowbitError(f"{data_dir} does not hold the ten classes of CIFAR-10 in 32x32 colour")
-        arrays = (train.images, train.labels, test.images, test.labels)
+        parts = [(train.images, train.labels), (test.images, test.labels)]
     else:
-        arrays = tuple(array for training in (True, False) for array in _torchvision(data_dir, training))
-    return ImageData("cifar10", *arrays, classes=CLASSES, preprocessing=PREPROCESSING, flip=True)
+        parts = [_torchvision(data_dir, training) for training in (True, False)]
+    return ImageData("cifar10", *parts[0], *parts[1], classes=CLASSES, preprocessing=PREPROCESSING, flip=True)
 
 
-def _torchvision(data_dir: Path, training: bool) -> tuple[np.ndarray, np.ndarray]:
+def _torchvision(data_dir: Path, training: bool) -> tuple[Pixels, Labels]:
     from torchvision.datasets import CIFAR10
 
     try:

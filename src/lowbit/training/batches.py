@@ -99,5 +99,6 @@ class EvalBatches:
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for pixels, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
-            yield self.normalise(pixels), labels
+        for start in range(0, len(self.images), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self.normalise(self.images[part]), self.labels[part]

@@ -14,7 +14,8 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from lowbit.errors import LowbitError
-from lowbit.runs import Run, write_whole
+from lowbit.files import write_whole
+from lowbit.runs import Run
 from lowbit.training.checkpoints import Checkpoint, save_weights
 from lowbit.training.module import TrainingModule, find_not_finite
 

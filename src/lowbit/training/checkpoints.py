@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.runs import write_whole
+from lowbit.files import write_whole
 
 
 @dataclass

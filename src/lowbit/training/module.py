@@ -15,7 +15,9 @@ from torch.nn.modules.conv import _ConvNd
 from lowbit.layers import attach_projections
 from lowbit.methods.base import Recipe
 from lowbit.training.batches import Batch, TrainBatches, derived_seed
+from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.schedules import multiplier
+from lowbit.training.small_maps import SmallMapConvolutions
 
 
 def squared_hinge(logits: Tensor, labels: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     Decay reaches the weights of convolutions and linear layers. It spares norms, biases and latent weights (those of
     layers whose ``weight_quantizer`` is not None), unless the recipe says ``decay_all``.
     """
-    decayed: set[nn.Parameter] = set()
+    decayed: set[Tensor] = set()
     for module in model.modules():
         latent = getattr(module, "weight_quantizer", None) is not None
         if isinstance(module, (_ConvNd, nn.Linear)) and not latent:
@@ -106,7 +108,7 @@ class TrainingModule(pl.LightningModule):
         batches: the train batches, to be told which epoch is next.
         sets: names of the evaluation sets, in the order of the validation loaders.
         seed: of the run; dropout of epoch e is drawn from (seed, e).
-        optimizer_state: to resume from, or None.
+        checkpoint: to resume from, or None.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class TrainingModule(pl.LightningModule):
         batches: TrainBatches,
         sets: tuple[str, ...],
         seed: int,
-        optimizer_state: dict[str, Any] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -126,7 +128,7 @@ class TrainingModule(pl.LightningModule):
         self.batches = batches
         self.sets = sets
         self.seed = seed
-        self.optimizer_state = optimizer_state
+        self.checkpoint = checkpoint
         self.tallies: dict[str, Tally] = {}
         self.step_loss = torch.zeros(())
         self.step_batch: Batch | None = None
@@ -134,9 +136,11 @@ class TrainingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         self.optimizer = make_optimizer(self.model, self.recipe)
-        if self.optimizer_state is not None:
-            self.optimizer.load_state_dict(self.optimizer_state)
-            self.optimizer_state = None
+        if self.checkpoint is not None:
+            # Attaching projects once more, which is no identity in the last bit: so the weights are restored after it.
+            self.model.load_state_dict(self.checkpoint.model)
+            self.optimizer.load_state_dict(self.checkpoint.optimizer)
+            self.checkpoint = None
         return self.optimizer
 
     def on_train_epoch_start(self) -> None:
@@ -152,7 +156,8 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
-        logits = self.model(images).float()
+        with SmallMapConvolutions():
+            logits = self.model(images).float()
         loss = loss_of(self.loss, logits, labels, self.recipe.label_smoothing)
         self.step_loss, self.step_batch = loss.detach(), batch
         self.tallies["train"].add(loss, (logits.detach().argmax(1) == labels).sum(), len(labels))
@@ -187,7 +192,7 @@ def modules_in_call_order(model: nn.Module, images: Tensor) -> Iterator[tuple[st
 
 
 def find_not_finite(model: nn.Module, images: Tensor) -> str:
-    """Say where a number stopped being finite: the first output on the way forward, else the first gradient on the way back.
+    """Name where a number stopped being finite: an output on the way forward, else a gradient on the way back.
 
     Args:
         model: with the gradients of the failed step still in ``.grad``.

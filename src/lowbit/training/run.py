@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import logging
 import math
@@ -160,7 +161,7 @@ def _train(config: TrainConfig, run: Run, started: bool, console: Console) -> Ru
         precision = recorded.get("precision") or auto_precision(device)
     if precision not in PRECISIONS:
         raise UsageError(f"--precision is '{precision}', but must be auto, {' or '.join(PRECISIONS)}")
-    settings = {
+    settings: dict[str, Any] = {
         "model": {"name": config.model, "options": dict(config.model_options)},
         "method": {"name": config.method, "options": dict(config.method_options)},
         "recipe": {"name": recipe_name, **asdict(recipe)},
@@ -234,12 +235,11 @@ def fit(
     checkpoint = Checkpoint.load(_checkpoint(run)) if _checkpoint(run).is_file() else None
     rows = checkpoint.rows if checkpoint else []
     if checkpoint:
-        model.load_state_dict(checkpoint.model)
         console.print(f"resuming after epoch {len(rows)} of {recipe.epochs}", highlight=False)
         if len(rows) == recipe.epochs:
             write_metrics(run, rows)
             return rows
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     train_indices, val_indices = images.split(config.val_fraction, config.seed)
     batches = TrainBatches(
         images.train_images[train_indices],
@@ -262,7 +262,7 @@ def fit(
         batches,
         tuple(evaluated),
         config.seed,
-        checkpoint.optimizer if checkpoint else None,
+        checkpoint,
     )
     callbacks: list[Callback] = [FiniteCheck(), Recorder(run, rows, bool(len(val_indices)), console)]
     show_bar = config.progress and sys.stderr.isatty()
@@ -283,7 +283,7 @@ def fit(
             use_distributed_sampler=False,
             inference_mode=False,
         )
-        trainer.fit_loop.epoch_progress.current.processed = len(rows)
+        trainer.fit_loop.epoch_progress.current.processed = len(rows)  # type: ignore[attr-defined]
         with interrupts_pass():
             trainer.fit(module, batches, loaders)
     return rows
@@ -428,7 +428,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "lightning": pl.__version__,
+        "lightning": importlib.metadata.version("lightning"),
         "lowbit": lowbit.__version__,
     }
 
