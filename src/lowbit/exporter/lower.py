@@ -1,0 +1,484 @@
+"""From captured steps to the ops of the packed file (docs/contract.md). Knows number grids, never methods."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import UsageError
+from lowbit.exporter.capture import LAYERS, POINTWISE, Graph, Step, as_pair, capture
+from lowbit.exporter.thresholds import Chain, Thresholds, find, floats, sums
+from lowbit.layers import QuantizedLayer
+from lowbit.packed import WORD_BITS, PackedModel
+from lowbit.preprocessing import Preprocessing
+from lowbit.quantizers.base import Grid, Quantizer
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ExportedPart:
+    """What became of one module: its name and kind, whether it computes on bits, and how or why not."""
+
+    name: str
+    kind: str
+    packed: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Export:
+    """A packed model, and what became of each part of the torch model, in the order of computation."""
+
+    packed: PackedModel
+    parts: tuple[ExportedPart, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Write the packed file.
+
+        Raises:
+            LowbitError: the file cannot be written.
+        """
+        self.packed.save(path)
+
+
+def export(
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    classes: Sequence[str] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Export:
+    """Pack ``model``, as it computes in ``eval()``, for the engine. The model is left as it was.
+
+    Layers whose weights and activations are both binary become integer ops; what lies between them (scale, bias, batch
+    norm, ReLU, max-pool) becomes thresholds that give the very codes of the torch model on this machine. All else stays
+    float32.
+
+    Args:
+        model: made by `lowbit.models.create`, or any module of the layers that the packed file knows.
+        example_input: float32, (N, C, H, W) or (N, features): its size is the size that the packed model takes.
+        classes: a name for each output.
+        preprocessing: how an image becomes the input, so that ``lowbit predict`` needs nothing else.
+        provenance: what else to remember (JSON); versions and the method's name are added.
+
+    Raises:
+        UsageError: something cannot be lowered; the message names the module or call.
+    """
+    graph = capture(model, example_input)
+    if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
+        preprocessing = Preprocessing.from_dict(dict(preprocessing))
+    if preprocessing is not None and preprocessing.shape != graph.input.shape:
+        raise UsageError(f"preprocessing makes inputs {preprocessing.shape}, but the model takes {graph.input.shape}")
+    if classes is not None and len(classes) != graph.output.shape[0]:
+        raise UsageError(f"{len(classes)} class names are given, but the model has {graph.output.shape[0]} outputs")
+    lowering = _Lowering(graph)
+    with torch.no_grad():
+        lowering.run()
+    method = getattr(getattr(model, "method", None), "name", None)
+    packed = PackedModel(
+        input_shape=graph.input.shape,
+        ops=lowering.ops,
+        tensors=lowering.tensors,
+        preprocessing=preprocessing,
+        classes=None if classes is None else list(classes),
+        provenance={"torch": torch.__version__, **({"method": method} if method else {}), **(provenance or {})},
+    )
+    return Export(packed, lowering.parts())
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a quantized layer reads: from ``root`` through pointwise modules and max-pools to its quantizer."""
+
+    layer: Step
+    root: Step
+    between: tuple[Step, ...]
+
+
+class _Lowering:
+    """Writes ops. Layers that read the same codes share them; a float value is made only if it is read."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.ops: list[dict[str, Any]] = []
+        self.tensors: dict[str, Array] = {}
+        self.notes: dict[Step, list[tuple[bool, str]]] = defaultdict(list)
+        self.float_readers: dict[Step, list[str]] = defaultdict(list)
+        self.readings: dict[Step, _Reading] = {}
+        self.thresholds: dict[Step, Thresholds] = {}
+        self.fused: dict[Step, _Reading] = {}
+        self.floats: dict[Step, int] = {graph.input: 0}
+        self.codes: dict[Step, list[tuple[Thresholds, int]]] = defaultdict(list)
+
+    def run(self) -> None:
+        """Lower the whole graph.
+
+        Raises:
+            UsageError: a part has no op.
+        """
+        self._find_readers()
+        self._find_thresholds()
+        for step in self.graph.steps[1:]:
+            if step in self.fused:
+                self._layer_to_codes(step)
+            elif not _is_between(step):
+                self._float(step)
+        self._float(self.graph.output)
+
+    def parts(self) -> tuple[ExportedPart, ...]:
+        """What became of each step."""
+        return tuple(
+            ExportedPart(
+                step.source,
+                _kind(step),
+                any(packed for packed, _ in self.notes[step]),
+                "; ".join(dict.fromkeys(note for _, note in self.notes[step])),
+            )
+            for step in self.graph.steps[1:]
+        )
+
+    def _find_readers(self) -> None:
+        for step in self.graph.steps[1:]:
+            if _is_binary(step):
+                self.readings[step] = _trace_back(step)
+            elif not _is_between(step):
+                for value in step.inputs:
+                    self.float_readers[_root(value)].append(f"'{step.source}'")
+        self.float_readers[_root(self.graph.output)].append("the output")
+
+    def _find_thresholds(self) -> None:
+        """Codes come of a layer's sums if all that reads it are layers with the same codes; else of its float value."""
+        readers: dict[Step, list[_Reading]] = defaultdict(list)
+        for reading in self.readings.values():
+            readers[reading.root].append(reading)
+        for root, readings in readers.items():
+            if _is_binary(root) and root not in self.float_readers and len({r.layer.inputs[0] for r in readings}) == 1:
+                found = [_thresholds(reading, from_sums=True) for reading in readings]
+                if all(thresholds == found[0] for thresholds in found):
+                    self.fused[root] = readings[0]
+                    self.thresholds |= {r.layer: t for r, t in zip(readings, found, strict=True)}
+                    continue
+            self.thresholds |= {r.layer: _thresholds(r, from_sums=False) for r in readings}
+
+    def _layer_to_codes(self, step: Step) -> None:
+        reading = self.fused[step]
+        thresholds = self.thresholds[reading.layer]
+        self._note(step, True, "1-bit weights and activations; sums become codes")
+        attributes, tensors = _convolution(step, _weight_codes(step)[0])
+        value = self._op(
+            "binary_conv2d",
+            step,
+            [self._read_codes(step)],
+            {**attributes, "bits": 1},
+            {**tensors, **_stored(thresholds)},
+        )
+        self._finish_codes(reading, thresholds, value)
+
+    def _read_codes(self, layer: Step) -> int:
+        """The value that holds the codes which ``layer`` reads."""
+        thresholds, reading = self.thresholds[layer], self.readings[layer]
+        for present, value in self.codes[layer.inputs[0]]:
+            if present == thresholds:
+                return value
+        value = self._op("threshold", layer, [self._float(reading.root)], {"bits": 1}, _stored(thresholds))
+        return self._finish_codes(reading, thresholds, value)
+
+    def _finish_codes(self, reading: _Reading, thresholds: Thresholds, value: int) -> int:
+        """Max-pools move behind the thresholds."""
+        pools = iter(thresholds.pools)
+        for step in reading.between:
+            if isinstance(step.module, nn.MaxPool2d):
+                self._note(step, True, "on codes")
+                value = self._op("max_pool", step, [value], _window(step.module), {"falling": next(pools).numpy()})
+            else:
+                self._note(step, True, f"inside the thresholds of '{reading.layer.source}'")
+        self.codes[reading.layer.inputs[0]].append((thresholds, value))
+        return value
+
+    def _float(self, step: Step) -> int:
+        """The value that holds the result of ``step`` in float32."""
+        if step not in self.floats:
+            self.floats[step] = self._layer_to_float(step) if _is_layer(step) else self._float_op(step)
+        return self.floats[step]
+
+    def _layer_to_float(self, step: Step) -> int:
+        module = step.module
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        if _is_binary(step):
+            codes, _ = _weight_codes(step)
+            attributes, tensors = _convolution(step, codes)
+            readers = list(dict.fromkeys(self.float_readers[step])) or ["several quantizers"]
+            self._note(
+                step, True, f"1-bit weights and activations; sums become float32, read by {' and '.join(readers)}"
+            )
+            tensors["scale"] = _scale(step).numpy()
+            return self._op("binary_conv2d", step, [self._read_codes(step)], attributes, tensors | _bias(module))
+        source = self._float(step.inputs[0])
+        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
+            codes, grid = _weight_codes(step)
+            attributes, tensors = _convolution(step, codes)
+            tensors["weight_scale"] = _per_channel(grid.scale, module).numpy()
+            self._note(step, True, "1-bit weights; activations stay float32, for it has no quantizer for them")
+        else:
+            attributes, tensors = _convolution(step, None)
+            self._note(step, False, "float32: not quantized")
+        return self._op("conv2d", step, [source], attributes, tensors | _bias(module))
+
+    def _float_op(self, step: Step) -> int:
+        module, inputs = step.module, [self._float(value) for value in step.inputs]
+        name, attributes, tensors = _FLOAT_OPS[type(module)](step)
+        self._note(step, False, f"float32 {name}")
+        return self._op(name, step, inputs, attributes, tensors)
+
+    def _op(
+        self, name: str, step: Step, inputs: list[int], attributes: Mapping[str, Any], tensors: Mapping[str, Array]
+    ) -> int:
+        index = len(self.ops)
+        self.ops.append({"op": name, "inputs": inputs, "source": step.source, **attributes})
+        self.tensors |= {f"{index}.{key}": np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
+        return index + 1
+
+    def _note(self, step: Step, packed: bool, note: str) -> None:
+        self.notes[step].append((packed, note))
+
+
+def _is_layer(step: Step) -> bool:
+    return type(step.module) in LAYERS
+
+
+def _is_between(step: Step) -> bool:
+    """Whether a step can be inside a chain of thresholds."""
+    return type(step.module) in (*POINTWISE, nn.MaxPool2d)
+
+
+def _is_binary(step: Step) -> bool:
+    """Whether a step is a layer that computes on codes.
+
+    Raises:
+        UsageError: it quantizes its activations, but in a way that no op computes.
+    """
+    module = step.module
+    if not isinstance(module, QuantizedLayer) or module.activation_quantizer is None:
+        return False
+    if module.weight_quantizer is None:
+        raise UsageError(
+            f"'{step.source}' has quantized activations and float weights, which no op of the packed file computes"
+        )
+    return True
+
+
+def _root(step: Step) -> Step:
+    while _is_between(step):
+        (step,) = step.inputs
+    return step
+
+
+def _trace_back(layer: Step) -> _Reading:
+    between: list[Step] = []
+    (step,) = layer.inputs
+    while _is_between(step):
+        between.append(step)
+        (step,) = step.inputs
+    return _Reading(layer, step, tuple(reversed(between)))
+
+
+def _kind(step: Step) -> str:
+    return "add" if step.module is None else type(step.module).__name__
+
+
+def _thresholds(reading: _Reading, from_sums: bool) -> Thresholds:
+    """The thresholds of the codes that a layer reads, from the sums of the layer before it or from a float value."""
+    _activation_grid(reading.layer)
+    root, channels = reading.root, reading.root.shape[0]
+    scale = _scale(root) if from_sums else None
+    bias = getattr(root.module, "bias", None) if from_sums else None
+    quantizer = cast(QuantizedLayer, reading.layer.module).activation_quantizer
+    assert quantizer is not None
+
+    def shaped(numbers: Tensor, rank: int) -> Tensor:
+        return numbers.reshape(-1, channels, *(1,) * (rank - 2))
+
+    def run(numbers: Tensor) -> list[Tensor]:
+        # The arithmetic of QuantizedLayer in eval(): one rounding for the scale, one for the bias.
+        value = numbers if scale is None else numbers * scale
+        value = value if bias is None else value + bias
+        traces = []
+        for step in reading.between:
+            if isinstance(step.module, nn.MaxPool2d):
+                traces.append(value.clone())
+            else:
+                assert step.module is not None
+                value = step.module(shaped(value, step.rank)).reshape(-1, channels)
+        codes, _ = quantizer.encode(shaped(value, reading.layer.rank))
+        return [*traces, codes.reshape(-1, channels)]
+
+    chain = Chain(run, channels, 1, f"what '{reading.layer.source}' reads of '{root.source}'")
+    return find(chain, sums(_terms(root)) if from_sums else floats())
+
+
+def _terms(step: Step) -> int:
+    return cast(QuantizedLayer, step.module).weight[0].numel()
+
+
+def _activation_grid(step: Step) -> Grid:
+    """The grid of the codes that a layer reads, which must be the same for all data."""
+    quantizer = cast(QuantizedLayer, step.module).activation_quantizer
+    assert quantizer is not None
+    shape = (1, *step.inputs[0].shape)
+    grids = [_binary_grid(step, quantizer, torch.full(shape, value)) for value in (0.0, -1.0, 3.0)]
+    if any(grid.scale.numel() != 1 or not torch.equal(grid.scale, grids[0].scale) for grid in grids):
+        raise UsageError(
+            f"'{step.source}' scales its activations by channel or by the data; only one fixed scale can be lowered"
+        )
+    return grids[0]
+
+
+def _weight_codes(step: Step) -> tuple[Tensor, Grid]:
+    module = cast(QuantizedLayer, step.module)
+    assert module.weight_quantizer is not None
+    return module.weight_quantizer.encode(module.weight)[0], _binary_grid(step, module.weight_quantizer, module.weight)
+
+
+def _binary_grid(step: Step, quantizer: Quantizer, x: Tensor) -> Grid:
+    with torch.no_grad():
+        grid = quantizer.encode(x)[1]
+    if (grid.bits, grid.multiplier, grid.offset) != (1, 2, -1):
+        raise UsageError(
+            f"'{step.source}' has a grid of {grid.bits} bits, {grid.multiplier} * code + {grid.offset}; "
+            "the packed file computes with 1 bit, 2 * code - 1, only"
+        )
+    return grid
+
+
+def _scale(step: Step) -> Tensor:
+    """What the sums of a binary layer are multiplied by, (O,) float32: the product of both grids' scales."""
+    module = step.module
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    return _per_channel(_activation_grid(step).scale * _weight_codes(step)[1].scale, module)
+
+
+def _per_channel(scale: Tensor, module: nn.Conv2d | nn.Linear) -> Tensor:
+    return scale.detach().reshape(-1).expand(module.weight.shape[0]).clone()
+
+
+def _convolution(step: Step, codes: Tensor | None) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Attributes and weight of a convolution; a dense layer is one whose kernel is the whole map that it reads.
+
+    Args:
+        codes: of the weight, 0 or 1; None stores the float weight.
+    """
+    module = step.module
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    weight = module.weight.detach() if codes is None else codes
+    if isinstance(module, nn.Conv2d):
+        geometry = (module.stride, _padding(step.source, module), module.dilation, module.groups)
+    else:
+        weight = weight.reshape(-1, *step.inputs[0].shape)
+        geometry = ((1, 1), (0, 0), (1, 1), 1)
+    attributes = {
+        "kernel": list(weight.shape[2:]),
+        **dict(zip(("stride", "padding", "dilation"), map(list, geometry[:3]), strict=True)),
+        "groups": geometry[3],
+        "channels": weight.shape[0],
+    }
+    array = np.ascontiguousarray(weight.permute(0, 2, 3, 1).numpy())
+    return attributes, {"weight": array} if codes is None else {"weight_bits": _words(array)}
+
+
+def _words(codes: Array) -> Array:
+    """Codes (O, kh, kw, C), 0 or 1, as words (O, kh, kw, ceil(C / 64)): LSB first, zeros in the tail."""
+    spare = -codes.shape[-1] % WORD_BITS
+    padded = np.pad(codes.astype(np.uint8), [(0, 0)] * 3 + [(0, spare)])
+    return np.packbits(padded, axis=-1, bitorder="little").view("<u8").astype(np.uint64)
+
+
+def _padding(name: str, module: nn.Conv2d) -> tuple[int, int]:
+    if not isinstance(module.padding, str):
+        return as_pair(module.padding)
+    if module.padding == "valid":
+        return 0, 0
+    totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    if any(total % 2 for total in totals):
+        raise UsageError(
+            f"'{name}' has padding 'same' with an even kernel, which pads one side more; give the padding in numbers"
+        )
+    return totals[0] // 2, totals[1] // 2
+
+
+def _bias(module: nn.Conv2d | nn.Linear) -> dict[str, Array]:
+    return {} if module.bias is None else {"bias": module.bias.detach().numpy()}
+
+
+def _stored(thresholds: Thresholds) -> dict[str, Array]:
+    return {"thresholds": thresholds.values.numpy(), "falling": thresholds.falling.numpy()}
+
+
+def _window(module: nn.MaxPool2d | nn.AvgPool2d) -> dict[str, Any]:
+    kernel = as_pair(module.kernel_size)
+    stride = kernel if module.stride is None else as_pair(module.stride)
+    return {"kernel": list(kernel), "stride": list(stride), "padding": list(as_pair(module.padding))}
+
+
+_Lowered = tuple[str, dict[str, Any], dict[str, Array]]
+
+
+def _lower_norm(step: Step) -> _Lowered:
+    norm = cast(nn.BatchNorm2d, step.module)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()
+    beta = torch.zeros_like(norm.running_var) if norm.bias is None else norm.bias.detach()
+    scale = gamma.double() / (norm.running_var.double() + norm.eps).sqrt()
+    shift = beta.double() - norm.running_mean.double() * scale
+    return "affine", {}, {"scale": scale.float().numpy(), "shift": shift.float().numpy()}
+
+
+def _lower_hardtanh(step: Step) -> _Lowered:
+    clamp = cast(nn.Hardtanh, step.module)
+    return "hardtanh", {"min": float(clamp.min_val), "max": float(clamp.max_val)}, {}
+
+
+def _lower_average(step: Step) -> _Lowered:
+    module = step.module
+    if isinstance(module, nn.AvgPool2d):
+        return "avg_pool", {**_window(module), "count_include_pad": bool(module.count_include_pad)}, {}
+    (_, *size), (_, *wanted) = step.inputs[0].shape, step.shape
+    if any(n % m for n, m in zip(size, wanted, strict=True)):
+        raise UsageError(
+            f"'{step.source}' averages a {size[0]}x{size[1]} map to {wanted[0]}x{wanted[1]} in unequal windows; "
+            "use AvgPool2d"
+        )
+    kernel = [n // m for n, m in zip(size, wanted, strict=True)]
+    return "avg_pool", {"kernel": kernel, "stride": kernel, "padding": [0, 0], "count_include_pad": True}, {}
+
+
+def _refuse(step: Step) -> _Lowered:
+    raise UsageError(
+        f"'{step.source}' ({_kind(step)}) is read as float32, where the packed file has no op for it; "
+        "put it before a quantized layer, or use ReLU"
+    )
+
+
+_FLOAT_OPS: dict[type, Callable[[Step], _Lowered]] = {
+    type(None): lambda step: ("add", {}, {}),
+    nn.BatchNorm1d: _lower_norm,
+    nn.BatchNorm2d: _lower_norm,
+    nn.ReLU: lambda step: ("relu", {}, {}),
+    nn.ReLU6: _lower_hardtanh,
+    nn.Hardtanh: _lower_hardtanh,
+    nn.LeakyReLU: _refuse,
+    nn.PReLU: _refuse,
+    nn.MaxPool2d: lambda step: ("max_pool", _window(cast(nn.MaxPool2d, step.module)), {}),
+    nn.AvgPool2d: _lower_average,
+    nn.AdaptiveAvgPool2d: _lower_average,
+}

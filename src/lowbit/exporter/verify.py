@@ -1,0 +1,324 @@
+"""Check a packed model against the torch model, layer by layer. Shares nothing with what wrote the packed file.
+
+Every binary layer of the engine is given the codes that the torch model's own activation quantizer makes, so a difference
+is found where it arises and does not spread:
+
+- What an integer op gives (codes, or its sums as float32) must be equal, all of it.
+- After a float op a code may differ where the pre-activation lies on the threshold: the number ``z`` that the quantizer reads,
+  computed by a float64 copy of the model, passes the threshold within ``1e-5 * max(|z|, rms of z in its channel)``.
+- Logits may differ from the float64 copy's by 1e-5 of the largest logit of their image.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from torch import Tensor, nn
+
+from lowbit.errors import LowbitError, UsageError
+from lowbit.layers import QuantizedLayer
+from lowbit.packed import PackedModel, Value, read
+
+TOLERANCE = 1e-5
+
+Array = npt.NDArray[Any]
+
+# Ops whose float result is exact when their input is: they select, or round once as torch does.
+_EXACT = {"threshold", "max_pool", "relu", "hardtanh"}
+
+
+class Runner(Protocol):
+    """What `verify` needs of an engine; values are (N, H, W, C), float32 or codes as uint8."""
+
+    def run_op(self, index: int, inputs: Sequence[Array]) -> Array: ...
+    def __call__(self, x: Array) -> Array: ...
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One comparison.
+
+    Attributes:
+        layer: torch module.
+        what: ``codes in`` (what the layer reads) or ``sums out`` (its float32 result).
+        exact: whether only integer and exact ops lie before it, so that no difference is allowed.
+        compared, different: numbers compared, and how many of them differ.
+        excused: those of the different ones that lie within the tolerance of their threshold.
+    """
+
+    layer: str
+    what: str
+    exact: bool
+    compared: int
+    different: int
+    excused: int
+
+    @property
+    def passed(self) -> bool:
+        return self.different == self.excused
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The result of `verify`.
+
+    Attributes:
+        layers: the comparisons, in the order of computation.
+        images: how many were run.
+        logit_error: largest difference of a logit from the float64 reference, over the largest logit of its image,
+            when every binary layer is given torch's own codes.
+        end_to_end_error: the same when the engine runs alone, from image to logits, over the images in which no code
+            differs; elsewhere one code, though excused, may change much.
+        agreement: images to which torch and the engine alone give the same class.
+    """
+
+    layers: tuple[LayerCheck, ...]
+    images: int
+    logit_error: float
+    end_to_end_error: float
+    agreement: int
+
+    @property
+    def passed(self) -> bool:
+        errors_pass = self.logit_error <= TOLERANCE and self.end_to_end_error <= TOLERANCE
+        return errors_pass and all(check.passed for check in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON."""
+        layers = [{**asdict(check), "passed": check.passed} for check in self.layers]
+        return {**asdict(self), "layers": layers, "tolerance": TOLERANCE, "passed": self.passed}
+
+    def render(self) -> RenderableType:
+        """The report for the terminal."""
+        table = Table(title="Packed against trained, layer by layer", title_justify="left")
+        for column in ("layer", "compared", "after", "numbers", "differ", "at a threshold", ""):
+            table.add_column(column, justify="right" if column in ("numbers", "differ", "at a threshold") else "left")
+        for check in self.layers:
+            after = "integer ops" if check.exact else "float ops"
+            counts = [f"{n:,}" for n in (check.compared, check.different, check.excused)]
+            table.add_row(
+                check.layer, check.what, after, *counts, "equal" if not check.different else _verdict(check.passed)
+            )
+        summary = (
+            f"logits: largest error {self.logit_error:.1e} layer by layer, {self.end_to_end_error:.1e} end to end "
+            f"(of the largest logit; allowed {TOLERANCE:.0e})\n"
+            f"same class: {self.agreement} of {self.images} images\n"
+            f"verify {_verdict(self.passed)}"
+        )
+        return Group(table, summary)
+
+
+def _verdict(passed: bool) -> str:
+    return "passed" if passed else "FAILED"
+
+
+def verify(
+    model: nn.Module,
+    packed: PackedModel | str | Path,
+    images: Tensor,
+    *,
+    batch_size: int = 16,
+    engine: Runner | None = None,
+) -> VerifyReport:
+    """Compare the packed model with ``model`` in ``eval()``, on ``images``. The model is left as it was.
+
+    Args:
+        packed: a packed model, or the path of its file.
+        images: float32, of the shape (N, ...) that the model takes.
+        batch_size: images at a time.
+        engine: what runs ``packed``; by default `lowbit.Engine`.
+
+    Raises:
+        UsageError: there are no images, or they do not have the packed input's size.
+        LowbitError: the file cannot be read, or its layers are not those of the model.
+    """
+    packed = packed if isinstance(packed, PackedModel) else read(packed)
+    if images[0:1].numel() != np.prod(packed.input_shape) or images.dtype != torch.float32:
+        raise UsageError(f"verify needs float32 images of shape {packed.input_shape}, not {tuple(images.shape)}")
+    if engine is None:
+        from lowbit.runtime import Engine
+
+        engine = Engine(packed)
+    trained = copy.deepcopy(model).cpu().eval()
+    comparison = _Comparison(packed, engine, trained)
+    with torch.inference_mode():
+        for start in range(0, len(images), batch_size):
+            comparison.add(images[start : start + batch_size].cpu())
+    return comparison.report()
+
+
+@dataclass
+class _Count:
+    what: str
+    exact: bool
+    compared: int = 0
+    different: int = 0
+    excused: int = 0
+
+
+class _Comparison:
+    def __init__(self, packed: PackedModel, engine: Runner, trained: nn.Module) -> None:
+        self.packed = packed
+        self.values = packed.values()
+        self.engine = engine
+        self.torch = _Recorded(trained)
+        self.float64 = _Recorded(copy.deepcopy(trained).double())
+        self.counts: dict[tuple[str, str], _Count] = {}
+        self.images = 0
+        self.agreement = 0
+        self.errors = [0.0]
+        self.end_to_end_errors = [0.0]
+
+    def add(self, images: Tensor) -> None:
+        """Run one batch both ways."""
+        logits = self.torch.run(images)
+        exact_logits = self.float64.run(images.double(), self.torch.outputs).flatten(1).numpy()
+        inputs = images.reshape(-1, *self.packed.input_shape)
+        last, differs = self._run_ops(inputs)
+        alone = self.engine(inputs.numpy()).reshape(len(images), -1)
+        self.images += len(images)
+        self.agreement += int((alone.argmax(1) == logits.flatten(1).numpy().argmax(1)).sum())
+        self.errors.append(_largest_error(last.transpose(0, 3, 1, 2).reshape(len(images), -1), exact_logits))
+        self.end_to_end_errors.append(_largest_error(alone[~differs], exact_logits[~differs]))
+
+    def report(self) -> VerifyReport:
+        """The checks of all batches."""
+        checks = tuple(
+            LayerCheck(layer, count.what, count.exact, count.compared, count.different, count.excused)
+            for (layer, _), count in self.counts.items()
+        )
+        return VerifyReport(checks, self.images, max(self.errors), max(self.end_to_end_errors), self.agreement)
+
+    def _run_ops(self, images: Tensor) -> tuple[Array, npt.NDArray[np.bool_]]:
+        """The last value, and for each image whether any code or sum differs from torch's."""
+        differs = np.zeros(len(images), bool)
+        values: list[Array] = [np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())]
+        exact = [True]
+        calls: Counter[str] = Counter()
+        for index, op in enumerate(self.packed.ops):
+            sources, given = op["inputs"], [values[number] for number in op["inputs"]]
+            if op["op"] != "binary_conv2d":
+                values.append(self.engine.run_op(index, given))
+                exact.append(op["op"] in _EXACT and exact[sources[0]])
+                continue
+            layer, call = op["source"], calls[op["source"]]
+            calls[layer] += 1
+            if call >= len(self.torch.inputs[layer]):
+                raise LowbitError(
+                    f"op {index} is layer '{layer}', which the model does not have so; export the model again"
+                )
+            own = _channels_last(self.torch.codes(layer, call), self.values[sources[0]], layer).numpy()
+            wrong = given[0] != own
+            excused = np.zeros_like(wrong)
+            if not exact[sources[0]]:
+                low, high = (
+                    _channels_last(end, self.values[sources[0]], layer).numpy() for end in self._range(layer, call)
+                )
+                excused = wrong & (np.minimum(given[0], own) >= low) & (np.maximum(given[0], own) <= high)
+            differs |= self._count(layer, "codes in", exact[sources[0]], wrong, excused)
+            result = self.engine.run_op(index, [np.ascontiguousarray(own)])
+            if self.values[index + 1].kind == "float":
+                expected = _channels_last(self.torch.outputs[layer][call], self.values[index + 1], layer).numpy()
+                wrong = result != expected
+                differs |= self._count(layer, "sums out", True, wrong, np.zeros_like(wrong))
+            values.append(result)
+            exact.append(True)
+        for layer, made in self.torch.inputs.items():
+            if calls[layer] != len(made):
+                raise LowbitError(f"layer '{layer}' of the model is not in the packed file; export the model again")
+        return values[-1], differs
+
+    def _range(self, layer: str, call: int) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest code that the tolerance allows."""
+        z = self.float64.inputs[layer][call]
+        others = [d for d in range(z.dim()) if d != 1]
+        reach = TOLERANCE * z.abs().maximum(z.square().mean(dim=others, keepdim=True).sqrt())
+        ends = [self.float64.encode(layer, end) for end in (z - reach, z + reach)]
+        return ends[0].minimum(ends[1]), ends[0].maximum(ends[1])
+
+    def _count(self, layer: str, what: str, exact: bool, wrong: Array, excused: Array) -> Array:
+        count = self.counts.setdefault((layer, what), _Count(what, exact))
+        count.exact &= exact
+        count.compared += wrong.size
+        count.different += int(wrong.sum())
+        count.excused += int(excused.sum())
+        return np.any(wrong.reshape(len(wrong), -1), axis=1)
+
+
+class _Recorded:
+    """A model whose layers with quantized activations leave what they read and give, call by call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, QuantizedLayer) and module.activation_quantizer is not None
+        }
+        self.inputs: dict[str, list[Tensor]] = defaultdict(list)
+        self.outputs: dict[str, list[Tensor]] = defaultdict(list)
+
+    def run(self, images: Tensor, outputs: dict[str, list[Tensor]] | None = None) -> Tensor:
+        """The model's logits. With ``outputs``, the layers give these instead of their own results."""
+        self.inputs.clear()
+        self.outputs.clear()
+        with self._hooked(outputs):
+            logits: Tensor = self.model(images)
+        return logits
+
+    def encode(self, layer: str, x: Tensor) -> Tensor:
+        """The codes that a layer's own quantizer makes of ``x``."""
+        quantizer = self.layers[layer].activation_quantizer
+        assert quantizer is not None
+        return quantizer.encode(x)[0]
+
+    def codes(self, layer: str, call: int) -> Tensor:
+        """The codes that a layer made of what it read."""
+        return self.encode(layer, self.inputs[layer][call])
+
+    @contextmanager
+    def _hooked(self, outputs: dict[str, list[Tensor]] | None) -> Iterator[None]:
+        def hook_of(name: str) -> Any:
+            def hook(_: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> Tensor:
+                if outputs is not None:
+                    result = outputs[name][len(self.outputs[name])].to(result.dtype, copy=True)
+                # A module in place after the layer would change what is kept.
+                self.inputs[name].append(given[0].clone())
+                self.outputs[name].append(result.clone())
+                return result
+
+            return hook
+
+        handles = [module.register_forward_hook(hook_of(name)) for name, module in self.layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _channels_last(x: Tensor, value: Value, layer: str) -> Tensor:
+    """What torch has as (N, C, H, W), or flattened, as the packed file's (N, H, W, C)."""
+    if x[0].numel() != value.elements:
+        raise LowbitError(
+            f"layer '{layer}' has {tuple(x.shape[1:])} numbers, but {value} in the packed file; export the model again"
+        )
+    return x.reshape(-1, value.channels, value.height, value.width).permute(0, 2, 3, 1)
+
+
+def _largest_error(found: Array, expected: Array) -> float:
+    if not found.size:
+        return 0.0
+    scale = np.abs(expected).max(axis=1, keepdims=True)
+    return float((np.abs(found - expected) / np.where(scale == 0, 1, scale)).max())
