@@ -21,7 +21,10 @@ Block: TypeAlias = Callable[..., nn.Sequential]
 def conv_bn_act(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
-    """Dropout, convolution, batch norm, ReLU, pooling; the last layer stands alone. The usual order of float networks."""
+    """Dropout, convolution, batch norm, ReLU, pooling: the usual order of float networks.
+
+    The last layer stands alone behind its dropout.
+    """
     if role == "last":
         return _sequence(dropout=_dropout(dropout), conv=conv)
     norm = nn.BatchNorm2d(conv.out_channels)

@@ -20,16 +20,20 @@ class QuantizedLayer(nn.Module):
 
     In ``train()``: ``layer(Qa(x), Qw(W)) + bias``, differentiable.
     In ``eval()``, when both sides are quantized: the exact integer sums ``acc`` of ``multiplier * code + offset`` over
-    the taps inside the image, then ``float32(acc) * (scale_x * scale_w) + bias``, each step one float32 rounding. Sums that could pass
-    2^24 are taken in float64, which holds them exactly. This is the reference of the integer contract.
+    the taps inside the image, then ``float32(acc) * (scale_x * scale_w) + bias``, each step one float32 rounding. Sums
+    that could pass 2^24 are taken in float64, which holds them exactly. This is the reference of the integer contract:
+    its result is float32, under autocast too, and has no gradient with respect to ``x`` or the weight.
+
+    Made directly, such as ``QuantConv2d(3, 8, 3)``, it is torch's layer until its quantizers are set; `quantized_twin`
+    makes it from a layer.
 
     Attributes:
         weight_quantizer, activation_quantizer: None leaves that side in float.
         projection: applied to the latent ``weight`` after each step (see `attach_projections`).
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
     weight_quantizer: Quantizer | None
     activation_quantizer: Quantizer | None
     projection: Callable[[Tensor], None] | None
@@ -58,7 +62,8 @@ class QuantizedLayer(nn.Module):
         w_codes, w_grid = of_weight.encode(self.weight)
         largest_sum = x_grid.magnitude * w_grid.magnitude * self.weight[0].numel()
         exact = torch.float32 if largest_sum <= EXACT_FLOAT32 else torch.float64
-        accumulator = self.transform(x_grid.integers(x_codes).to(exact), w_grid.integers(w_codes).to(exact), None)
+        with torch.autocast(x.device.type, enabled=False):
+            accumulator = self.transform(x_grid.integers(x_codes).to(exact), w_grid.integers(w_codes).to(exact), None)
         per_channel = (-1,) + (1,) * (self.weight.dim() - 2)
         result = accumulator.float() * (x_grid.scale * w_grid.scale).reshape(per_channel)
         return result if self.bias is None else result + self.bias.reshape(per_channel)
@@ -83,7 +88,7 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
     """`torch.nn.Conv3d` with quantizers; x: (N, C, D, H, W). See `QuantizedLayer`."""
 
 
-class QuantLinear(QuantizedLayer, nn.Linear):
+class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """`torch.nn.Linear` with quantizers; x: (..., in_features). See `QuantizedLayer`."""
 
     def transform(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -104,7 +109,14 @@ def quantized_twin(
     activation_quantizer: Quantizer | None,
     projection: Callable[[Tensor], None] | None = None,
 ) -> QuantizedLayer:
-    """Turn ``layer`` into its quantized twin, with the very same parameters, hooks and training mode.
+    """The quantized twin of ``layer``, with the very same parameters, hooks and training mode.
+
+    The twin shares ``layer``'s tables of parameters and hooks, so it takes its place; ``layer`` itself is not changed.
+
+    Args:
+        layer: of torch's own type; a subclass may compute something else and is refused.
+        weight_quantizer, activation_quantizer: None leaves that side in float.
+        projection: changes the latent weight in place, outside autograd (see `attach_projections`).
 
     Raises:
         UsageError: ``layer`` is neither `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` nor `nn.Linear`, or is quantized already.
@@ -118,7 +130,7 @@ def quantized_twin(
     twin.weight_quantizer = weight_quantizer
     twin.activation_quantizer = activation_quantizer
     twin.projection = projection
-    return twin
+    return twin.train(layer.training)
 
 
 def is_quantizable(module: nn.Module) -> bool:
