@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,7 +17,9 @@ from lowbit.methods import Method
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer: its name, kind, bits of weights and activations, and why it stayed float, if it did."""
+    """What became of one layer: its name, torch class, bits of weights and activations (32: float), and why it is not
+    as the method says, if it is not.
+    """
 
     name: str
     kind: str
@@ -38,11 +40,14 @@ def quantize_(
 ) -> list[LayerReport]:
     """Replace the convolution and linear layers of ``model`` by their quantized twins, in place.
 
-    Parameters, hooks and names stay as they are, so an optimizer or a state dict made before still fits. Layers that share
-    one module stay shared. The method says whether the first and the last layer stay float.
+    Parameters, hooks and names stay, so an optimizer or a state dict made before still fits; the method's projection
+    is applied once to the latent weights. A layer that stands under several names stays one layer, reported under its
+    first name. The method says whether the first and the last layer stay float. A first layer that does not reads its
+    input as it is, unless an override gives its full name.
 
     Args:
-        model: any module; its layers are visited in the order of ``named_modules()``.
+        model: any module; its layers are visited in the order of ``named_modules()``, which is taken for the order of
+            the network. Subclasses of torch's layers are passed over.
         method: registered name, or a `Method` made with options.
         overrides: from a layer's name, or a pattern such as ``"features.*"``, to another method, or to None for
             float. The last match wins.
@@ -51,35 +56,37 @@ def quantize_(
         One report per convolution and linear layer.
 
     Raises:
-        UsageError: the method is unknown, an override matches no layer, or the model has no layer to quantize.
+        UsageError: the method is unknown, an override matches no layer, or the model has no layer to quantize. The
+            model is then unchanged.
     """
     method = resolve_method(method)
-    layers = [(name, module) for name, module in model.named_modules() if is_quantizable(module)]
-    if not layers or not layers[0][0]:
+    overrides = overrides or {}
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_quantizable(module):
+            names.setdefault(module, []).append(name)
+    if not names or model in names:
         raise UsageError(
             "the model has no Conv1d, Conv2d, Conv3d or Linear inside; wrap a single layer in nn.Sequential"
         )
-    overrides = overrides or {}
+    everything = [name for aliases in names.values() for name in aliases]
     for pattern in overrides:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in layers):
-            raise UsageError(f"override '{pattern}' matches no layer; layers: {', '.join(name for name, _ in layers)}")
-    reports = []
-    for index, (name, layer) in enumerate(layers):
-        chosen, note = _choose(name, index, len(layers), method, overrides)
-        kind = type(layer).__name__
-        if chosen.weight is None and chosen.activation is None:
-            reports.append(LayerReport(name, kind, 32, 32, note))
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in everything):
+            raise UsageError(f"override '{pattern}' matches no layer; layers: {', '.join(everything)}")
+    choices = [_choose(aliases, i, len(names), method, overrides) for i, aliases in enumerate(names.values())]
+    reports: list[LayerReport] = []
+    for (layer, aliases), (chosen, note) in zip(names.items(), choices, strict=True):
+        reads_input = not reports and not any(name in overrides for name in aliases)
+        of_weight = chosen.weight() if chosen.weight else None
+        of_activation = chosen.activation() if chosen.activation and not reads_input else None
+        bits_w, bits_a = (32 if quantizer is None else quantizer.bits for quantizer in (of_weight, of_activation))
+        reports.append(LayerReport(aliases[0], type(layer).__name__, bits_w, bits_a, note))
+        if of_weight is None and of_activation is None:
             continue
-        reads_image = index == 0 and name not in overrides
-        twin = quantized_twin(
-            layer,
-            chosen.weight() if chosen.weight else None,
-            chosen.activation() if chosen.activation and not reads_image else None,
-            chosen.projection,
-        )
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, twin)
-        reports.append(LayerReport(name, kind, chosen.bits_w, 32 if reads_image else chosen.bits_a, note))
+        twin = quantized_twin(layer, of_weight, of_activation, chosen.projection)
+        for name in aliases:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, twin)
     project_(model)
     return reports
 
@@ -88,12 +95,13 @@ _FLOAT = "float"
 
 
 def _choose(
-    name: str, index: int, count: int, method: Method, overrides: Mapping[str, str | Method | None]
+    aliases: Sequence[str], index: int, count: int, method: Method, overrides: Mapping[str, str | Method | None]
 ) -> tuple[Method, str]:
-    matches = [pattern for pattern in overrides if fnmatch.fnmatchcase(name, pattern)]
+    """The method of layer ``index`` of ``count``, and why it is not the model's own."""
+    matches = [pattern for pattern in overrides if any(fnmatch.fnmatchcase(name, pattern) for name in aliases)]
     if matches:
         override = overrides[matches[-1]]
-        return resolve_method(override or _FLOAT), f"by override '{matches[-1]}'"
+        return resolve_method(_FLOAT if override is None else override), f"by override '{matches[-1]}'"
     if index == 0 and method.skip_first:
         return resolve_method(_FLOAT), "first layer"
     if index == count - 1 and method.skip_last:
