@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -21,7 +21,8 @@ class Recipe:
         learning_rate: the peak, after warm-up.
         weight_decay: reaches convolution and linear weights; norms, biases and latent binary weights only with
             ``decay_all`` (a latent weight's size has no meaning for its sign).
-        schedule: ``step`` (times ``gamma`` at each of ``milestones``), ``cosine``, ``linear`` or ``poly`` (power ``gamma``).
+        schedule: ``step`` (times ``gamma`` at each of ``milestones``), ``cosine``, ``linear`` or ``poly`` (power
+            ``gamma``).
         milestones: fractions of the epochs, for ``step``.
         warmup: epochs of linear warm-up from 0.
         epochs, batch_size: as they say.
@@ -57,12 +58,10 @@ class Method:
         bits_w, bits_a, bits_g: bits of weights, activations and gradients, for tables (32 = float).
         block: name of the block in ``layers.blocks`` whose order the paper uses.
         skip_first, skip_last: leave the first and last layer in float.
-        first_activation: quantize the input image of a quantized first layer too.
         projection: changes a latent weight in place after each optimizer step, outside autograd.
         loss: ``cross_entropy`` or ``squared_hinge``.
         recipe: the default recipe.
         recipes: further recipes by name, such as the paper's own.
-        options: keyword arguments that made this method (filled in by `create`).
     """
 
     name: str
@@ -81,7 +80,6 @@ class Method:
     loss: Literal["cross_entropy", "squared_hinge"] = "cross_entropy"
     recipe: Recipe = field(default_factory=Recipe)
     recipes: dict[str, Recipe] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 registry: Registry[Callable[..., Method]] = Registry("lowbit.methods", "method")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lowbit.errors import UsageError
 from lowbit.methods.base import Method, Recipe, registry
 from lowbit.quantizers import ste
 from lowbit.quantizers.base import Grid, Quantizer
@@ -28,9 +29,10 @@ def xnor_net(
 
     Forward: $\mathrm{sign}(x) * (\alpha\,\mathrm{sign}(W))$.
     Backward: see `ScaledSign` for the weights; $g \cdot 1\{|x| \le 1\}$ for the activations.
-    After each step (the projection of the authors' follow-up code): centre $W$ over its input channels, then clip to [-1, 1].
-    Block order: batch norm, sign, convolution (, ReLU), pooling. First and last layers stay in float. Dropout comes before sign.
-    The activations' scale map K of the paper is left out, as most codes do.
+    After each step (the projection of the authors' follow-up code): centre $W$ over its input channels, then clip it to
+    [-1, 1]. A filter with a single input channel (a depthwise convolution) is not centred: nothing would be left of it.
+    Block order: batch norm, sign, convolution (, ReLU), pooling. First and last layers stay in float. Dropout comes
+    before sign. The activations' scale map K of the paper is left out, as most codes do.
 
     Args:
         gradient: ``exact`` differentiates through alpha; ``paper`` is the paper's shorter form.
@@ -42,7 +44,7 @@ def xnor_net(
     """
 
     def project(weight: Tensor) -> None:
-        if center and weight.dim() > 2:
+        if center and weight.shape[1] > 1:
             weight.sub_(weight.mean(dim=1, keepdim=True))
         if clamp:
             weight.clamp_(-1, 1)
@@ -94,13 +96,17 @@ class ScaledSign(Quantizer):
     r"""$q = \alpha\,\mathrm{sign}(W)$ with $\alpha = \lVert W\rVert_1 / n$ for each output filter of $n$ weights.
 
     Gradient ``exact``, through $\alpha$ and the straight-through sign:
-    $\frac{\partial L}{\partial W_i} = \frac{\mathrm{sign}(W_i)}{n}\sum_j g_j\,\mathrm{sign}(W_j) + \alpha\,g_i\,1\{|W_i| \le 1\}$.
+    $\frac{\partial L}{\partial W_i} =
+    \frac{\mathrm{sign}(W_i)}{n}\sum_j g_j\,\mathrm{sign}(W_j) + \alpha\,g_i\,1\{|W_i| \le 1\}$.
     Gradient ``paper`` (its equation after 11, elementwise): $g_i\,(1/n + \alpha\,1\{|W_i| \le 1\})$.
 
     Codes: 1 where ``W >= 0``; grid ``alpha * (2 code - 1)``.
 
     Args:
         gradient: which of the two.
+
+    Raises:
+        UsageError: ``gradient`` is neither.
 
     Source: Rastegari et al. 2016, arXiv 1603.05279, sections 3.1 and 3.2.
     """
@@ -110,6 +116,8 @@ class ScaledSign(Quantizer):
 
     def __init__(self, gradient: Literal["exact", "paper"] = "exact") -> None:
         super().__init__()
+        if gradient not in ("exact", "paper"):
+            raise UsageError(f"gradient of xnor_net is '{gradient}', but must be exact or paper")
         self.gradient = gradient
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +141,7 @@ class _ScaledSign(torch.autograd.Function):
         return ste.signs(weight).mul_(alpha)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         weight, alpha = ctx.saved_tensors
         n = weight[0].numel()
         through_sign = ste.window(gradient, weight).mul_(alpha)

@@ -1,4 +1,4 @@
-"""What every quantizer promises: fake-quantized values for training, integer codes and their grid for everything after."""
+"""What every quantizer promises: fake-quantized values for training, codes and their grid for everything after."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ class Grid:
     @property
     def magnitude(self) -> int:
         """Largest absolute value of ``multiplier * code + offset``."""
-        return max(abs(self.offset), abs(self.multiplier * (2**self.bits - 1) + self.offset))
+        return max(abs(self.offset), abs(self.multiplier * ((1 << self.bits) - 1) + self.offset))
 
 
 class Quantizer(nn.Module):
     """Maps float values onto a small grid.
 
-    Subclasses implement `forward` and `encode` so that ``decode(encode(x)) == forward(x)`` to the bit in float32, and state the gradient.
+    Subclasses implement `forward` and `encode` so that ``decode(*encode(x)) == forward(x)`` to the bit in float32, and
+    state the gradient.
 
     Attributes:
         bits: width of a code.

@@ -12,7 +12,8 @@ from lowbit.quantizers.base import Grid, Quantizer
 class SignQuantizer(Quantizer):
     r"""$q = \mathrm{sign}(x)$, no scale.
 
-    Gradient: $g \cdot 1\{|x| \le 1\}$ (see `lowbit.quantizers.ste.sign`). Codes: 1 where ``x >= 0``; grid ``2 code - 1``.
+    Gradient: $g \cdot 1\{|x| \le 1\}$ (see `lowbit.quantizers.ste.sign`).
+    Codes: 1 where ``x >= 0``; grid ``2 code - 1``.
 
     Source: Courbariaux, Hubara et al. 2016, arXiv 1602.02830, equations 1 and 4.
     """

@@ -44,7 +44,7 @@ class _Sign(torch.autograd.Function):
         return signs(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return window(gradient, x)
 
