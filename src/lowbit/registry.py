@@ -8,7 +8,7 @@ import importlib
 import inspect
 import pkgutil
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from lowbit.errors import UsageError
@@ -24,11 +24,13 @@ class Registry(Generic[F]):
     Args:
         package: the package whose modules register themselves, such as ``"lowbit.methods"``.
         kind: what an entry is called in error messages, such as ``"method"``.
+        given: parameters that the caller of an entry always passes, and that are therefore no options of the user.
     """
 
-    def __init__(self, package: str, kind: str) -> None:
+    def __init__(self, package: str, kind: str, given: Collection[str] = ()) -> None:
         self.package = package
         self.kind = kind
+        self.given = frozenset(given)
         self._entries: dict[str, F] = {}
         self._discovered = False
 
@@ -81,7 +83,24 @@ class Registry(Generic[F]):
         function = self[name]
         hints = typing.get_type_hints(function)
         parameters = inspect.signature(function).parameters.values()
-        return {p.name: p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters}
+        return {
+            p.name: p.replace(annotation=hints.get(p.name, p.annotation))
+            for p in parameters
+            if p.name not in self.given
+        }
+
+    def check_options(self, name: str, keys: Iterable[str]) -> dict[str, inspect.Parameter]:
+        """`options` of the entry ``name``, when each of ``keys`` is one.
+
+        Raises:
+            UsageError: one is not.
+        """
+        known = self.options(name)
+        for key in keys:
+            if key not in known:
+                choices = ", ".join(known) or "none"
+                raise UsageError(f"{self.kind} '{name}' has no option '{key}'; its options: {choices}")
+        return known
 
     def parse_options(self, name: str, settings: dict[str, str]) -> dict[str, Any]:
         """Turn ``--set key=value`` strings into keyword arguments, by the types of the entry's signature.
@@ -89,18 +108,20 @@ class Registry(Generic[F]):
         Raises:
             UsageError: an unknown option, or a value that the option's type does not take.
         """
-        known = self.options(name)
-        parsed: dict[str, Any] = {}
-        for key, text in settings.items():
-            if key not in known:
-                choices = ", ".join(known) or "none"
-                raise UsageError(f"{self.kind} '{name}' has no option '{key}'; its options: {choices}")
-            parsed[key] = parse_value(text, known[key].annotation, f"option '{key}' of {self.kind} '{name}'")
-        return parsed
+        known = self.check_options(name, settings)
+        return {
+            key: parse_value(text, known[key].annotation, f"option '{key}' of {self.kind} '{name}'")
+            for key, text in settings.items()
+        }
 
 
 def parse_value(text: str, annotation: Any, what: str) -> Any:
-    """``text`` as a value of the type ``annotation``: a ``Literal``, a tuple (items between commas), bool, int, float or str.
+    """``text`` as a value of the type ``annotation``.
+
+    Args:
+        text: what the user typed.
+        annotation: a ``Literal``, a tuple of one type (items between commas), bool, int, float or str.
+        what: names the value in messages.
 
     Raises:
         UsageError: the type does not take it; the message starts with ``what``.

@@ -18,10 +18,10 @@ from lowbit.methods import Method
 from lowbit.registry import Registry
 from lowbit.runs import Run
 
-registry: Registry[Callable[..., nn.Module]] = Registry("lowbit.models", "model")
-
-# A model's function takes these from `create`; what it takes beyond them are the user's options.
-GIVEN = ("block", "num_classes", "in_channels", "image_size")
+# A model's function takes the given ones from `create`; what it takes beyond them are the user's options.
+registry: Registry[Callable[..., nn.Module]] = Registry(
+    "lowbit.models", "model", given=("block", "num_classes", "in_channels", "image_size")
+)
 
 
 def create(
@@ -53,12 +53,10 @@ def create(
     if method_options:
         if isinstance(method, Method):
             raise UsageError("method_options go with a method's name; this method is made already")
+        methods.registry.check_options(method, method_options)
         method = methods.registry[method](**method_options)
     method = resolve_method(method)
-    unknown = set(options) - set(registry.options(name))
-    if unknown:
-        known = ", ".join(key for key in registry.options(name) if key not in GIVEN) or "none"
-        raise UsageError(f"model '{name}' has no option '{sorted(unknown)[0]}'; its options: {known}")
+    registry.check_options(name, options)
     model = registry[name](
         BLOCKS[method.block], num_classes=num_classes, in_channels=in_channels, image_size=image_size, **options
     )

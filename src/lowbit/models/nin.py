@@ -8,7 +8,8 @@ from lowbit.errors import UsageError
 from lowbit.layers.blocks import Block
 from lowbit.models.base import registry
 
-# (channels, kernel, pool after it): Lin, Chen and Yan 2013, the CIFAR-10 network; widths as in the XNOR-Net code of 2018.
+# (channels, kernel, pool after it): the CIFAR-10 network of Lin, Chen and Yan 2013, with the widths of the XNOR-Net
+# code of 2018.
 ROWS = (
     (192, 5, None),
     (160, 1, None),

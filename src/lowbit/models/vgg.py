@@ -1,4 +1,7 @@
-"""VGG for small images: 3x3 convolutions, max-pools, one dense layer. A row is a table of widths, "M" is a 2x2 max-pool."""
+"""VGG for small images: 3x3 convolutions, max-pools, one dense layer.
+
+A row is a table of widths; "M" is a 2x2 max-pool.
+"""
 
 from __future__ import annotations
 
