@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,13 +22,17 @@ class Preprocessing:
     """What is done to an image before the network sees it.
 
     The image is converted to ``mode``, resized (bilinear) to ``size`` when it has another size, padded on all sides by
-    ``pad`` pixels of value 0, and normalised: ``(pixel / 255 - mean) / std`` in float32, channels first.
+    ``pad`` pixels of value 0, and normalised: ``(pixel / 255 - mean) / std``, channels first (`normalise` says how it
+    rounds).
 
     Attributes:
         mode: ``"RGB"`` (3 channels) or ``"L"`` (1 channel).
         size: height and width before padding, in pixels.
         pad: zero pixels added on each side.
         mean, std: per channel, in units of the pixel range 0..1.
+
+    Raises:
+        LowbitError: a field is out of range, or the normalised pixels would not be finite.
     """
 
     mode: str
@@ -42,9 +47,10 @@ class Preprocessing:
             raise LowbitError(f"preprocessing mode is '{self.mode}', but must be RGB or L")
         if len(self.mean) != channels or len(self.std) != channels:
             raise LowbitError(f"preprocessing needs {channels} values of mean and of std for mode {self.mode}")
-        if not all(np.isfinite((*self.mean, *self.std))) or min(self.std) <= 0:
-            raise LowbitError("preprocessing mean and std must be finite, and std above 0")
-        if not (1 <= min(self.size) and max(self.size) <= 1 << 14 and 0 <= self.pad <= 1 << 10):
+        if not all(1e-9 <= std <= 1e9 for std in self.std) or not all(abs(mean) <= 1e9 for mean in self.mean):
+            raise LowbitError("preprocessing mean must lie in -1e9..1e9 and std in 1e-9..1e9")
+        sides_fit = len(self.size) == 2 and all(1 <= side <= 1 << 14 for side in self.size)
+        if not (sides_fit and 0 <= self.pad <= 1 << 10):
             raise LowbitError(f"preprocessing size {self.size} with padding {self.pad} is out of range")
 
     @property
@@ -83,7 +89,7 @@ class Preprocessing:
         """Inverse of `to_dict`, for data from a file.
 
         Raises:
-            LowbitError: a field is missing, spare or out of range.
+            LowbitError: a field is missing, spare, of a wrong type or out of range.
         """
         try:
             height, width = data["size"]
@@ -91,11 +97,11 @@ class Preprocessing:
                 **{
                     **data,
                     "mode": str(data["mode"]),
-                    "size": (int(height), int(width)),
-                    "pad": int(data["pad"]),
+                    "size": (operator.index(height), operator.index(width)),
+                    "pad": operator.index(data["pad"]),
                     "mean": tuple(float(v) for v in data["mean"]),
                     "std": tuple(float(v) for v in data["std"]),
                 }
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise LowbitError(f"preprocessing is malformed ({error}); write the file again") from None
