@@ -1,7 +1,8 @@
 """Convolutions over small maps as one matrix product, for training on a CPU in bfloat16.
 
-oneDNN tiles a convolution by rows of the output map. Where rows are 2 or 4 pixels wide, most of an AMX tile is empty: the weight
-gradient of a 512-channel layer on a 2x2 map runs at a tenth of the speed of the same product as a matrix multiplication.
+oneDNN tiles a convolution by rows of the output map. Where rows are 2 or 4 pixels wide, most of an AMX tile is empty:
+the weight gradient of a 512-channel layer on a 2x2 map runs at a tenth of the speed of the same product as a matrix
+multiplication.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ PIXELS_WEIGHT_GRADIENT = 64
 class SmallMapConvolutions(TorchFunctionMode):
     """While active, `torch.conv2d` under CPU autocast to bfloat16 multiplies matrices where the output map is small.
 
-    Only plain convolutions are taken over (stride 1, dilation 1, one group, kernel not above the padded map, training mode);
-    everything else goes to torch as before. Results differ from torch's by bfloat16 rounding only.
+    Only plain convolutions are taken over (a batch of images in float32 or bfloat16, stride 1, dilation 1, one group,
+    gradients enabled, arguments as `nn.Conv2d` passes them); everything else goes to torch as before. Results differ
+    from torch's by bfloat16 rounding only.
     """
 
     def __torch_function__(
@@ -33,7 +35,7 @@ class SmallMapConvolutions(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.conv2d and not kwargs and _is_plain(*args):
+        if func is torch.conv2d and len(args) == 7 and _is_plain(*args):
             x, weight, bias, _, padding = args[:5]
             result = _Conv2d.apply(x.bfloat16(), weight.bfloat16(), padding)
             return result if bias is None else result + bias.to(result.dtype).reshape(-1, 1, 1)
@@ -41,22 +43,19 @@ class SmallMapConvolutions(TorchFunctionMode):
 
 
 def _is_plain(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = (1, 1),
-    padding: Any = (0, 0),
-    dilation: Any = (1, 1),
-    groups: int = 1,
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> bool:
     if x.device.type != "cpu" or x.dim() != 4 or not torch.is_grad_enabled():
         return False
+    # Autocast leaves float64 alone: exact integer sums rely on it.
+    if not {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}:
+        return False
     if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
-    if tuple(stride) != (1, 1) or tuple(dilation) != (1, 1) or groups != 1 or isinstance(padding, str):
+    if stride != (1, 1) or dilation != (1, 1) or groups != 1 or not isinstance(padding, tuple) or len(padding) != 2:
         return False
-    height, width = (x.shape[i] + 2 * padding[i - 2] - weight.shape[i] + 1 for i in (2, 3))
-    return 0 < height * width <= PIXELS_WEIGHT_GRADIENT and max(weight.shape[2:]) > max(padding)
+    height, width = _output_size(x, weight, padding)
+    return min(height, width) > 0 and height * width <= PIXELS_WEIGHT_GRADIENT
 
 
 class _Conv2d(torch.autograd.Function):
@@ -70,7 +69,7 @@ class _Conv2d(torch.autograd.Function):
         return _product(x, weight, padding)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         padding = ctx.padding
         kernel = weight.shape[2:]
