@@ -1,0 +1,63 @@
+// The table of inner loops. One file = one instruction set; scalar.cpp is the reference and fills every entry.
+//
+// All of them work on tiles: up to 8 pixels times 16 output channels. The pixels' inputs are gathered as
+// pixels[depth][count], the weights as weights[depth][16], so that every kernel reads memory straight through, whatever the
+// convolution's stride, dilation or border.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lowbit {
+
+inline constexpr int kTilePixels = 8;
+inline constexpr int kTileChannels = 16;
+
+template <class T>
+struct Tile {
+  const T* pixels;
+  const T* weights;
+  size_t depth;
+  int count;  // pixels in this tile, 1 to 8
+};
+
+using BinaryTile = Tile<uint64_t>;  // depth in 64-bit words
+using FloatTile = Tile<float>;
+
+// Where a tile's floats go: y = sum * scale + bias, each one rounding; pixel p's channels start at output + p * stride.
+struct FloatOutput {
+  const float* scale;
+  const float* bias;
+  float* output;
+  ptrdiff_t stride;
+};
+
+struct Kernels {
+  const char* isa;
+
+  // counts[p][c] = number of bits in which pixel p and channel c differ.
+  void (*binary_counts)(const BinaryTile&, int32_t (*counts)[kTileChannels]);
+
+  // Bit c of bits[p] = (count <= limits[p][c]) xor bit c of falling.
+  void (*binary_bits)(const BinaryTile&, const int64_t* const* limits, uint16_t falling, uint16_t* bits);
+
+  // sum = bases[p][c] - 2 * count.
+  void (*binary_floats)(const BinaryTile&, const int64_t* const* bases, const FloatOutput&);
+
+  // sum = sum of products, in the order of depth: the same bits wherever the pixel lies in its tile.
+  void (*float_tile)(const FloatTile&, const FloatOutput&);
+
+  // Bit c of words = x[c] >= thresholds[c], both with their sign flipped (bit 31 of flips[c] set) where the channel falls;
+  // thresholds come flipped already. Tail bits are zero.
+  void (*float_bits)(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words);
+};
+
+extern const Kernels kScalarKernels;
+#ifdef LOWBIT_AVX2
+extern const Kernels kAvx2Kernels;
+#endif
+#ifdef LOWBIT_AVX512
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace lowbit

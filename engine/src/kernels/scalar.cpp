@@ -1,0 +1,63 @@
+// The reference: plain C++, every entry, any machine.
+#include <bit>
+
+#include "kernels/kernels.h"
+
+namespace lowbit {
+namespace {
+
+int64_t count(const BinaryTile& tile, int pixel, int channel) {
+  int64_t differing = 0;
+  for (size_t k = 0; k < tile.depth; ++k)
+    differing += std::popcount(tile.pixels[k * tile.count + pixel] ^ tile.weights[k * kTileChannels + channel]);
+  return differing;
+}
+
+void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
+  for (int p = 0; p < tile.count; ++p)
+    for (int c = 0; c < kTileChannels; ++c) counts[p][c] = static_cast<int32_t>(count(tile, p, c));
+}
+
+void binary_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
+  for (int p = 0; p < tile.count; ++p) {
+    unsigned below = 0;
+    for (int c = 0; c < kTileChannels; ++c) below |= static_cast<unsigned>(count(tile, p, c) <= limits[p][c]) << c;
+    bits[p] = static_cast<uint16_t>(below ^ falling);
+  }
+}
+
+void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
+  for (int p = 0; p < tile.count; ++p)
+    for (int c = 0; c < kTileChannels; ++c) {
+      const auto sum = static_cast<float>(bases[p][c] - 2 * count(tile, p, c));
+      out.output[p * out.stride + c] = sum * out.scale[c] + out.bias[c];
+    }
+}
+
+void float_tile(const FloatTile& tile, const FloatOutput& out) {
+  for (int p = 0; p < tile.count; ++p) {
+    float sums[kTileChannels] = {};
+    for (size_t k = 0; k < tile.depth; ++k) {
+      const float x = tile.pixels[k * tile.count + p];
+      for (int c = 0; c < kTileChannels; ++c) sums[c] += x * tile.weights[k * kTileChannels + c];
+    }
+    for (int c = 0; c < kTileChannels; ++c) out.output[p * out.stride + c] = sums[c] * out.scale[c] + out.bias[c];
+  }
+}
+
+void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
+  for (size_t first = 0; first < channels; first += 64) {
+    uint64_t word = 0;
+    for (size_t c = first; c < channels && c < first + 64; ++c) {
+      const float flipped = flips[c] != 0 ? -x[c] : x[c];
+      word |= static_cast<uint64_t>(flipped >= thresholds[c]) << (c - first);
+    }
+    *words++ = word;
+  }
+}
+
+}  // namespace
+
+const Kernels kScalarKernels{"scalar", binary_counts, binary_bits, binary_floats, float_tile, float_bits};
+
+}  // namespace lowbit

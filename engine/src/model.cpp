@@ -1,0 +1,202 @@
+// The engine: builds the ops, plans where their values live, and runs them in order.
+#include <algorithm>
+#include <chrono>
+#include <mutex>
+
+#include "kernels/select.h"
+#include "lowbit/engine.h"
+#include "op.h"
+
+namespace lowbit {
+namespace {
+
+constexpr size_t kMaxOps = 1 << 12;
+constexpr int64_t kMaxAllElements = 1 << 27;
+constexpr int kMaxThreads = 256;
+constexpr int64_t kChunkBytes = 4 << 20;  // images run together as long as their values stay near the L2 cache
+constexpr int64_t kMaxChunk = 64;
+
+std::unique_ptr<Op> make_op(const OpSpec& spec, Inputs inputs, const Kernels& kernels) {
+  require(inputs.size() == (spec.op == "add" ? 2 : 1), "the op has the wrong number of inputs");
+  if (spec.op == "conv2d") return make_conv2d(spec, inputs[0], kernels);
+  if (spec.op == "binary_conv2d") return make_binary_conv2d(spec, inputs[0], kernels);
+  if (spec.op == "threshold") return make_threshold(spec, inputs[0], kernels);
+  if (spec.op == "max_pool" || spec.op == "avg_pool") return make_pool(spec, inputs[0]);
+  if (spec.op == "affine" || spec.op == "relu" || spec.op == "hardtanh" || spec.op == "add")
+    return make_elementwise(spec, inputs);
+  throw std::invalid_argument("the op is unknown");
+}
+
+// A block of memory that is in use from op `first` to op `last`, both included; sizes and offsets are per image.
+struct Block {
+  int64_t bytes, offset;
+  size_t first, last;
+};
+
+// Gives every block the lowest offset at which no block that lives at the same time is in the way. Returns the total.
+int64_t place(std::vector<Block*>& blocks) {
+  std::stable_sort(blocks.begin(), blocks.end(), [](const Block* a, const Block* b) { return a->bytes > b->bytes; });
+  int64_t total = 0;
+  std::vector<const Block*> placed;  // by offset
+  for (Block* block : blocks) {
+    block->offset = 0;
+    for (const Block* other : placed) {
+      if (other->last < block->first || other->first > block->last) continue;
+      if (block->offset + block->bytes <= other->offset) break;
+      block->offset = std::max(block->offset, other->offset + other->bytes);
+    }
+    placed.insert(std::upper_bound(placed.begin(), placed.end(), block,
+                                   [](const Block* a, const Block* b) { return a->offset < b->offset; }),
+                  block);
+    total = std::max(total, block->offset + block->bytes);
+  }
+  return total;
+}
+
+void to_channels_last(const float* planes, const Shape& shape, float* pixels) {
+  for (int64_t c = 0; c < shape.channels; ++c)
+    for (int64_t i = 0; i < shape.pixels(); ++i) pixels[i * shape.channels + c] = *planes++;
+}
+
+void to_channels_first(const float* pixels, const Shape& shape, float* planes) {
+  for (int64_t c = 0; c < shape.channels; ++c)
+    for (int64_t i = 0; i < shape.pixels(); ++i) *planes++ = pixels[i * shape.channels + c];
+}
+
+void pack_bits(const uint8_t* codes, const Shape& shape, int64_t pixels, uint64_t* words) {
+  for (int64_t p = 0; p < pixels; ++p, codes += shape.channels, words += shape.words()) {
+    std::fill_n(words, shape.words(), 0);
+    for (int64_t c = 0; c < shape.channels; ++c) words[c / 64] |= static_cast<uint64_t>(codes[c]) << c % 64;
+  }
+}
+
+void unpack_bits(const uint64_t* words, const Shape& shape, int64_t pixels, uint8_t* codes) {
+  for (int64_t p = 0; p < pixels; ++p, words += shape.words())
+    for (int64_t c = 0; c < shape.channels; ++c) *codes++ = words[c / 64] >> c % 64 & 1;
+}
+
+}  // namespace
+
+struct Engine::State {
+  State(int threads, std::string_view isa) : kernels(select_kernels(isa)), pool(threads) {}
+
+  std::byte* at(const Block& block, int64_t batch) { return arena.data() + block.offset * batch; }
+
+  const Kernels& kernels;
+  ThreadPool pool;
+  std::mutex mutex;
+  std::vector<Shape> shapes;  // of values
+  std::vector<std::vector<size_t>> inputs;
+  std::vector<std::unique_ptr<Op>> ops;
+  std::vector<Block> values, scratch;
+  int64_t image_bytes = 0;   // of the arena
+  size_t thread_bytes = 0;
+  Buffer<std::byte> arena, thread_scratch;
+};
+
+Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::string_view isa) {
+  require(threads >= 1 && threads <= kMaxThreads, "threads must be 1 to 256");
+  require(!specs.empty() && specs.size() <= kMaxOps, "the graph must have 1 to 4096 ops");
+  for (const int64_t extent : {input.height, input.width, input.channels})
+    require(extent >= 1 && extent <= kMaxExtent, "the input shape is out of range");
+  require(input.pixels() <= kMaxElements && input.elements() <= kMaxElements && input.is_float(), "the input is too large");
+  state_ = std::make_unique<State>(threads, isa);
+  State& s = *state_;
+  s.shapes.push_back(input);
+  int64_t elements = input.elements();
+  for (size_t i = 0; i < specs.size(); ++i) {
+    try {
+      std::vector<Shape> shapes;
+      for (const int64_t number : specs[i].inputs) {
+        require(number >= 0 && static_cast<size_t>(number) <= i, "an input is no value of an earlier op");
+        shapes.push_back(s.shapes[number]);
+      }
+      s.ops.push_back(make_op(specs[i], shapes, s.kernels));
+      s.inputs.emplace_back(specs[i].inputs.begin(), specs[i].inputs.end());
+      s.shapes.push_back(s.ops.back()->output());
+      elements += s.shapes.back().elements();
+      require(s.shapes.back().elements() <= kMaxElements && elements <= kMaxAllElements, "the values are too large");
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument("op " + std::to_string(i) + " (" + specs[i].op + "): " + error.what());
+    }
+  }
+  require(s.shapes.back().is_float(), "the output must be float32");
+
+  const size_t count = s.ops.size();
+  for (size_t v = 0; v <= count; ++v)
+    s.values.push_back({round_up(s.shapes[v].bytes(), kAlignment), 0, v == 0 ? 0 : v - 1, v == count ? count : v == 0 ? 0 : v - 1});
+  for (size_t i = 0; i < count; ++i) {
+    for (const size_t v : s.inputs[i]) s.values[v].last = std::max(s.values[v].last, i);
+    s.scratch.push_back({round_up(s.ops[i]->scratch_bytes(), kAlignment), 0, i, i});
+    s.thread_bytes = std::max<size_t>(s.thread_bytes, round_up(s.ops[i]->thread_scratch_bytes(), kAlignment));
+  }
+  std::vector<Block*> blocks;
+  for (auto* group : {&s.values, &s.scratch})
+    for (Block& block : *group) blocks.push_back(&block);
+  s.image_bytes = place(blocks);
+  s.arena.resize(s.image_bytes);
+  s.thread_scratch.resize(s.thread_bytes * s.pool.size());
+}
+
+Engine::~Engine() = default;
+
+void Engine::run(const float* images, int64_t batch, float* outputs, double* seconds) {
+  using Clock = std::chrono::steady_clock;
+  State& s = *state_;
+  const std::lock_guard lock(s.mutex);
+  const int64_t chunk = std::clamp<int64_t>(kChunkBytes / s.image_bytes, 1, kMaxChunk);
+  const Shape &in = s.shapes.front(), &out = s.shapes.back();
+  for (int64_t first = 0; first < batch; first += chunk) {
+    const int64_t count = std::min(chunk, batch - first);
+    if (static_cast<int64_t>(s.arena.size()) < s.image_bytes * count) s.arena.resize(s.image_bytes * count);
+    auto* pixels = reinterpret_cast<float*>(s.at(s.values.front(), count));
+    s.pool.run(static_cast<size_t>(count), [&](size_t n, int) {
+      to_channels_last(images + (first + n) * in.elements(), in, pixels + n * in.elements());
+    });
+    for (size_t i = 0; i < s.ops.size(); ++i) {
+      const auto start = Clock::now();
+      std::array<const void*, 2> inputs{};
+      for (size_t k = 0; k < s.inputs[i].size(); ++k) inputs[k] = s.at(s.values[s.inputs[i][k]], count);
+      s.ops[i]->run({inputs, s.at(s.values[i + 1], count), s.at(s.scratch[i], count), s.thread_scratch.data(), s.thread_bytes,
+                     count, s.pool});
+      if (seconds != nullptr) seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
+    }
+    const auto* results = reinterpret_cast<const float*>(s.at(s.values.back(), count));
+    for (int64_t n = 0; n < count; ++n)
+      to_channels_first(results + n * out.elements(), out, outputs + (first + n) * out.elements());
+  }
+}
+
+void Engine::run_op(size_t index, const std::vector<const void*>& inputs, int64_t batch, void* output) {
+  State& s = *state_;
+  const std::lock_guard lock(s.mutex);
+  const Op& op = *s.ops.at(index);
+  require(inputs.size() == s.inputs[index].size(), "the op has another number of inputs");
+  std::array<Buffer<uint64_t>, 2> words;
+  std::array<const void*, 2> stored{};
+  for (size_t k = 0; k < inputs.size(); ++k) {
+    const Shape& shape = s.shapes[s.inputs[index][k]];
+    stored[k] = inputs[k];
+    if (shape.bits == 0) continue;
+    const auto* codes = static_cast<const uint8_t*>(inputs[k]);
+    require(std::all_of(codes, codes + shape.elements() * batch, [&](uint8_t code) { return code >> shape.bits == 0; }),
+            "a code is out of range");
+    if (shape.bits != 1) continue;
+    words[k].resize(shape.pixels() * shape.words() * batch);
+    pack_bits(codes, shape, shape.pixels() * batch, words[k].data());
+    stored[k] = words[k].data();
+  }
+  const Shape& shape = op.output();
+  Buffer<uint64_t> packed(shape.bits == 1 ? shape.pixels() * shape.words() * batch : 0);
+  Buffer<std::byte> scratch(op.scratch_bytes() * batch);
+  op.run({stored, shape.bits == 1 ? packed.data() : output, scratch.data(), s.thread_scratch.data(), s.thread_bytes, batch, s.pool});
+  if (shape.bits == 1) unpack_bits(packed.data(), shape, shape.pixels() * batch, static_cast<uint8_t*>(output));
+}
+
+size_t Engine::op_count() const { return state_->ops.size(); }
+const std::vector<size_t>& Engine::op_inputs(size_t index) const { return state_->inputs.at(index); }
+const Shape& Engine::value(size_t number) const { return state_->shapes.at(number); }
+std::string_view Engine::isa() const { return state_->kernels.isa; }
+int Engine::threads() const { return state_->pool.size(); }
+
+}  // namespace lowbit

@@ -1,0 +1,33 @@
+#include "op.h"
+
+#include <algorithm>
+
+namespace lowbit {
+
+Window::Window(const OpSpec& spec, const Shape& input)
+    : kernel(spec.kernel), stride(spec.stride), padding(spec.padding), dilation(spec.dilation) {
+  const std::array<int64_t, 2> extents{input.height, input.width};
+  std::array<int64_t, 2> outputs{};
+  for (int axis = 0; axis < 2; ++axis) {
+    for (const auto& [values, low] : {std::pair{&kernel, 1}, {&stride, 1}, {&padding, 0}, {&dilation, 1}})
+      require((*values)[axis] >= low && (*values)[axis] <= kMaxExtent, "a window attribute is out of range");
+    const int64_t room = extents[axis] + 2 * padding[axis] - (dilation[axis] * (kernel[axis] - 1) + 1);
+    require(room >= 0, "the window does not fit into its input");
+    outputs[axis] = room / stride[axis] + 1;
+  }
+  const int64_t padded = (extents[0] + 2 * padding[0]) * (extents[1] + 2 * padding[1]);
+  require(padded <= kMaxElements && padded * input.channels <= kMaxElements, "the padded input is too large");
+  height = outputs[0];
+  width = outputs[1];
+}
+
+const void* tensor_data(const OpSpec& spec, const char* name, Type type, std::initializer_list<int64_t> shape) {
+  const auto found = spec.tensors.find(name);
+  if (found == spec.tensors.end()) throw std::invalid_argument("the tensor '" + std::string(name) + "' is missing");
+  const Tensor& tensor = found->second;
+  if (tensor.type != type || !std::equal(shape.begin(), shape.end(), tensor.shape.begin(), tensor.shape.end()))
+    throw std::invalid_argument("the tensor '" + std::string(name) + "' has the wrong type or shape");
+  return tensor.data;
+}
+
+}  // namespace lowbit

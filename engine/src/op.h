@@ -1,0 +1,129 @@
+// What every op is to the engine, and the checks that ops share.
+#pragma once
+
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <span>
+#include <stdexcept>
+
+#include "kernels/kernels.h"
+#include "lowbit/engine.h"
+#include "threads.h"
+
+namespace lowbit {
+
+inline constexpr size_t kAlignment = 64;  // a cache line, and the widest vector
+
+inline int64_t round_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
+inline int64_t ceil_div(int64_t number, int64_t divisor) { return (number + divisor - 1) / divisor; }
+
+template <class T>
+struct AlignedAllocator {
+  using value_type = T;
+  AlignedAllocator() = default;
+  template <class U>
+  AlignedAllocator(const AlignedAllocator<U>&) {}
+  T* allocate(size_t n) {
+    if (n > SIZE_MAX / sizeof(T)) throw std::bad_alloc();
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(kAlignment)));
+  }
+  void deallocate(T* data, size_t) { ::operator delete(data, std::align_val_t(kAlignment)); }
+  bool operator==(const AlignedAllocator&) const = default;
+};
+
+template <class T>
+using Buffer = std::vector<T, AlignedAllocator<T>>;
+
+// One run of one op on a batch. Buffers are aligned to 64 bytes.
+struct Call {
+  std::array<const void*, 2> inputs;
+  void* output;
+  void* scratch;            // batch * Op::scratch_bytes()
+  std::byte* thread_scratch;  // thread_bytes for each thread
+  size_t thread_bytes;
+  int64_t batch;
+  ThreadPool& pool;
+
+  template <class T>
+  const T* input(int number = 0) const {
+    return static_cast<const T*>(inputs[number]);
+  }
+  template <class T>
+  T* result() const {
+    return static_cast<T*>(output);
+  }
+};
+
+class Op {
+ public:
+  explicit Op(Shape output) : output_(output) {}
+  virtual ~Op() = default;
+
+  const Shape& output() const { return output_; }
+  virtual int64_t scratch_bytes() const { return 0; }         // per image
+  virtual int64_t thread_scratch_bytes() const { return 0; }  // per thread
+  virtual void run(const Call& call) const = 0;
+
+ private:
+  Shape output_;
+};
+
+using Inputs = std::span<const Shape>;
+
+std::unique_ptr<Op> make_conv2d(const OpSpec&, const Shape& input, const Kernels&);
+std::unique_ptr<Op> make_binary_conv2d(const OpSpec&, const Shape& input, const Kernels&);
+std::unique_ptr<Op> make_threshold(const OpSpec&, const Shape& input, const Kernels&);
+std::unique_ptr<Op> make_pool(const OpSpec&, const Shape& input);
+std::unique_ptr<Op> make_elementwise(const OpSpec&, Inputs inputs);
+
+// --- checks; each throws std::invalid_argument -----------------------------------------------------------------------
+
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+inline constexpr int64_t kMaxExtent = 1 << 16;
+inline constexpr int64_t kMaxElements = 1 << 24;
+
+// A sliding window: its geometry, and the size of what it writes.
+struct Window {
+  std::array<int64_t, 2> kernel, stride, padding, dilation;
+  int64_t height, width;  // of the output
+
+  Window(const OpSpec& spec, const Shape& input);
+};
+
+// The tensor `name` of exactly this type and shape.
+const void* tensor_data(const OpSpec& spec, const char* name, Type type, std::initializer_list<int64_t> shape);
+
+inline bool has_tensor(const OpSpec& spec, const char* name) { return spec.tensors.count(name) != 0; }
+
+template <class T>
+struct TypeOf;
+template <>
+struct TypeOf<float> {
+  static constexpr Type type = Type::f32;
+};
+template <>
+struct TypeOf<int32_t> {
+  static constexpr Type type = Type::i32;
+};
+template <>
+struct TypeOf<uint8_t> {
+  static constexpr Type type = Type::u8;
+};
+template <>
+struct TypeOf<uint64_t> {
+  static constexpr Type type = Type::u64;
+};
+
+// A copy-free view of the tensor `name`, checked.
+template <class T>
+std::span<const T> tensor(const OpSpec& spec, const char* name, std::initializer_list<int64_t> shape) {
+  size_t elements = 1;
+  for (const int64_t extent : shape) elements *= static_cast<size_t>(extent);
+  return {static_cast<const T*>(tensor_data(spec, name, TypeOf<T>::type, shape)), elements};
+}
+
+}  // namespace lowbit

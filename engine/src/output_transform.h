@@ -1,0 +1,39 @@
+// From sums to codes by thresholds.
+#pragma once
+
+#include <vector>
+
+#include "op.h"
+
+namespace lowbit {
+
+// code = number of thresholds t with v >= t where the channel rises, with v <= t where it falls; T is what v is.
+template <class T>
+class Thresholds {
+ public:
+  Thresholds(const OpSpec& spec, int64_t channels) : bits_(static_cast<int>(spec.bits)) {
+    require(spec.bits >= 1 && spec.bits <= 8, "bits must be 1 to 8");
+    const auto values = tensor<T>(spec, "thresholds", {channels, levels()});
+    const auto falling = tensor<uint8_t>(spec, "falling", {channels});
+    values_.assign(values.begin(), values.end());
+    falling_.assign(falling.begin(), falling.end());
+  }
+
+  int bits() const { return bits_; }
+  int levels() const { return (1 << bits_) - 1; }
+  bool falling(int64_t channel) const { return falling_[channel] != 0; }
+  const T* of(int64_t channel) const { return values_.data() + channel * levels(); }
+
+  uint8_t code(T v, int64_t channel) const {
+    int passed = 0;
+    for (const T* t = of(channel), *end = t + levels(); t != end; ++t) passed += falling(channel) ? v <= *t : v >= *t;
+    return static_cast<uint8_t>(passed);
+  }
+
+ private:
+  int bits_;
+  std::vector<T> values_;
+  std::vector<uint8_t> falling_;
+};
+
+}  // namespace lowbit

@@ -1,0 +1,6 @@
+"""Running a packed file: the native engine and the images that it is given. Needs NumPy and Pillow, no torch."""
+
+from lowbit.runtime.engine import Engine
+from lowbit.runtime.images import load_image
+
+__all__ = ["Engine", "load_image"]

@@ -1,0 +1,198 @@
+"""Every instruction set of this machine, forced, against the slow reference in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+from packed_models import Builder, thresholds, vgg, window, words
+
+from lowbit.runtime import Engine
+
+# size, channels in, channels out, groups, kernel, stride, padding, dilation, batch
+CASES = {
+    "plain": (8, 64, 64, 1, 3, 1, 1, 1, 1),
+    "odd channels": (7, 37, 29, 1, 3, 1, 1, 1, 2),
+    "one channel": (5, 1, 1, 1, 3, 1, 1, 1, 3),
+    "one pixel": (1, 100, 70, 1, 1, 1, 0, 1, 3),
+    "one pixel, padded": (1, 65, 17, 1, 3, 1, 1, 1, 1),
+    "empty batch": (6, 33, 20, 1, 3, 1, 1, 1, 0),
+    "wide padding": (6, 40, 24, 1, 5, 2, 3, 1, 2),
+    "padding beyond the kernel": (4, 30, 16, 1, 1, 1, 3, 1, 1),
+    "stride": (11, 130, 96, 1, 3, 2, 1, 1, 2),
+    "dilation": (12, 64, 48, 1, 3, 1, 2, 2, 1),
+    "stride and dilation": (13, 70, 33, 1, 3, 3, 3, 3, 1),
+    "groups of words": (6, 128, 128, 2, 3, 1, 1, 1, 2),
+    "groups within words": (6, 60, 90, 3, 3, 1, 1, 1, 2),
+    "groups across words": (5, 210, 42, 3, 3, 1, 1, 1, 1),
+    "depthwise": (7, 70, 70, 70, 3, 1, 1, 1, 2),
+    "whole map": (4, 96, 200, 1, 4, 1, 0, 1, 3),
+    "even kernel": (9, 64, 80, 1, 2, 2, 0, 1, 1),
+    "many tiles": (14, 192, 130, 1, 3, 1, 1, 1, 3),
+}
+
+
+def layer(case, seed, kind):
+    """A model of one convolution, and its input as the engine's run_op takes it."""
+    size, c_in, c_out, groups, kernel, stride, padding, dilation, batch = CASES[case]
+    rng = np.random.default_rng(seed)
+    shape, depth = window((kernel, kernel), (stride,) * 2, (padding,) * 2, (dilation,) * 2), c_in // groups
+    spread = (kernel * kernel * depth) ** 0.5
+    net, attributes = Builder((c_in, size, size)), {"groups": groups, "channels": c_out, **shape}
+    bits = {"weight_bits": words(rng, c_out, kernel, kernel, depth=depth)}
+    scale, bias = rng.normal(size=(2, c_out)).astype(np.float32)
+    x = rng.normal(size=(batch, size, size, c_in)).astype(np.float32)
+    if kind.startswith("float"):
+        weights = {"weight": rng.normal(size=(c_out, kernel, kernel, depth)).astype(np.float32)}
+        net.op(
+            "conv2d",
+            tensors=weights if kind == "float" else {**bits, "weight_scale": scale, "bias": bias},
+            **attributes,
+        )
+        return net.model, 0, x
+    net.op("threshold", tensors=thresholds(rng, np.float32, c_in, 1, 1.0), bits=1)
+    if kind == "scale":
+        net.op("binary_conv2d", tensors={**bits, "scale": scale}, **attributes)
+    elif kind == "scale and bias":
+        net.op("binary_conv2d", tensors={**bits, "scale": scale, "bias": bias}, **attributes)
+    else:
+        out_bits = int(kind)
+        tensors = {**bits, **thresholds(rng, np.int32, c_out, out_bits, spread)}
+        net.op("binary_conv2d", tensors=tensors, bits=out_bits, **attributes)
+        net.op("relu", inputs=[0])  # the output must be float32
+    return net.model, 1, rng.integers(0, 2, x.shape, dtype=np.uint8)
+
+
+def close(left, right):
+    """Float results: relative to the largest, as both sum in another order."""
+    return np.allclose(left, right, rtol=1e-5, atol=1e-5 * max(1.0, float(np.abs(right).max(initial=0))))
+
+
+@pytest.mark.parametrize("kind", ["1", "2", "8", "scale", "scale and bias"])
+@pytest.mark.parametrize("case", CASES)
+def test_binary_convolution_equals_the_reference(isa, case, kind):
+    model, index, x = layer(case, 1, kind)
+    expected = reference.run_op(model.ops[index], model.op_tensors(index), [x])
+    for threads in (1, 2):
+        engine = Engine(model, threads=threads)
+        assert engine.isa == isa
+        result = engine.run_op(index, [x])
+        assert result.dtype == expected.dtype
+        np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("kind", ["float", "float input, binary weights"])
+@pytest.mark.parametrize("case", CASES)
+def test_float_convolution_is_close_to_the_reference(isa, case, kind):
+    model, index, x = layer(case, 2, kind)
+    expected = reference.run_op(model.ops[index], model.op_tensors(index), [x])
+    results = [Engine(model, threads=threads).run_op(index, [x]) for threads in (1, 2)]
+    assert close(results[0], expected)
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("channels", [1, 15, 16, 64, 65, 200])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_threshold_decides_ties_zeros_and_ends_as_stated(isa, channels, bits):
+    rng = np.random.default_rng(3)
+    net = Builder((channels, 3, 5))
+    tensors = thresholds(rng, np.float32, channels, bits, 1.0)
+    tensors["thresholds"][::7] = 0.0
+    net.op("threshold", tensors=tensors, bits=bits)
+    net.op("relu", inputs=[0])
+    x = rng.normal(size=(2, 3, 5, channels)).astype(np.float32)
+    x[0, 0] = tensors["thresholds"][:, 0]
+    x[0, 1] = np.nextafter(tensors["thresholds"][:, -1], np.float32(np.inf))
+    x[0, 2], x[1, 0] = 0.0, -0.0
+    expected = reference.run_op(net.model.ops[0], tensors, [x])
+    np.testing.assert_array_equal(Engine(net.model).run_op(0, [x]), expected)
+
+
+@pytest.mark.parametrize("sums", ["ends", "every"])
+def test_integer_thresholds_at_every_sum_and_at_the_ends(isa, sums):
+    """A 1x1 convolution of 20 channels whose sum takes every value, against every threshold near its range."""
+    depth = 20
+    limits = [-(2**31), -(2**31) + 1, 2**31 - 2, 2**31 - 1] if sums == "ends" else range(-depth - 3, depth + 4)
+    table = np.array([[t] for t in limits for _ in range(2)], np.int32)
+    falling = np.tile([0, 1], len(table) // 2).astype(np.uint8)
+    channels = len(table)
+    net = Builder((depth, 1, depth + 1))
+    net.op("threshold", tensors=thresholds(np.random.default_rng(0), np.float32, depth, 1, 1.0), bits=1)
+    tensors = {
+        "weight_bits": np.full((channels, 1, 1, 1), 2**depth - 1, np.uint64),
+        "thresholds": table,
+        "falling": falling,
+    }
+    net.op("binary_conv2d", tensors=tensors, groups=1, channels=channels, bits=1, **window((1, 1), dilation=(1, 1)))
+    net.op("relu", inputs=[0])
+    x = np.tri(depth + 1, depth, -1, dtype=np.uint8)[None, None]
+    expected = reference.run_op(net.model.ops[1], tensors, [x])
+    np.testing.assert_array_equal(Engine(net.model).run_op(1, [x]), expected)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (5, 3, 2), (1, 1, 0)])
+@pytest.mark.parametrize("bits", [1, 4, 32])
+def test_max_pool_equals_the_reference(isa, kernel, stride, padding, bits):
+    rng = np.random.default_rng(4)
+    channels, shape = 70, window((kernel, kernel), (stride, stride), (padding, padding))
+    net = Builder((channels, 7, 9))
+    x = rng.normal(size=(2, 7, 9, channels)).astype(np.float32)
+    if bits < 32:
+        tensors = thresholds(rng, np.float32, channels, bits, 1.0)
+        net.op("threshold", tensors=tensors, bits=bits)
+        net.op("max_pool", tensors={"falling": tensors["falling"]}, **shape)
+        net.op("relu", inputs=[0])
+        x = rng.integers(0, 2**bits, x.shape, dtype=np.uint8)
+    else:
+        net.op("max_pool", **shape)
+    index = 1 if bits < 32 else 0
+    expected = reference.run_op(net.model.ops[index], net.model.op_tensors(index), [x])
+    np.testing.assert_array_equal(Engine(net.model, threads=2).run_op(index, [x]), expected)
+
+
+@pytest.mark.parametrize("count_include_pad", [True, False])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (7, 1, 0)])
+def test_avg_pool_is_close_to_the_reference(isa, kernel, stride, padding, count_include_pad):
+    net = Builder((19, 7, 8))
+    shape = window((kernel, kernel), (stride, stride), (padding, padding))
+    net.op("avg_pool", count_include_pad=count_include_pad, **shape)
+    x = np.random.default_rng(5).normal(size=(3, 7, 8, 19)).astype(np.float32)
+    assert close(Engine(net.model).run_op(0, [x]), reference.run_op(net.model.ops[0], {}, [x]))
+
+
+def test_elementwise_ops_round_once_at_each_step(isa):
+    rng = np.random.default_rng(6)
+    net = Builder((21, 4, 3))
+    scale, shift = rng.normal(size=(2, 21)).astype(np.float32)
+    net.op("affine", tensors={"scale": scale, "shift": shift})
+    net.op("hardtanh", min=-0.7, max=1)
+    net.op("relu", inputs=[1])
+    net.op("add", inputs=[2, 3])
+    net.op("add", inputs=[4, 4])
+    x = rng.normal(size=(5, 21, 4, 3)).astype(np.float32)
+    expected = reference.run(net.model, x)[-1].transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(Engine(net.model, threads=2)(x), expected)
+
+
+@pytest.mark.parametrize(("rows", "size"), [((64, 64, "M", 96, "M"), 32), ((17, 40, "M", 70, 33), 14)])
+def test_network_gives_the_same_bits_for_every_batch_and_thread_count(isa, rows, size):
+    rng = np.random.default_rng(7)
+    model = vgg(rng, rows, size)
+    x = rng.normal(size=(70, 3, size, size)).astype(np.float32)
+    whole = Engine(model)(x)
+    engine = Engine(model, threads=2)
+    np.testing.assert_array_equal(engine(x), whole)
+    for batch in (1, 3, 16):
+        np.testing.assert_array_equal(engine(x[:batch]), whole[:batch])
+    assert engine(x[:0]).shape == (0, 10)
+
+
+def test_network_equals_the_reference_op_by_op(isa):
+    """The float stem may differ by a rounding, so each op gets the reference's own values."""
+    rng = np.random.default_rng(8)
+    model = vgg(rng, (24, 40, "M", 70, 33), 14)
+    x = rng.normal(size=(3, 3, 14, 14)).astype(np.float32)
+    values, engine = reference.run(model, x), Engine(model, threads=2)
+    assert close(engine.run_op(0, [values[0]]), values[1])
+    for index in range(1, len(model.ops)):
+        np.testing.assert_array_equal(engine.run_op(index, [values[index]]), values[index + 1])
