@@ -29,6 +29,7 @@ from torch import nn
 import lowbit
 from lowbit import data, methods, models
 from lowbit.data import ImageData
+from lowbit.data.base import Labels
 from lowbit.errors import LowbitError, UsageError
 from lowbit.methods.base import Method, Recipe
 from lowbit.runs import Run, write_json
@@ -181,6 +182,7 @@ def _train(config: TrainConfig, run: Run, started: bool, console: Console) -> Ru
     settings |= describe_data(config, images)
     if started:
         refuse_changes(run, recorded, settings)
+    split = images.split(config.val_fraction, config.seed)
     torch.manual_seed(derived_seed(config.seed, 0, 0))
     model = models.create(
         config.model,
@@ -204,7 +206,7 @@ def _train(config: TrainConfig, run: Run, started: bool, console: Console) -> Ru
         if report is not None:
             recorded["init_report"] = asdict(report)
         write_json(run.config_path, recorded)
-    rows = fit(model, method, recipe, images, run, config, precision, device, console)
+    rows = fit(model, method, recipe, images, split, run, config, precision, device, console)
     summary: dict[str, Any] = {}
     if config.val_fraction:
         top = best(rows, "val_accuracy")
@@ -221,6 +223,7 @@ def fit(
     method: Method,
     recipe: Recipe,
     images: ImageData,
+    split: tuple[Labels, Labels],
     run: Run,
     config: TrainConfig,
     precision: str,
@@ -240,7 +243,7 @@ def fit(
             write_metrics(run, rows)
             return rows
     model.to(memory_format=torch.channels_last)
-    train_indices, val_indices = images.split(config.val_fraction, config.seed)
+    train_indices, val_indices = split
     batches = TrainBatches(
         images.train_images[train_indices],
         images.train_labels[train_indices],

@@ -1,0 +1,209 @@
+"""The parts of training: schedule, groups, batches, losses, initial weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lowbit import data, models
+from lowbit.errors import LowbitError, UsageError
+from lowbit.methods.base import Recipe
+from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
+from lowbit.training.checkpoints import Checkpoint, remove_partial_files, save_weights
+from lowbit.training.initialise import init_from
+from lowbit.training.module import find_not_finite, parameter_groups, squared_hinge
+from lowbit.training.run import check_recipe
+from lowbit.training.schedules import multiplier
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epoch", "expected"),
+    [
+        (Recipe(schedule="cosine", epochs=10), 0, 1.0),
+        (Recipe(schedule="cosine", epochs=10), 5, 0.5),
+        (Recipe(schedule="cosine", epochs=10), 2.5, 0.5 + math.sqrt(0.5) / 2),
+        (Recipe(schedule="cosine", epochs=10), 10, 0.0),
+        (Recipe(schedule="cosine", epochs=12, warmup=2), 1, 0.5),
+        (Recipe(schedule="cosine", epochs=12, warmup=2), 2, 1.0),
+        (Recipe(schedule="cosine", epochs=12, warmup=2), 7, 0.5),
+        (Recipe(schedule="linear", epochs=8), 2, 0.75),
+        (Recipe(schedule="poly", gamma=2.0, epochs=8), 2, 0.5625),
+        (Recipe(schedule="step", milestones=(0.5, 0.75), epochs=20), 9.99, 1.0),
+        (Recipe(schedule="step", milestones=(0.5, 0.75), epochs=20), 10, 0.1),
+        (Recipe(schedule="step", milestones=(0.5, 0.75), epochs=20), 19, 0.01),
+        (Recipe(schedule="step", milestones=(0.5,), epochs=20, warmup=4), 1, 0.25),
+        (Recipe(schedule="cosine", epochs=2, warmup=5), 1, 0.2),
+    ],
+)
+def test_schedules_have_their_closed_forms(recipe: Recipe, epoch: float, expected: float) -> None:
+    assert multiplier(recipe, epoch) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"momentum": 1.0},
+        {"epochs": 0},
+        {"batch_size": 1},
+        {"schedule": "cosin"},
+        {"optimizer": "lion"},
+        {"milestones": (0.5, 1.5)},
+        {"label_smoothing": -0.1},
+    ],
+)
+def test_recipes_out_of_range_are_refused_by_field(change: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=next(iter(change))):
+        check_recipe(replace(Recipe(), **change))  # type: ignore[arg-type]
+
+
+def decayed_names(model: nn.Module, recipe: Recipe) -> set[str]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, recipe)
+    every = [parameter for group in groups for parameter in group["params"]]
+    assert sorted(names[parameter] for parameter in every) == sorted(names.values())
+    return {names[parameter] for group in groups if group["weight_decay"] for parameter in group["params"]}
+
+
+def test_decay_spares_norms_biases_and_latent_weights() -> None:
+    recipe = Recipe(weight_decay=0.1)
+    float_model = models.create("lenet", method="float", in_channels=1)
+    matrices = {name for name, parameter in float_model.named_parameters() if parameter.dim() > 1}
+    assert decayed_names(float_model, recipe) == matrices
+    binary = models.create("lenet", method="xnor_net", in_channels=1)
+    latent = {
+        f"{name}.weight"
+        for name, module in binary.named_modules()
+        if getattr(module, "weight_quantizer", None) is not None
+    }
+    assert latent
+    every = {name for name, _ in binary.named_parameters()}
+    assert decayed_names(binary, recipe) == {n for n in matrices & every if n not in latent}
+    assert decayed_names(binary, replace(recipe, decay_all=True)) == every
+
+
+def test_squared_hinge() -> None:
+    logits = torch.tensor([[0.5, -2.0, 3.0]])
+    expected = ((1 - 0.5) ** 2 + 0 + (1 + 3.0) ** 2) / 3
+    assert float(squared_hinge(logits, torch.tensor([0]))) == pytest.approx(expected)
+
+
+def test_batches_depend_on_seed_and_epoch_only() -> None:
+    digits = data.load("digits")
+
+    def batches(seed: int, epoch: int) -> list[torch.Tensor]:
+        made = TrainBatches(digits.train_images, digits.train_labels, digits.preprocessing, 100, seed, True, True, CPU)
+        made.epoch = epoch
+        assert len(made) == 14
+        return [inputs for inputs, _ in made]
+
+    torch.manual_seed(1)
+    first = batches(0, 3)
+    torch.manual_seed(2)
+    again = batches(0, 3)
+    assert len(first) == 14
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], batches(0, 4)[0])
+    assert not torch.equal(first[0], batches(1, 3)[0])
+    assert first[0].shape == (100, 1, 32, 32)
+    assert first[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_epoch_shows_each_image_at_most_once() -> None:
+    digits = data.load("digits")
+    index = np.arange(1438)
+    made = TrainBatches(digits.train_images, index, digits.preprocessing, 100, 0, False, False, CPU)
+    seen = torch.cat([labels for _, labels in made])
+    assert len(seen) == 1400
+    assert len(seen.unique()) == 1400
+
+
+def test_evaluation_batches_are_what_preprocessing_gives() -> None:
+    digits = data.load("digits")
+    made = EvalBatches(digits.test_images, digits.test_labels, digits.preprocessing, 100, CPU)
+    inputs = torch.cat([inputs for inputs, _ in made])
+    assert len(list(made)) == len(made) == 4
+    assert np.array_equal(inputs.numpy(), digits.preprocessing.normalise(digits.test_images))
+
+
+def test_derived_seeds_differ() -> None:
+    assert len({derived_seed(seed, epoch, use) for seed in range(5) for epoch in range(5) for use in range(3)}) == 75
+
+
+def test_init_from_takes_what_fits(tmp_path: Path) -> None:
+    source = models.create("vgg_small", method="float", width=0.0625)
+    save_weights(source, tmp_path / "float.safetensors")
+    twin = models.create("vgg_small", method="float", width=0.0625)
+    report = init_from(twin, tmp_path / "float.safetensors")
+    assert report.reshaped == report.missing == report.unused == report.norms == ()
+    assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), source.state_dict().values(), strict=True))
+
+    binary = models.create("vgg_small", method="xnor_net", width=0.0625)
+    report = init_from(binary, tmp_path / "float.safetensors")
+    state, given = binary.state_dict(), source.state_dict()
+    assert any(name.endswith("conv.weight") for name in report.loaded)
+    assert all(torch.equal(state[name], given[name]) for name in report.loaded)
+    assert not any("norm" in name for name in report.loaded)
+    assert report.norms
+    everything = {*report.loaded, *report.norms, *report.reshaped, *report.missing}
+    assert everything == set(state)
+    assert "different places" in str(report)
+
+    wider = models.create("vgg_small", method="float", width=0.0625, num_classes=7)
+    report = init_from(wider, tmp_path / "float.safetensors")
+    assert report.reshaped
+    assert all(state_name in str(report) for state_name in report.reshaped)
+
+
+def test_init_from_says_what_is_wrong(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="does not exist"):
+        init_from(model, tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"no weights")
+    with pytest.raises(LowbitError, match="no safetensors file"):
+        init_from(model, tmp_path / "bad.safetensors")
+    save_weights(nn.Sequential(nn.Linear(3, 3)), tmp_path / "other.safetensors")
+    with pytest.raises(LowbitError, match="none of its 2 tensors fits"):
+        init_from(model, tmp_path / "other.safetensors")
+
+
+def test_checkpoint_round_trip_and_damage(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    rows = [{"epoch": 1, "train_loss": 0.5}]
+    Checkpoint({"w": torch.ones(3)}, {"state": {}, "param_groups": []}, rows).save(path)
+    assert Checkpoint.load(path).rows == rows
+    (path.parent / ".last.ckpt.half").write_bytes(b"half")
+    remove_partial_files(tmp_path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(LowbitError, match=r"last\.ckpt cannot be read"):
+        Checkpoint.load(path)
+
+
+class Exploding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))  # type: ignore[no-any-return]
+
+
+def test_not_finite_names_the_layer() -> None:
+    model = Exploding()
+    model(torch.ones(1, 4)).sum().backward()
+    model.first.weight.grad.fill_(math.inf)  # type: ignore[union-attr]
+    assert find_not_finite(model, torch.ones(1, 4)) == "the gradient of layer 'first'"
+    with torch.no_grad():
+        model.second.bias.fill_(math.nan)
+    assert find_not_finite(model, torch.ones(1, 4)) == "the output of layer 'second'"

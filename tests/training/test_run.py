@@ -1,0 +1,295 @@
+"""Whole runs: what they leave behind, and that nothing is lost whatever stops them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from lowbit import models
+from lowbit.errors import LowbitError, UsageError
+from lowbit.runs import Run
+from lowbit.training import TrainConfig, train
+from lowbit.training.callbacks import COLUMNS, Recorder
+from lowbit.training.checkpoints import Checkpoint
+from lowbit.training.module import TrainingModule
+
+
+@pytest.fixture
+def config(stripes: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        out=tmp_path / "run",
+        method="xnor_net",
+        model="lenet",
+        data=f"folder:{stripes}",
+        overrides={"batch_size": 16, "epochs": 2},
+        precision="float32",
+        threads=1,
+        progress=False,
+    )
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(Run(path).weights_path)
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_all_that_others_read(config: TrainConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    run = train(replace(config, val_fraction=0.25, epochs=3, progress=True))
+    written = run.config
+    assert written["model"] == {"name": "lenet", "options": {}}
+    assert written["in_channels"] == 1
+    assert written["classes"] == ["horizontal", "vertical"]
+    assert written["recipe"]["epochs"] == written["epochs"] == 3
+    assert written["data"]["train_images"] == 80
+    rows = run.metrics()
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert set(rows[0]) == set(COLUMNS)
+    chosen = max(rows, key=lambda row: row["val_accuracy"])
+    assert written["best"] == {"epoch": chosen["epoch"], "val_accuracy": chosen["val_accuracy"]}
+    assert written["best_test"]["accuracy"] == max(row["test_accuracy"] for row in rows)
+    assert not models.load_run(run.path).training
+    assert list((run.path / "tensorboard").iterdir())
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.splitlines() == [line for line in err.splitlines() if line.startswith("epoch ")]
+
+
+def test_best_epoch_on_validation_gives_the_weights(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    row = Recorder.row
+
+    def scripted(self: Recorder, module: TrainingModule) -> dict[str, float]:
+        made = row(self, module)
+        made["val_accuracy"] = (0.5, 0.9, 0.9)[len(seen)]
+        seen.append({name: tensor.clone() for name, tensor in module.model.state_dict().items()})
+        return made
+
+    monkeypatch.setattr(Recorder, "row", scripted)
+    run = train(replace(config, val_fraction=0.25, epochs=3))
+    assert equal(weights(run.path), seen[1])
+    assert run.config["best"]["epoch"] == 2
+
+
+def test_it_learns_and_the_last_epoch_gives_the_weights(config: TrainConfig) -> None:
+    run = train(replace(config, method="float", epochs=6, overrides={**config.overrides, "learning_rate": 0.02}))
+    assert run.metrics()[-1]["test_accuracy"] > 0.85
+    assert "best" not in run.config
+    assert equal(weights(run.path), Checkpoint.load(run.checkpoints_path / "last.ckpt").model)
+
+
+def test_a_run_is_never_overwritten(config: TrainConfig, tmp_path: Path) -> None:
+    run = train(replace(config, epochs=1))
+    before = run.config_path.read_bytes()
+    with pytest.raises(UsageError, match="already holds a run; go on with --resume or choose another --out"):
+        train(replace(config, epochs=1))
+    assert run.config_path.read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("keep me")
+    with pytest.raises(UsageError, match="no run folder"):
+        train(replace(config, out=tmp_path / "other"))
+
+
+def test_resume_of_a_finished_run_does_nothing(config: TrainConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    run = train(replace(config, epochs=1))
+    before = run.config_path.read_bytes()
+    train(replace(config, epochs=1, resume=True, progress=True))
+    assert "nothing to do" in capfd.readouterr().err
+    train(TrainConfig.resuming(run.path, progress=False))
+    assert run.config_path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"epochs": 4}, "epochs"),
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"method": "bnn"}, "method.name"),
+        ({"method_options": {"gradient": "paper"}}, "method.options.gradient"),
+        ({"precision": "bf16"}, "precision"),
+        ({"val_fraction": 0.25}, "data.val_fraction"),
+        ({"data": "digits"}, "classes"),
+    ],
+)
+def test_resume_with_other_settings_names_the_setting(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], named: str
+) -> None:
+    stop_after_first_epoch(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    with pytest.raises(UsageError, match=named):
+        train(replace(config, resume=True, **change))
+
+
+def stop_after_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C in the second step of the second epoch."""
+    step = TrainingModule.training_step
+
+    def interrupted(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.current_epoch == 1 and batch_idx == 1:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", interrupted)
+
+
+def test_ctrl_c_says_how_to_resume(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    whole = train(replace(config, out=tmp_path / "whole", epochs=3))
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        stop_after_first_epoch(patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(config, epochs=3))
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert "`lowbit train --resume --out" in capfd.readouterr().err
+    resumed = train(TrainConfig.resuming(config.out, progress=False))
+    assert equal(weights(whole.path), weights(resumed.path))
+    drop = {"seconds"}
+    for a, b in zip(whole.metrics(), resumed.metrics(), strict=True):
+        assert {k: v for k, v in a.items() if k not in drop} == {k: v for k, v in b.items() if k not in drop}
+
+
+KILLED = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from lowbit.training import TrainConfig, train
+
+config = TrainConfig(**{**eval(sys.argv[1]), "resume": True})
+moments = random.Random(int(sys.argv[2]))
+ends = []
+for attempt in range(60):
+    child = os.fork()
+    if not child:
+        try:
+            train(config)
+        except KeyboardInterrupt:
+            os._exit(130)
+        os._exit(0)
+    if attempt < 5:
+        time.sleep(moments.uniform(0.2, 1.2))
+        try:
+            os.kill(child, signal.SIGINT if attempt == 3 else signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    ends.append(status)
+    if status == 0:
+        break
+print(ends)
+"""
+
+
+def test_killed_at_random_moments_gives_the_same_weights(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, precision="bf16", overrides={"batch_size": 8, "epochs": 5}, val_fraction=0.1)
+    whole = train(replace(config, out=tmp_path / "whole"))
+    settings = {name: getattr(config, name) for name in ("method", "model", "data", "overrides", "precision")}
+    settings |= {"out": str(config.out), "threads": 1, "val_fraction": 0.1, "progress": False}
+    seed = random.randrange(1000)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, repr(settings), str(seed)], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    ends = json.loads(ended.stdout.splitlines()[-1])
+    assert ends[-1] == 0, (seed, ends, ended.stderr)
+    assert -signal.SIGKILL in ends, (seed, ends)
+    killed = Run(Path(config.out))
+    assert equal(weights(whole.path), weights(killed.path)), seed
+    last = [Checkpoint.load(run.checkpoints_path / "last.ckpt").model for run in (whole, killed)]
+    assert equal(*last), seed
+    assert len(killed.metrics()) == 5
+    assert killed.config["best"] == whole.config["best"]
+    leftovers = [path.name for path in killed.path.rglob(".*")]
+    assert leftovers == []
+
+
+@pytest.mark.parametrize("place", ["model.safetensors", "last.ckpt", "metrics.csv"])
+def test_a_full_disk_is_one_sentence_and_loses_no_epoch(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    whole = train(replace(config, out=tmp_path / "whole"))
+    fsync = os.fsync
+    done: list[str] = []
+
+    def full(descriptor: int) -> None:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        if place in name:
+            done.append(name)
+            if len(done) > 1 + (place == "metrics.csv"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(LowbitError, match=rf"cannot write .*{place}: No space left on device"):
+            train(config)
+    run = Run(Path(config.out))
+    assert len(Checkpoint.load(run.checkpoints_path / "last.ckpt").rows) == (2 if place == "metrics.csv" else 1)
+    assert [path.name for path in run.path.rglob(".*")] == []
+    assert equal(weights(train(replace(config, resume=True)).path), weights(whole.path))
+
+
+def test_not_finite_names_the_layer_and_spares_the_checkpoint(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = TrainingModule.training_step
+
+    def poisoned(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.current_epoch == 1 and batch_idx == 2:
+            name = next(name for name, _ in self.model.named_parameters() if name.startswith("1."))
+            with torch.no_grad():
+                self.model.get_parameter(name).fill_(torch.nan)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", poisoned)
+    with pytest.raises(LowbitError, match=r"in epoch 2, step 3, the output of layer '1\..*' is not finite"):
+        train(replace(config, method="float"))
+    checkpoint = Checkpoint.load(Run(Path(config.out)).checkpoints_path / "last.ckpt")
+    assert len(checkpoint.rows) == 1
+    assert all(tensor.isfinite().all() for tensor in checkpoint.model.values())
+
+
+def test_init_from_another_run(config: TrainConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = train(replace(config, method="float", epochs=1, out=tmp_path / "float"))
+    run = train(replace(config, epochs=1, init_from=source.path, progress=True))
+    report = run.config["init_report"]
+    assert report["loaded"]
+    assert "tensors taken from" in capfd.readouterr().err
+    with pytest.raises(UsageError, match="--init-from"):
+        train(replace(config, out=tmp_path / "third", init_from=tmp_path / "nowhere"))
+    assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"method": "xnor"}, "did you mean xnor_net"),
+        ({"model": "lenett"}, "did you mean lenet"),
+        ({"data": "digit"}, "did you mean digits"),
+        ({"recipe": "fast"}, "has no recipe 'fast'"),
+        ({"overrides": {"rate": 1}}, "has no field 'rate'"),
+        ({"precision": "half"}, "--precision"),
+        ({"threads": 0}, "--threads"),
+        ({"val_fraction": 2.0}, "--val-fraction"),
+    ],
+)
+def test_wrong_settings_leave_no_folder(config: TrainConfig, change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        train(replace(config, **change))
+    assert not Path(config.out).exists()
