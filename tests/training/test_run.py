@@ -203,7 +203,7 @@ def test_killed_at_random_moments_gives_the_same_weights(config: TrainConfig, tm
     settings |= {"out": str(config.out), "threads": 1, "val_fraction": 0.1, "progress": False}
     seed = random.randrange(1000)
     ended = subprocess.run(
-        [sys.executable, "-c", KILLED, repr(settings), str(seed)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", KILLED, repr(settings), str(seed)], capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stderr
     ends = json.loads(ended.stdout.splitlines()[-1])
