@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from lowbit.errors import UsageError
 from lowbit.layers import QuantConv2d, QuantizedLayer, QuantLinear
@@ -107,7 +106,7 @@ def capture(model: nn.Module, example_input: Tensor) -> Graph:
     module = _trace(model)
     try:
         with torch.no_grad():
-            ShapeProp(module).propagate(example_input.cpu())
+            _Shapes(module).run(example_input.cpu())
     except Exception as error:
         raise UsageError(
             f"the model does not run on the example input {tuple(example_input.shape)}: {error}"
@@ -148,6 +147,18 @@ def _trace(model: nn.Module) -> fx.GraphModule:
 def _cannot_capture(where: str, error: Exception) -> UsageError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UsageError(f"{where} cannot be captured: {reason}; its forward must not branch on values or shapes")
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and leaves at each node that makes a tensor its shape."""
+
+    extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["shape"] = tuple(result.shape)
+        return result
 
 
 class _Reader:
@@ -300,9 +311,8 @@ def _is_over_the_map(node: fx.Node) -> bool:
 
 
 def _tensor_shape(node: fx.Node) -> tuple[int, ...] | None:
-    meta = node.meta.get("tensor_meta")
-    shape = getattr(meta, "shape", None)
-    return tuple(shape) if isinstance(shape, torch.Size) else None
+    shape: tuple[int, ...] | None = node.meta.get("shape")
+    return shape
 
 
 def _map_shape(node: fx.Node, name: str) -> Shape:

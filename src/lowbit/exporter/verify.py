@@ -1,11 +1,11 @@
 """Check a packed model against the torch model, layer by layer. Shares nothing with what wrote the packed file.
 
-Every binary layer of the engine is given the codes that the torch model's own activation quantizer makes, so a difference
-is found where it arises and does not spread:
+Every binary layer of the engine is given the codes that the torch model's own activation quantizer makes, so a
+difference is found where it arises and does not spread:
 
 - What an integer op gives (codes, or its sums as float32) must be equal, all of it.
-- After a float op a code may differ where the pre-activation lies on the threshold: the number ``z`` that the quantizer reads,
-  computed by a float64 copy of the model, passes the threshold within ``1e-5 * max(|z|, rms of z in its channel)``.
+- After a float op a code may differ where the pre-activation lies on the threshold: the number ``z`` that the quantizer
+  reads, computed by a float64 copy of the model, passes it within ``1e-5 * max(|z|, rms of z in its channel)``.
 - Logits may differ from the float64 copy's by 1e-5 of the largest logit of their image.
 """
 
@@ -253,7 +253,7 @@ class _Comparison:
         count.compared += wrong.size
         count.different += int(wrong.sum())
         count.excused += int(excused.sum())
-        return np.any(wrong.reshape(len(wrong), -1), axis=1)
+        return np.asarray(wrong.reshape(len(wrong), -1).any(axis=1))
 
 
 class _Recorded:
@@ -292,7 +292,7 @@ class _Recorded:
         def hook_of(name: str) -> Any:
             def hook(_: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> Tensor:
                 if outputs is not None:
-                    result = outputs[name][len(self.outputs[name])].to(result.dtype, copy=True)
+                    result = outputs[name][len(self.outputs[name])].to(given[0].dtype, copy=True)
                 # A module in place after the layer would change what is kept.
                 self.inputs[name].append(given[0].clone())
                 self.outputs[name].append(result.clone())

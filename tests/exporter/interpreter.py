@@ -1,0 +1,113 @@
+"""The ops of docs/contract.md in NumPy, slow and obvious: what an exported graph means, without the engine.
+
+Values are (N, H, W, C): float32, or codes as uint8.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from lowbit.packed import PackedModel
+
+
+class Interpreter:
+    """Runs a packed model op by op, like `lowbit.Engine`."""
+
+    def __init__(self, packed: PackedModel) -> None:
+        packed.values()
+        self.packed = packed
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        values = [x.transpose(0, 2, 3, 1)]
+        for index, op in enumerate(self.packed.ops):
+            values.append(self.run_op(index, [values[i] for i in op["inputs"]]))
+        out = values[-1].transpose(0, 3, 1, 2)
+        return out.reshape(len(out), -1) if out.shape[2:] == (1, 1) else out
+
+    def run_op(self, index: int, inputs: list[np.ndarray]) -> np.ndarray:
+        op = self.packed.ops[index]
+        return getattr(self, op["op"])(op, self.packed.op_tensors(index), *inputs)
+
+    def conv2d(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+        if "weight_bits" in tensors:
+            weight = signs(tensors["weight_bits"], x.shape[-1] // op["groups"])
+            y = convolve(op, x, weight) * tensors["weight_scale"]
+        else:
+            y = convolve(op, x, tensors["weight"])
+        return (y + tensors.get("bias", np.float32(0))).astype(np.float32)
+
+    def binary_conv2d(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+        assert x.dtype == np.uint8
+        sums = convolve(op, x.astype(np.int64) * 2 - 1, signs(tensors["weight_bits"], x.shape[-1] // op["groups"]))
+        if "thresholds" in tensors:
+            return codes(tensors, sums.astype(np.int64))
+        y = sums.astype(np.float32) * tensors["scale"]
+        return y + tensors["bias"] if "bias" in tensors else y
+
+    def threshold(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+        return codes(tensors, x)
+
+    def max_pool(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+        if x.dtype != np.uint8:
+            return windows(op, x, -np.inf).max(axis=(3, 4)).astype(np.float32)
+        highest = windows(op, x.astype(np.int64), -1).max(axis=(3, 4))
+        lowest = windows(op, x.astype(np.int64), 256).min(axis=(3, 4))
+        return np.where(tensors["falling"] == 1, lowest, highest).astype(np.uint8)
+
+    def avg_pool(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+        total = windows(op, x.astype(np.float64), 0).sum(axis=(3, 4))
+        ones = np.ones_like(x) if not op["count_include_pad"] else None
+        count = np.prod(op["kernel"]) if ones is None else windows(op, ones, 0).sum(axis=(3, 4))
+        return (total / count).astype(np.float32)
+
+    def affine(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+        return x * tensors["scale"] + tensors["shift"]
+
+    def relu(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+        return np.maximum(x, np.float32(0))
+
+    def hardtanh(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+        return x.clip(np.float32(op["min"]), np.float32(op["max"]))
+
+    def add(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return x + y
+
+
+def codes(tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    thresholds = tensors["thresholds"]
+    rising = (x[..., None] >= thresholds).sum(axis=-1)
+    falling = (x[..., None] <= thresholds).sum(axis=-1)
+    return np.where(tensors["falling"] == 1, falling, rising).astype(np.uint8)
+
+
+def signs(words: np.ndarray, channels: int) -> np.ndarray:
+    bits = (words[..., None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    return bits.reshape(*words.shape[:-1], -1)[..., :channels].astype(np.int64) * 2 - 1
+
+
+def windows(op: dict[str, Any], x: np.ndarray, fill: float, dilation: tuple[int, int] = (1, 1)) -> np.ndarray:
+    """(N, H', W', kh, kw, C)"""
+    (kh, kw), (sh, sw), (ph, pw) = op["kernel"], op["stride"], op["padding"]
+    padded = np.pad(x, ((0, 0), (ph, ph), (pw, pw), (0, 0)), constant_values=fill)
+    h = (padded.shape[1] - dilation[0] * (kh - 1) - 1) // sh + 1
+    w = (padded.shape[2] - dilation[1] * (kw - 1) - 1) // sw + 1
+    out = np.empty((len(x), h, w, kh, kw, x.shape[-1]), padded.dtype)
+    for i, j in itertools.product(range(kh), range(kw)):
+        top, left = i * dilation[0], j * dilation[1]
+        out[:, :, :, i, j] = padded[:, top : top + h * sh : sh, left : left + w * sw : sw][:, :h, :w]
+    return out
+
+
+def convolve(op: dict[str, Any], x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """In float64, zeros around the image; (N, H', W', O)."""
+    taps = windows(op, x.astype(np.float64), 0, tuple(op["dilation"]))
+    parts = [
+        np.tensordot(taps_of_group, w.astype(np.float64), axes=((3, 4, 5), (1, 2, 3)))
+        for taps_of_group, w in zip(
+            np.split(taps, op["groups"], axis=-1), np.split(weight, op["groups"], axis=0), strict=True
+        )
+    ]
+    return np.concatenate(parts, axis=-1)

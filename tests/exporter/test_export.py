@@ -1,0 +1,326 @@
+"""Exported graphs, run by the NumPy interpreter and the engine, against the torch models that they came from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from interpreter import Interpreter
+from nets import Plain, Residual, Shared, awkward_, chain, quantized
+from torch import Tensor, nn
+
+import lowbit
+from lowbit import methods, models
+from lowbit.errors import UsageError
+from lowbit.exporter.verify import VerifyReport, verify
+from lowbit.layers import QuantConv2d
+from lowbit.preprocessing import Preprocessing
+
+IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+SMALL = {
+    "lenet": {"width": 0.2},
+    "nin": {},
+    **{f"vgg{n}": {"width": 0.05} for n in (11, 13, 16, 19)},
+    "vgg_small": {"width": 0.07},
+}
+
+
+def checked(model: nn.Module, images: Tensor) -> tuple[lowbit.exporter.Export, VerifyReport]:
+    """Export ``model`` and verify it with the interpreter, then with the engine: every code and every sum equal."""
+    exported = lowbit.export(model, images)
+    for runner in (Interpreter(exported.packed), lowbit.Engine(exported.packed)):
+        report = verify(model, exported.packed, images, engine=runner)
+        assert report.passed, report
+        assert all(check.different == 0 for check in report.layers if check.exact)
+    return exported, report
+
+
+def ops(exported: lowbit.exporter.Export) -> list[str]:
+    return [op["op"] for op in exported.packed.ops]
+
+
+@pytest.mark.parametrize("method", list(methods.registry))
+@pytest.mark.parametrize("name", list(models.registry))
+def test_every_model_with_every_method(name: str, method: str) -> None:
+    model = awkward_(models.create(name, method=method, **SMALL.get(name, {})))
+    exported, report = checked(model, torch.randn(3, 3, 32, 32))
+    quantized_layers = {n for n, m in model.named_modules() if getattr(m, "activation_quantizer", None) is not None}
+    assert {check.layer for check in report.layers} == quantized_layers
+    assert [part.name for part in exported.parts if part.kind.startswith("QuantConv") and not part.packed] == []
+
+
+CHAINS = {
+    "nothing between": [],
+    "batch norm": [nn.BatchNorm2d(7)],
+    "batch norm, relu, batch norm": [nn.BatchNorm2d(7), nn.ReLU(inplace=True), nn.BatchNorm2d(7)],
+    "pool in front": [nn.MaxPool2d(2), nn.BatchNorm2d(7)],
+    "pool behind": [nn.BatchNorm2d(7), nn.MaxPool2d(3, 2, 1)],
+    "pool in the middle": [nn.BatchNorm2d(7), nn.MaxPool2d(2), nn.BatchNorm2d(7)],
+    "two pools": [nn.BatchNorm2d(7), nn.MaxPool2d(2), nn.BatchNorm2d(7), nn.MaxPool2d((2, 1)), nn.BatchNorm2d(7)],
+    "pool, relu in place": [nn.BatchNorm2d(7), nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.BatchNorm2d(7)],
+    "hardtanh": [nn.BatchNorm2d(7), nn.Hardtanh(-0.3, 0.7, inplace=True), nn.BatchNorm2d(7)],
+    "leaky relu": [nn.BatchNorm2d(7), nn.LeakyReLU(0.1), nn.BatchNorm2d(7)],
+    "prelu": [nn.PReLU(7), nn.BatchNorm2d(7)],
+    "relu6, dropout": [nn.ReLU6(), nn.Dropout(), nn.Identity(), nn.BatchNorm2d(7)],
+    "batch norm without weights": [nn.BatchNorm2d(7, affine=False)],
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("between", CHAINS.values(), ids=CHAINS)
+def test_chains_between_two_binary_layers_become_thresholds(between: list[nn.Module], bias: bool) -> None:
+    exported, report = checked(chain(*between, bias=bias), IMAGES)
+    pools = sum(isinstance(module, nn.MaxPool2d) for module in between)
+    assert ops(exported)[:4] == ["conv2d", "threshold", "binary_conv2d", "max_pool" if pools else "binary_conv2d"]
+    assert ops(exported).count("max_pool") == pools
+    assert [check.exact for check in report.layers] == [False, True, True]
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2, padding=1), nn.AvgPool2d(3, 2, 1, count_include_pad=False)])
+def test_an_average_pool_is_a_float_op_and_breaks_the_chain(pool: nn.Module) -> None:
+    exported, report = checked(chain(pool, nn.BatchNorm2d(7)), IMAGES)
+    assert ops(exported)[2:6] == ["binary_conv2d", "avg_pool", "threshold", "binary_conv2d"]
+    assert [(check.what, check.exact) for check in report.layers][1:3] == [("sums out", True), ("codes in", False)]
+
+
+GEOMETRIES = [
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (3, 1), "stride": (1, 2), "padding": (2, 0)},
+    {"kernel_size": 3, "padding": 2, "dilation": 2},
+    {"kernel_size": 3, "padding": "same", "dilation": 3},
+    {"kernel_size": 5, "padding": "valid"},
+    {"kernel_size": 3, "groups": 3, "padding": 3},
+    {"kernel_size": 1, "groups": 9},
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("channels", [9, 72])
+def test_strides_padding_dilation_and_groups(geometry: dict, channels: int) -> None:
+    layer = nn.Conv2d(channels, channels, **geometry)
+    checked(
+        quantized(nn.Sequential(nn.Conv2d(3, channels, 3), layer, nn.BatchNorm2d(channels), nn.Conv2d(channels, 2, 1))),
+        IMAGES,
+    )
+
+
+def test_a_users_own_module() -> None:
+    exported, report = checked(quantized(Plain()), IMAGES)
+    assert ops(exported).count("add") == 2
+    hidden = next(op for op in exported.packed.ops if op["source"] == "hidden" and "kernel" in op)
+    assert (hidden["op"], hidden["kernel"], hidden["channels"]) == ("binary_conv2d", [4, 4], 13)
+    assert [check.layer for check in report.layers if check.what == "codes in"][-1] == "hidden"
+
+
+def test_a_network_of_shortcuts() -> None:
+    body = [Residual(6, 6, 1), Residual(6, 10, 2), Residual(10, 10, 1)]
+    checked(
+        quantized(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *body, nn.AdaptiveAvgPool2d(2), nn.Conv2d(10, 4, 2))),
+        IMAGES,
+    )
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_one_result_read_by_two_quantized_layers(alike: bool) -> None:
+    exported, _ = checked(quantized(Shared(alike)), IMAGES)
+    names = ops(exported)
+    assert names.count("threshold") == (1 if alike else 3)
+    base = next(i for i, op in enumerate(exported.packed.ops) if op["source"] == "base" and "kernel" in op)
+    assert (f"{base}.thresholds" in exported.packed.tensors) == alike
+
+
+def test_a_dense_network_on_feature_vectors() -> None:
+    layers = [
+        nn.Linear(20, 33),
+        nn.BatchNorm1d(33),
+        nn.Linear(33, 70),
+        nn.BatchNorm1d(70),
+        nn.Linear(70, 3),
+        nn.BatchNorm1d(3),
+    ]
+    exported, _ = checked(quantized(nn.Sequential(*layers), "bnn"), torch.randn(9, 20))
+    assert exported.packed.input_shape == (20, 1, 1)
+    assert ops(exported) == ["conv2d", "threshold", "binary_conv2d", "binary_conv2d", "affine"]
+
+
+def test_sums_beyond_the_exhaustive_limit() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 70, 1), nn.BatchNorm2d(70), nn.Flatten(), nn.Linear(70 * 32 * 32, 5), nn.BatchNorm1d(5)
+    )
+    model.extend([nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)])
+    exported, _ = checked(quantized(model), torch.randn(3, 3, 32, 32))
+    assert ops(exported) == ["conv2d", "threshold", "binary_conv2d", "binary_conv2d", "affine", "conv2d"]
+
+
+def test_exporting_changes_nothing_and_repeats_to_the_byte() -> None:
+    model = chain(nn.BatchNorm2d(7)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first, second = (lowbit.export(model, IMAGES).packed.to_bytes() for _ in range(2))
+    assert first == second
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_file_holds_what_prediction_needs(tmp_path) -> None:
+    preprocessing = Preprocessing("RGB", (16, 16), 0, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    exported = lowbit.export(
+        chain(), IMAGES, classes=list("abcd"), preprocessing=preprocessing, provenance={"run": "x"}
+    )
+    exported.save(tmp_path / "m.lowbit")
+    engine = lowbit.Engine(tmp_path / "m.lowbit")
+    assert engine.classes == list("abcd")
+    assert engine.preprocessing == preprocessing
+    assert engine.model.provenance["run"] == "x"
+
+
+def test_the_report_says_what_became_of_each_part() -> None:
+    parts = {part.name: part for part in lowbit.export(chain(nn.BatchNorm2d(7), nn.MaxPool2d(2)), IMAGES).parts}
+    assert not parts["0"].packed
+    assert parts["0"].note == "float32: not quantized"
+    assert parts["2"].note == "1-bit weights and activations; sums become codes"
+    assert parts["3"].note == "inside the thresholds of '5'"
+    assert parts["4"].note == "on codes"
+    assert parts["5"].note == "1-bit weights and activations; sums become float32, read by '7'"
+
+
+class _Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class _Cat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x], 1)
+
+
+class _Aliased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) + x
+
+
+class _AddVector(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.mean((2, 3), keepdim=True)
+
+
+def falling_and_rising() -> nn.Module:
+    """|x| > 1, with a slope of -1 for what is below 0."""
+    act, norm = nn.PReLU(init=-1.0), nn.BatchNorm2d(7)
+    model = chain(act, norm)
+    norm.load_state_dict(nn.BatchNorm2d(7).state_dict())
+    norm.running_mean.fill_(1)
+    return model
+
+
+REFUSED = {
+    "control flow": (chain(_Branch()), "'3' (_Branch) cannot be captured"),
+    "concatenation": (
+        nn.Sequential(nn.Conv2d(3, 2, 1), nn.Identity(), nn.ReLU(), _Cat()),
+        "call of 'cat' (node 'cat', in '3') cannot be lowered",
+    ),
+    "unknown module": (chain(nn.GELU()), "'3' (GELU) cannot be lowered"),
+    "in place on a shared tensor": (chain(_Aliased()), "'3.act' works in place on a tensor that is read elsewhere too"),
+    "broadcast addition": (chain(_AddVector()), "the addition 'add', in '3' must be of two tensors of one shape"),
+    "padding mode": (
+        nn.Sequential(nn.Conv2d(3, 2, 3, padding=1, padding_mode="reflect")),
+        "'0' (Conv2d) has padding_mode 'reflect'",
+    ),
+    "ceil mode": (chain(nn.MaxPool2d(2, ceil_mode=True)), "'3' (MaxPool2d) has ceil_mode=True"),
+    "pool dilation": (chain(nn.MaxPool2d(2, dilation=2)), "'3' (MaxPool2d) has dilation"),
+    "batch statistics": (
+        chain(nn.BatchNorm2d(7, track_running_stats=False)),
+        "'3' (BatchNorm2d) has no running statistics",
+    ),
+    "batch norm of a flattened map": (
+        quantized(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.BatchNorm1d(392), nn.Linear(392, 3))),
+        "'2' (BatchNorm1d) normalises a flattened map of 2 x 14 x 14",
+    ),
+    "linear on a map": (
+        nn.Sequential(nn.Conv2d(3, 2, 1), nn.Linear(16, 3)),
+        "'1' (Linear) reads a map; flatten it first",
+    ),
+    "same padding of an even kernel": (
+        nn.Sequential(nn.Conv2d(3, 2, 4, padding="same")),
+        "'0' has padding 'same' with an even kernel",
+    ),
+    "unequal windows": (
+        nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(5)),
+        "'1' averages a 16x16 map to 5x5 in unequal",
+    ),
+    "chain that rises and falls": (
+        falling_and_rising(),
+        "what '5' reads of '2': the code of channel 0 both rises and falls",
+    ),
+    "activation without an op": (
+        nn.Sequential(nn.Conv2d(3, 2, 1), nn.LeakyReLU()),
+        "'1' (LeakyReLU) is read as float32",
+    ),
+    "two outputs": (
+        nn.Sequential(nn.Conv2d(3, 2, 1), nn.MaxPool2d(2, return_indices=True)),
+        "the model returns more than one tensor",
+    ),
+    "double precision": (nn.Sequential(nn.Conv2d(3, 2, 1)).double(), "parameter '0.weight' is not float32"),
+    "wrong channels": (nn.Sequential(nn.Conv2d(4, 2, 1)), "the model does not run on the example input (5, 3, 16, 16)"),
+}
+
+
+@pytest.mark.parametrize(("model", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_lowered_is_refused_by_name(model: nn.Module, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        lowbit.export(model.eval(), IMAGES)
+    assert message in str(error.value)
+
+
+def test_float_weights_behind_quantized_activations_are_refused() -> None:
+    model = chain()
+    model[2].weight_quantizer = None
+    with pytest.raises(UsageError, match="'2' has quantized activations and float weights"):
+        lowbit.export(model, IMAGES)
+
+
+def test_grids_other_than_binary_are_refused() -> None:
+    from lowbit.quantizers.base import Grid, Quantizer
+
+    class TwoBits(Quantizer):
+        bits, signed = 2, False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.decode(*self.encode(x))
+
+        def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
+            return x.round().clamp(0, 3).to(torch.uint8), Grid(2, 1, 0, torch.ones(()))
+
+    model = chain()
+    layer = model[2]
+    assert isinstance(layer, QuantConv2d)
+    layer.activation_quantizer = TwoBits()
+    with pytest.raises(UsageError, match=r"'2' has a grid of 2 bits, 1 \* code \+ 0"):
+        lowbit.export(model, IMAGES)
+
+
+@pytest.mark.parametrize(
+    "dtype_or_shape", [torch.zeros(1, 3, 16), torch.zeros(1, 3, 16, 16).double(), torch.zeros(0, 3, 16, 16)]
+)
+def test_the_example_input_must_be_a_float32_batch(dtype_or_shape: Tensor) -> None:
+    with pytest.raises(UsageError, match="the example input is"):
+        lowbit.export(chain(), dtype_or_shape)
+
+
+def test_descriptions_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UsageError, match="3 class names are given, but the model has 4 outputs"):
+        lowbit.export(chain(), IMAGES, classes=list("abc"))
+    with pytest.raises(UsageError, match=r"preprocessing makes inputs \(1, 28, 28\)"):
+        lowbit.export(chain(), IMAGES, preprocessing=Preprocessing("L", (28, 28), 0, (0.5,), (0.5,)))
+
+
+def test_engine_and_torch_agree_on_channels_last_input() -> None:
+    model = chain(nn.BatchNorm2d(7))
+    logits = model(IMAGES.to(memory_format=torch.channels_last)).detach().numpy()
+    np.testing.assert_allclose(
+        lowbit.Engine(lowbit.export(model, IMAGES).packed)(IMAGES.numpy()), logits, rtol=1e-5, atol=1e-6
+    )
