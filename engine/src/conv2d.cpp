@@ -73,8 +73,9 @@ class Product {
     });
   }
 
-  // Calls emit(tile, first pixel, group, panel) for every tile. Pixels are numbered through the batch. When an item of
-  // work covers some channels of some pixels, begin(first pixel, count, first channel, end channel) is called before its tiles.
+  // Calls emit(tile, first pixel, positions, group, panel) for every tile: pixels are numbered through the batch, and
+  // positions[p] is pixel p's number within its image. An item of work covers some channels of some pixels; before its
+  // tiles, begin(first pixel, count, first channel, end channel) is called.
   template <class Begin, class Emit>
   void run(const Call& call, const Begin& begin, const Emit& emit) const {
     const int64_t image_pixels = window_.height * window_.width;
@@ -92,12 +93,8 @@ class Product {
       const int64_t end_panel = std::min(first_panel + chunk_panels, panels_);
       begin(first, count, first_panel * kTileChannels,
             chunks == 1 ? channels_ : std::min(end_panel * kTileChannels, channels_));
-      ptrdiff_t offsets[kBlockTiles * kTilePixels];
-      for (int64_t p = 0; p < count; ++p) {
-        const int64_t inside = (first + p) % image_pixels;
-        offsets[p] = (first + p) / image_pixels * (planes_bytes() / sizeof(T)) +
-                     inside / window_.width * window_.stride[0] * padded_width_ + inside % window_.width * window_.stride[1];
-      }
+      int64_t offsets[kBlockTiles * kTilePixels], positions[kBlockTiles * kTilePixels];
+      locate(first, count, offsets, positions);
       for (int64_t group = 0; group < groups_; ++group) {
         const T* plane = static_cast<const T*>(call.scratch) + group * (planes_ / groups_) * plane_size();
         for (int64_t p = 0; p < count; p += kTilePixels)
@@ -105,7 +102,7 @@ class Product {
         for (int64_t number = first_panel; number < end_panel; ++number)
           for (int64_t p = 0; p < count; p += kTilePixels) {
             const int size = static_cast<int>(std::min<int64_t>(kTilePixels, count - p));
-            emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size}, first + p, group, number);
+            emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size}, first + p, positions + p, group, number);
           }
       }
     });
@@ -130,21 +127,36 @@ class Product {
     return std::clamp<int64_t>(tiles / (2 * threads), 1, block_tiles()) * kTilePixels;
   }
 
-  void gather(const T* plane, const ptrdiff_t* pixels, int count, T* tile) const {
+  // Where the input of pixels first..first+count-1 starts in the planes, and their numbers within their images.
+  void locate(int64_t first, int64_t count, int64_t* offsets, int64_t* positions) const {
+    const int64_t image_pixels = window_.height * window_.width, image_size = planes_bytes() / sizeof(T);
+    int64_t image = first / image_pixels, y = first % image_pixels / window_.width, x = first % image_pixels % window_.width;
+    for (int64_t p = 0; p < count; ++p) {
+      positions[p] = y * window_.width + x;
+      offsets[p] = image * image_size + y * window_.stride[0] * padded_width_ + x * window_.stride[1];
+      if (++x < window_.width) continue;
+      x = 0;
+      if (++y < window_.height) continue;
+      y = 0;
+      ++image;
+    }
+  }
+
+  void gather(const T* plane, const int64_t* pixels, int count, T* tile) const {
     if (count == kTilePixels && pixels[kTilePixels - 1] - pixels[0] == kTilePixels - 1) {
-      for (const ptrdiff_t tap : taps_) {
+      for (const int64_t tap : taps_) {
         std::memcpy(tile, plane + tap + pixels[0], kTilePixels * sizeof(T));
         tile += kTilePixels;
       }
     } else {
-      for (const ptrdiff_t tap : taps_)
+      for (const int64_t tap : taps_)
         for (int p = 0; p < count; ++p) *tile++ = plane[tap + pixels[p]];
     }
   }
 
   Window window_;
   int64_t groups_, channels_, planes_, padded_height_, padded_width_, panels_;
-  std::vector<ptrdiff_t> taps_;
+  std::vector<int64_t> taps_;
   Buffer<T> weights_;  // [group][panel][tap][16], zero beyond the last channel
 };
 
@@ -159,18 +171,25 @@ int64_t group_depth(const OpSpec& spec, const Shape& input, const Window& window
   return depth;
 }
 
-// Per output channel, padded to whole panels of each group: where a kernel that takes 16 channels may read.
+// A table per output channel (and per border case), padded to whole panels of each group: a kernel reads 16 channels.
 template <class T>
 class PerChannel {
  public:
-  PerChannel(int64_t channels, int64_t groups, T fill)
-      : group_channels_(channels / groups), padded_(round_up(group_channels_, kTileChannels)), values_(groups * padded_, fill) {}
+  PerChannel(int64_t channels, int64_t groups, T fill, int64_t cases = 1)
+      : group_channels_(channels / groups),
+        padded_(round_up(group_channels_, kTileChannels)),
+        case_size_(groups * padded_),
+        values_(cases * case_size_, fill) {}
 
-  T& operator[](int64_t channel) { return values_[channel / group_channels_ * padded_ + channel % group_channels_]; }
-  const T* panel(int64_t group, int64_t number) const { return values_.data() + group * padded_ + number * kTileChannels; }
+  T& at(int64_t channel, int64_t number = 0) {
+    return values_[number * case_size_ + channel / group_channels_ * padded_ + channel % group_channels_];
+  }
+  const T* panel(int64_t group, int64_t panel, int64_t number = 0) const {
+    return values_.data() + number * case_size_ + group * padded_ + panel * kTileChannels;
+  }
 
  private:
-  int64_t group_channels_, padded_;
+  int64_t group_channels_, padded_, case_size_;
   Buffer<T> values_;
 };
 
@@ -181,8 +200,8 @@ class FloatEpilogue {
       : channels_(spec.channels), group_channels_(spec.channels / spec.groups), scale_(channels_, spec.groups, 0.0f),
         bias_(channels_, spec.groups, -0.0f) {
     for (int64_t c = 0; c < channels_; ++c) {
-      scale_[c] = scale_name == nullptr ? 1.0f : tensor<float>(spec, scale_name, {channels_})[c];
-      if (has_tensor(spec, "bias")) bias_[c] = tensor<float>(spec, "bias", {channels_})[c];
+      scale_.at(c) = scale_name == nullptr ? 1.0f : tensor<float>(spec, scale_name, {channels_})[c];
+      if (has_tensor(spec, "bias")) bias_.at(c) = tensor<float>(spec, "bias", {channels_})[c];
     }
   }
 
@@ -225,7 +244,7 @@ class Conv2d final : public Op {
       for (int64_t i = 0; i < input_.width; ++i)
         for (int64_t c = 0; c < input_.channels; ++c) line[c * plane_size + i] = *x++;
     });
-    product_.run(call, kNoBegin, [&](const FloatTile& tile, int64_t pixel, int64_t group, int64_t panel) {
+    product_.run(call, kNoBegin, [&](const FloatTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
       epilogue_.emit(call.result<float>(), pixel, tile.count, group, panel,
                      [&](const FloatOutput& output) { kernels_.float_tile(tile, output); });
     });
@@ -259,33 +278,31 @@ class Conv2d final : public Op {
 // the pixel's row and column, so with base = n_inside + 2 * ones_outside, per case and channel, sum = base - 2 * count.
 class BorderCases {
  public:
-  BorderCases(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth)
-      : width_(window.width), row_case_(window.height), column_case_(window.width) {
-    const auto rows = ranges(window, 0, window.height, input.height, row_case_);
-    const auto columns = ranges(window, 1, window.width, input.width, column_case_);
-    columns_ = static_cast<int64_t>(columns.size());
+  BorderCases(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth) {
+    std::vector<int64_t> row_case, column_case;
+    const auto rows = ranges(window, 0, window.height, input.height, row_case);
+    const auto columns = ranges(window, 1, window.width, input.width, column_case);
+    for (const int64_t row : row_case)
+      for (const int64_t column : column_case) of_position_.push_back(row * columns.size() + column);
     const int64_t words = ceil_div(depth, 64), kh = window.kernel[0], kw = window.kernel[1];
     const auto weights = tensor<uint64_t>(spec, "weight_bits", {spec.channels, kh, kw, words});
     for (const Range& row : rows)
-      for (const Range& column : columns) {
-        auto& bases = bases_.emplace_back(spec.channels, spec.groups, 0);
+      for (const Range& column : columns)
         for (int64_t o = 0; o < spec.channels; ++o) {
-          const int64_t inside = (row.end - row.begin) * (column.end - column.begin);
-          int64_t base = inside * depth;
+          int64_t base = (row.end - row.begin) * (column.end - column.begin) * depth;
           for (int64_t ky = 0; ky < kh; ++ky)
             for (int64_t kx = 0; kx < kw; ++kx) {
               if (ky >= row.begin && ky < row.end && kx >= column.begin && kx < column.end) continue;
               for (int64_t w = 0; w < words; ++w) base += 2 * std::popcount(weights[((o * kh + ky) * kw + kx) * words + w]);
             }
-          bases[o] = base;
+          bases_.push_back(base);
         }
-      }
+    channels_ = spec.channels;
   }
 
-  int64_t size() const { return static_cast<int64_t>(bases_.size()); }
-  int64_t of_pixel(int64_t pixel) const { return row_case_[pixel / width_] * columns_ + column_case_[pixel % width_]; }
-  PerChannel<int64_t>& bases(int64_t number) { return bases_[number]; }
-  const PerChannel<int64_t>& bases(int64_t number) const { return bases_[number]; }
+  int64_t size() const { return static_cast<int64_t>(bases_.size()) / channels_; }
+  int64_t of_position(int64_t position) const { return of_position_[position]; }
+  int64_t base(int64_t number, int64_t channel) const { return bases_[number * channels_ + channel]; }
 
  private:
   struct Range {
@@ -293,7 +310,9 @@ class BorderCases {
     auto operator<=>(const Range&) const = default;
   };
 
-  static std::vector<Range> ranges(const Window& window, int axis, int64_t outputs, int64_t extent, std::vector<int64_t>& cases) {
+  // The different ranges of taps along one axis; `cases` gets the number of each output position's range.
+  static std::vector<Range> ranges(const Window& window, int axis, int64_t outputs, int64_t extent,
+                                   std::vector<int64_t>& cases) {
     std::map<Range, int64_t> numbers;
     std::vector<Range> found;
     for (int64_t i = 0; i < outputs; ++i) {
@@ -303,14 +322,13 @@ class BorderCases {
       range.end = std::clamp(extent > start ? ceil_div(extent - start, step) : 0, range.begin, range.end);
       const auto [entry, fresh] = numbers.try_emplace(range, static_cast<int64_t>(found.size()));
       if (fresh) found.push_back(range);
-      cases[i] = entry->second;
+      cases.push_back(entry->second);
     }
     return found;
   }
 
-  int64_t width_, columns_ = 0;
-  std::vector<int64_t> row_case_, column_case_;
-  std::vector<PerChannel<int64_t>> bases_;
+  int64_t channels_;
+  std::vector<int64_t> of_position_, bases_;
 };
 
 class BinaryConv2d : public Op {
@@ -319,26 +337,25 @@ class BinaryConv2d : public Op {
       : Op({window.height, window.width, spec.channels, bits}),
         kernels_(kernels),
         input_(input),
+        groups_(spec.groups),
         depth_(group_depth(spec, input, window)),
         product_(make_product(spec, input, window, depth_)),
-        cases_(spec, input, window, depth_) {
-    require(input.bits == 1, "binary_conv2d needs 1-bit codes as input");
-  }
+        cases_(spec, input, window, depth_) {}
 
   int64_t scratch_bytes() const override { return product_.planes_bytes(); }
   int64_t thread_scratch_bytes() const override { return product_.block_bytes(); }
 
  protected:
   void fill_planes(const Call& call) const {
-    const int64_t words = input_.words(), group_words = ceil_div(depth_, 64), groups = input_.channels / depth_;
-    const bool aligned = groups == 1 || depth_ % 64 == 0;
+    const int64_t words = input_.words(), group_words = ceil_div(depth_, 64);
+    const bool aligned = groups_ == 1 || depth_ % 64 == 0;
     product_.fill_planes(call, input_, [&](int64_t row, uint64_t* line, int64_t plane_size) {
       const uint64_t* x = call.input<uint64_t>() + row * input_.width * words;
       for (int64_t i = 0; i < input_.width; ++i, x += words) {
         if (aligned)
           for (int64_t w = 0; w < words; ++w) line[w * plane_size + i] = x[w];
         else
-          for (int64_t group = 0; group < groups; ++group)
+          for (int64_t group = 0; group < groups_; ++group)
             for (int64_t w = 0; w < group_words; ++w)
               line[(group * group_words + w) * plane_size + i] =
                   extract(x, group * depth_ + w * 64, std::min<int64_t>(64, depth_ - w * 64));
@@ -346,17 +363,25 @@ class BinaryConv2d : public Op {
     });
   }
 
-  // The tables (per border case) of the tile's pixels, for this panel of channels.
-  template <class Tables>
-  void tile_tables(const Tables& tables, const BinaryTile& tile, int64_t pixel, int64_t group, int64_t panel,
-                   const int64_t** pointers) const {
-    for (int p = 0; p < tile.count; ++p)
-      pointers[p] = tables(cases_.of_pixel((pixel + p) % output().pixels())).panel(group, panel);
+  // What the output transform needs of each border case: the bases themselves.
+  PerChannel<int64_t> base_table() const {
+    PerChannel<int64_t> bases(output().channels, groups_, 0, cases_.size());
+    for (int64_t number = 0; number < cases_.size(); ++number)
+      for (int64_t c = 0; c < output().channels; ++c) bases.at(c, number) = cases_.base(number, c);
+    return bases;
+  }
+
+  // Where `table` has the border cases of a tile's pixels, for one panel of channels.
+  std::array<const int64_t*, kTilePixels> rows_of(const PerChannel<int64_t>& table, int count, const int64_t* positions,
+                                                  int64_t group, int64_t panel) const {
+    std::array<const int64_t*, kTilePixels> rows;
+    for (int p = 0; p < count; ++p) rows[p] = table.panel(group, panel, cases_.of_position(positions[p]));
+    return rows;
   }
 
   const Kernels& kernels_;
   Shape input_;
-  int64_t depth_;  // input channels per group
+  int64_t groups_, depth_;  // depth: input channels per group
   Product<uint64_t> product_;
   BorderCases cases_;
 
@@ -379,19 +404,19 @@ class BinaryConv2d : public Op {
 class BinaryConv2dFloat final : public BinaryConv2d {
  public:
   BinaryConv2dFloat(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
-      : BinaryConv2d(spec, input, window, kernels, 0), epilogue_(spec, "scale") {}
+      : BinaryConv2d(spec, input, window, kernels, 0), bases_(base_table()), epilogue_(spec, "scale") {}
 
   void run(const Call& call) const override {
     fill_planes(call);
-    product_.run(call, kNoBegin, [&](const BinaryTile& tile, int64_t pixel, int64_t group, int64_t panel) {
-      const int64_t* bases[kTilePixels];
-      tile_tables([&](int64_t number) -> auto& { return cases_.bases(number); }, tile, pixel, group, panel, bases);
+    product_.run(call, kNoBegin, [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
+      const auto bases = rows_of(bases_, tile.count, positions, group, panel);
       epilogue_.emit(call.result<float>(), pixel, tile.count, group, panel,
-                     [&](const FloatOutput& output) { kernels_.binary_floats(tile, bases, output); });
+                     [&](const FloatOutput& output) { kernels_.binary_floats(tile, bases.data(), output); });
     });
   }
 
  private:
+  PerChannel<int64_t> bases_;
   FloatEpilogue epilogue_;
 };
 
@@ -399,16 +424,19 @@ class BinaryConv2dFloat final : public BinaryConv2d {
 class BinaryConv2dBits final : public BinaryConv2d {
  public:
   BinaryConv2dBits(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
-      : BinaryConv2d(spec, input, window, kernels, 1), falling_(spec.channels, spec.groups, 0) {
+      : BinaryConv2d(spec, input, window, kernels, 1),
+        limits_(spec.channels, spec.groups, -1, cases_.size()),  // spare channels: no count is below, so bit 0
+        falling_(spec.groups * product_.panels()) {
     const Thresholds<int32_t> thresholds(spec, spec.channels);
-    for (int64_t c = 0; c < spec.channels; ++c) falling_[c] = thresholds.falling(c);
-    for (int64_t number = 0; number < cases_.size(); ++number) {
-      auto& limits = limits_.emplace_back(spec.channels, spec.groups, -1);  // spare channels: no count is below, so bit 0
-      for (int64_t c = 0; c < spec.channels; ++c) {
+    for (int64_t c = 0; c < spec.channels; ++c) {
+      const int64_t group = c / product_.group_channels(), inside = c % product_.group_channels();
+      const unsigned bit = thresholds.falling(c) ? 1u << inside % kTileChannels : 0;
+      falling_[group * product_.panels() + inside / kTileChannels] |= static_cast<uint16_t>(bit);
+      for (int64_t number = 0; number < cases_.size(); ++number) {
         // Rising: base - 2 * count >= t, so count <= floor((base - t) / 2). Falling: base - 2 * count <= t, so
         // count >= ceil((base - t) / 2), the opposite of count <= that - 1.
-        const int64_t twice = cases_.bases(number)[c] - *thresholds.of(c);
-        limits[c] = thresholds.falling(c) ? ((twice + 1) >> 1) - 1 : twice >> 1;
+        const int64_t twice = cases_.base(number, c) - *thresholds.of(c);
+        limits_.at(c, number) = thresholds.falling(c) ? ((twice + 1) >> 1) - 1 : twice >> 1;
       }
     }
   }
@@ -416,22 +444,18 @@ class BinaryConv2dBits final : public BinaryConv2d {
   void run(const Call& call) const override {
     fill_planes(call);
     const int64_t words = output().words();
-    auto* output_words = call.result<uint64_t>();
+    auto* codes = call.result<uint64_t>();
     const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
       for (int64_t p = first; p < first + count; ++p)
-        std::fill(output_words + p * words + channel / 64, output_words + p * words + ceil_div(end, 64), 0);
+        std::fill(codes + p * words + channel / 64, codes + p * words + ceil_div(end, 64), 0);
     };
-    product_.run(call, clear, [&](const BinaryTile& tile, int64_t pixel, int64_t group, int64_t panel) {
-      const int64_t* limits[kTilePixels];
-      tile_tables([&](int64_t number) -> auto& { return limits_[number]; }, tile, pixel, group, panel, limits);
-      const uint8_t* channel_falls = falling_.panel(group, panel);
-      unsigned falling = 0;
-      for (int c = 0; c < kTileChannels; ++c) falling |= static_cast<unsigned>(channel_falls[c]) << c;
+    product_.run(call, clear, [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
+      const auto limits = rows_of(limits_, tile.count, positions, group, panel);
       uint16_t bits[kTilePixels];
-      kernels_.binary_bits(tile, limits, static_cast<uint16_t>(falling), bits);
+      kernels_.binary_bits(tile, limits.data(), falling_[group * product_.panels() + panel], bits);
       const int64_t first = group * product_.group_channels() + panel * kTileChannels, shift = first % 64;
       for (int p = 0; p < tile.count; ++p) {
-        uint64_t* word = output_words + (pixel + p) * words + first / 64;
+        uint64_t* word = codes + (pixel + p) * words + first / 64;
         *word |= static_cast<uint64_t>(bits[p]) << shift;
         if (shift > 64 - kTileChannels && bits[p] >> (64 - shift) != 0) word[1] |= bits[p] >> (64 - shift);
       }
@@ -439,23 +463,24 @@ class BinaryConv2dBits final : public BinaryConv2d {
   }
 
  private:
-  PerChannel<uint8_t> falling_;
-  std::vector<PerChannel<int64_t>> limits_;
+  PerChannel<int64_t> limits_;
+  std::vector<uint16_t> falling_;  // [group][panel], a bit per channel
 };
 
 // Codes of 2 to 8 bits out, a byte each.
 class BinaryConv2dCodes final : public BinaryConv2d {
  public:
   BinaryConv2dCodes(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
-      : BinaryConv2d(spec, input, window, kernels, static_cast<int>(spec.bits)), thresholds_(spec, spec.channels) {}
+      : BinaryConv2d(spec, input, window, kernels, static_cast<int>(spec.bits)),
+        bases_(base_table()),
+        thresholds_(spec, spec.channels) {}
 
   void run(const Call& call) const override {
     fill_planes(call);
-    product_.run(call, kNoBegin, [&](const BinaryTile& tile, int64_t pixel, int64_t group, int64_t panel) {
+    product_.run(call, kNoBegin, [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
       int32_t counts[kTilePixels][kTileChannels];
       kernels_.binary_counts(tile, counts);
-      const int64_t* bases[kTilePixels];
-      tile_tables([&](int64_t number) -> auto& { return cases_.bases(number); }, tile, pixel, group, panel, bases);
+      const auto bases = rows_of(bases_, tile.count, positions, group, panel);
       const int64_t inside = panel * kTileChannels, first = group * product_.group_channels() + inside;
       const int64_t wanted = std::min<int64_t>(kTileChannels, product_.group_channels() - inside);
       for (int p = 0; p < tile.count; ++p)
@@ -466,6 +491,7 @@ class BinaryConv2dCodes final : public BinaryConv2d {
   }
 
  private:
+  PerChannel<int64_t> bases_;
   Thresholds<int32_t> thresholds_;
 };
 
@@ -477,6 +503,7 @@ std::unique_ptr<Op> make_conv2d(const OpSpec& spec, const Shape& input, const Ke
 }
 
 std::unique_ptr<Op> make_binary_conv2d(const OpSpec& spec, const Shape& input, const Kernels& kernels) {
+  require(input.bits == 1, "binary_conv2d needs 1-bit codes as input");
   const Window window(spec, input);
   if (!has_tensor(spec, "thresholds")) return std::make_unique<BinaryConv2dFloat>(spec, input, window, kernels);
   if (spec.bits == 1) return std::make_unique<BinaryConv2dBits>(spec, input, window, kernels);

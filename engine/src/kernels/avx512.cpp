@@ -1,6 +1,10 @@
 // AVX-512 with VPOPCNTDQ: xor, vpopcntq and add on 8 channels at a time, one activation word broadcast to all of them.
 // 8 pixels x 16 channels make 16 independent accumulators, so no latency shows and nothing is summed across lanes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12's header leaves lanes undefined on purpose and then warns
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include "kernels/kernels.h"
 #include "kernels/target.h"
