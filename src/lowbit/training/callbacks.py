@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
-from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from lowbit.errors import LowbitError
@@ -71,14 +71,14 @@ class Recorder(Callback):
         run: the run folder.
         rows: rows of the epochs that a checkpoint already holds.
         validated: whether the best epoch on the validation images gives the weights; otherwise the last epoch does.
-        console: where a line per epoch is printed.
+        say: prints a line per epoch.
     """
 
-    def __init__(self, run: Run, rows: list[Row], validated: bool, console: Console) -> None:
+    def __init__(self, run: Run, rows: list[Row], validated: bool, say: Callable[[str], None]) -> None:
         self.run = run
         self.rows = rows
         self.validated = validated
-        self.console = console
+        self.say = say
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=len(self.rows) + 1)
@@ -101,7 +101,7 @@ class Recorder(Callback):
             if name != "epoch":
                 self.board.add_scalar(name, value, int(row["epoch"]))
         self.board.flush()
-        self.console.print(self.line(row, trainer.max_epochs), highlight=False)
+        self.say(self.line(row, trainer.max_epochs))
 
     def row(self, module: TrainingModule) -> Row:
         """Figures of the epoch that just ended; losses are means per image, accuracies lie in 0..1."""
@@ -152,3 +152,6 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, TrainingModule)
         return {"loss": f"{float(pl_module.step_loss):.3f}"}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"

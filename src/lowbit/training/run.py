@@ -13,7 +13,7 @@ import signal
 import sys
 import typing
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 from torch import nn
 
 import lowbit
@@ -130,7 +129,7 @@ def train(config: TrainConfig) -> Run:
         LowbitError: data cannot be read, the disk is full, or a number is not finite.
         KeyboardInterrupt: passed on, after a sentence on how to resume.
     """
-    console = Console(stderr=True, quiet=not config.progress, soft_wrap=True)
+    say = print_to_stderr if config.progress else _say_nothing
     run = Run(Path(config.out))
     started = run.config_path.is_file()
     if started and not config.resume:
@@ -138,18 +137,17 @@ def train(config: TrainConfig) -> Run:
     if not started and run.path.exists() and (not run.path.is_dir() or _visible(run.path)):
         raise UsageError(f"{run.path} exists and is no run folder; choose another --out")
     try:
-        return _train(config, run, started, console)
+        return _train(config, run, started, say)
     except KeyboardInterrupt:
         if run.config_path.is_file():
-            Console(stderr=True, soft_wrap=True).print(
+            print_to_stderr(
                 f"stopped; `lowbit train --resume --out {run.path}` with the same options goes on "
-                "from the last finished epoch",
-                highlight=False,
+                "from the last finished epoch"
             )
         raise
 
 
-def _train(config: TrainConfig, run: Run, started: bool, console: Console) -> Run:
+def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], None]) -> Run:
     recorded = run.config if started else {}
     method = methods.registry[config.method](**config.method_options)
     recipe_name, recipe = choose_recipe(method, config)
@@ -175,7 +173,7 @@ def _train(config: TrainConfig, run: Run, started: bool, console: Console) -> Ru
     if started:
         refuse_changes(run, recorded, settings)
         if "finished" in recorded:
-            console.print(f"{run.path} finished its {recipe.epochs} epochs already; nothing to do", highlight=False)
+            say(f"{run.path} finished its {recipe.epochs} epochs already; nothing to do")
             return run
         remove_partial_files(run.path)
     images = data.load(config.data, config.data_dir, config.image_size)
@@ -194,7 +192,7 @@ def _train(config: TrainConfig, run: Run, started: bool, console: Console) -> Ru
     )
     report = init_from(model, config.init_from) if config.init_from is not None else None
     if report is not None and not (started and _checkpoint(run).is_file()):
-        console.print(str(report), highlight=False)
+        say(str(report))
     if not started:
         recorded = {
             "lowbit": lowbit.__version__,
@@ -206,7 +204,7 @@ def _train(config: TrainConfig, run: Run, started: bool, console: Console) -> Ru
         if report is not None:
             recorded["init_report"] = asdict(report)
         write_json(run.config_path, recorded)
-    rows = fit(model, method, recipe, images, split, run, config, precision, device, console)
+    rows = fit(model, method, recipe, images, split, run, config, precision, device, say)
     summary: dict[str, Any] = {}
     if config.val_fraction:
         top = best(rows, "val_accuracy")
@@ -228,7 +226,7 @@ def fit(
     config: TrainConfig,
     precision: str,
     device: torch.device,
-    console: Console,
+    say: Callable[[str], None],
 ) -> list[Row]:
     """Train from the run's checkpoint, or from the model as it is, to the recipe's last epoch.
 
@@ -238,7 +236,7 @@ def fit(
     checkpoint = Checkpoint.load(_checkpoint(run)) if _checkpoint(run).is_file() else None
     rows = checkpoint.rows if checkpoint else []
     if checkpoint:
-        console.print(f"resuming after epoch {len(rows)} of {recipe.epochs}", highlight=False)
+        say(f"resuming after epoch {len(rows)} of {recipe.epochs}")
         if len(rows) == recipe.epochs:
             write_metrics(run, rows)
             return rows
@@ -267,7 +265,7 @@ def fit(
         config.seed,
         checkpoint,
     )
-    callbacks: list[Callback] = [FiniteCheck(), Recorder(run, rows, bool(len(val_indices)), console)]
+    callbacks: list[Callback] = [FiniteCheck(), Recorder(run, rows, bool(len(val_indices)), say)]
     show_bar = config.progress and sys.stderr.isatty()
     if show_bar:
         callbacks.append(ProgressBar())
@@ -463,6 +461,15 @@ def interrupts_pass() -> Iterator[None]:
             raise
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
+
+
+def print_to_stderr(text: str) -> None:
+    """A line on standard error; above the progress bar, where one is shown."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _say_nothing(text: str) -> None:
+    pass
 
 
 def _checkpoint(run: Run) -> Path:
