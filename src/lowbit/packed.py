@@ -208,8 +208,8 @@ def _parse(data: bytes) -> PackedModel:
             raise LowbitError("the preprocessing is no JSON object")
         try:
             preprocessing = Preprocessing.from_dict(preprocessing)
-        except OverflowError as error:
-            raise LowbitError(f"preprocessing is malformed ({error})") from None
+        except (LowbitError, OverflowError) as error:
+            raise LowbitError(str(error).removesuffix("; write the file again")) from None
     return PackedModel(
         (shape[0], shape[1], shape[2]),
         header["ops"],

@@ -1,0 +1,209 @@
+"""The engine's Python face: what it accepts, what it says, and calls from many threads."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+from packed_models import Builder, vgg, window
+
+from lowbit import _engine
+from lowbit.errors import LowbitError, UsageError
+from lowbit.preprocessing import Preprocessing
+from lowbit.runtime import Engine, load_image
+
+
+@pytest.fixture
+def model():
+    model = vgg(np.random.default_rng(1), (16, 24, "M"), 8, classes=3)
+    model.preprocessing = Preprocessing("RGB", (8, 8), 0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    model.classes = ["ant", "bee", "cow"]
+    return model
+
+
+def images(count=4, shape=(3, 8, 8)):
+    return np.random.default_rng(2).normal(size=(count, *shape)).astype(np.float32)
+
+
+def test_file_bytes_and_model_give_the_same(model, tmp_path):
+    model.save(tmp_path / "m.lowbit")
+    x = images()
+    expected = Engine(model)(x)
+    assert expected.shape == (4, 3)
+    assert expected.dtype == np.float32
+    for source in (tmp_path / "m.lowbit", str(tmp_path / "m.lowbit"), model.to_bytes()):
+        np.testing.assert_array_equal(Engine(source)(x), expected)
+
+
+def test_properties(model):
+    engine = Engine(model, threads=2)
+    assert engine.classes == ["ant", "bee", "cow"]
+    assert engine.preprocessing == model.preprocessing
+    assert engine.input_shape == (3, 8, 8)
+    assert engine.isa == _engine.available_isas()[0]
+    assert engine.threads == 2
+
+
+def test_input_of_any_memory_order(model):
+    x, engine = images(), Engine(model)
+    strided = np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(engine(strided), engine(x))
+    np.testing.assert_array_equal(engine(x[::2]), engine(x)[::2])
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    np.testing.assert_array_equal(engine(read_only), engine(x))
+
+
+def test_map_as_output():
+    net = Builder((2, 5, 4))
+    net.op("relu")
+    x = images(3, (2, 5, 4))
+    np.testing.assert_array_equal(Engine(net.model)(x), np.maximum(x, 0))
+    assert Engine(net.model)(x[:0]).shape == (0, 2, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ([[1.0]], "needs a float32 NumPy array, not list"),
+        (np.zeros((1, 3, 8, 8)), "not float64 array"),
+        (np.zeros((3, 8, 8), np.float32), r"shape \(N, 3, 8, 8\)"),
+        (np.zeros((1, 8, 8, 3), np.float32), r"shape \(N, 3, 8, 8\)"),
+        (np.full((1, 3, 8, 8), np.nan, np.float32), "NaN or an infinity"),
+        (np.full((1, 3, 8, 8), -np.inf, np.float32), "NaN or an infinity"),
+    ],
+)
+def test_wrong_inputs_are_refused(model, x, message):
+    engine = Engine(model)
+    for call in (engine, engine.profile):
+        with pytest.raises(UsageError, match=message):
+            call(x)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 257, 1.5, True, "2"])
+def test_wrong_threads_are_refused(model, threads):
+    with pytest.raises(UsageError, match="threads"):
+        Engine(model, threads=threads)
+
+
+def test_unknown_isa_is_refused(model, monkeypatch):
+    monkeypatch.setenv("LOWBIT_ISA", "sse9")
+    with pytest.raises(UsageError, match=r"LOWBIT_ISA is 'sse9'.*scalar"):
+        Engine(model)
+
+
+def test_scalar_isa_can_be_forced(model, monkeypatch):
+    monkeypatch.setenv("LOWBIT_ISA", "scalar")
+    assert Engine(model).isa == "scalar"
+
+
+def test_run_op_checks_its_inputs(model):
+    engine = Engine(model)
+    codes = np.zeros((2, 8, 8, 16), np.uint8)
+    assert engine.run_op(2, [codes]).shape == (2, 8, 8, 24)
+    with pytest.raises(UsageError, match="no op 9"):
+        engine.run_op(9, [codes])
+    with pytest.raises(UsageError, match="1 inputs, not 2"):
+        engine.run_op(2, [codes, codes])
+    with pytest.raises(UsageError, match="uint8 of shape"):
+        engine.run_op(2, [codes.astype(np.float32)])
+    with pytest.raises(UsageError, match="codes of 1 bits, but one is 2"):
+        engine.run_op(2, [codes + 2])
+
+
+def test_profile_times_every_op(model):
+    seconds = Engine(model).profile(images())
+    assert len(seconds) == len(model.ops)
+    assert all(time >= 0 for time in seconds)
+
+
+def test_predict_gives_probabilities(model):
+    pictures = [Image.new("RGB", (20, 10), color) for color in ("red", "green", "blue")]
+    engine = Engine(model)
+    probabilities = engine.predict(pictures)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    logits = engine(model.preprocessing(pictures))
+    np.testing.assert_array_equal(probabilities.argmax(axis=1), logits.argmax(axis=1))
+    assert engine.predict([]).shape == (0, 3)
+
+
+def test_predict_needs_a_preprocessing(model):
+    model.preprocessing = None
+    with pytest.raises(LowbitError, match="how images are prepared"):
+        Engine(model).predict([Image.new("RGB", (8, 8))])
+
+
+def test_calls_from_many_threads(model):
+    """Two engines, each called from four threads at once with batches of different sizes."""
+    engines = [Engine(model, threads=2), Engine(model)]
+    x = images(20)
+    expected = engines[1](x)
+    wrong = []
+
+    def work(number):
+        for batch in (1, 7, 20, 3):
+            if not np.array_equal(engines[number % 2](x[:batch]), expected[:batch]):
+                wrong.append(number)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+def test_engine_with_threads_answers_in_a_forked_child(model):
+    engine, x = Engine(model, threads=2), images()
+    expected = engine(x)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=lambda: queue.put(engine(x)))
+    child.start()
+    np.testing.assert_array_equal(queue.get(timeout=30), expected)
+    child.join()
+
+
+def test_dense_layers_of_any_width():
+    rng = np.random.default_rng(3)
+    for width in (1, 63, 1000):
+        net = Builder((width, 1, 1))
+        weight = rng.normal(size=(5, 1, 1, width)).astype(np.float32)
+        net.op("conv2d", tensors={"weight": weight}, groups=1, channels=5, **window((1, 1), dilation=(1, 1)))
+        x = images(9, (width, 1, 1))
+        np.testing.assert_allclose(Engine(net.model)(x), x[:, :, 0, 0] @ weight[:, 0, 0].T, rtol=1e-4, atol=1e-4)
+
+
+def test_importing_the_runtime_needs_no_torch():
+    code = "import sys, lowbit, lowbit.runtime, lowbit.packed; lowbit.Engine; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_images_are_loaded_or_refused_in_one_sentence(tmp_path):
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.random.default_rng(4).integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(whole)
+    assert load_image(whole).size == (30, 40)
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(whole.read_bytes()[:2000])
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (9000, 9000)).save(bomb)
+    for path, message in (
+        (cut, "damaged or cut short"),
+        (text, "no image that Pillow can read"),
+        (bomb, "scale it down"),
+        (tmp_path / "none.png", "does not exist"),
+        (tmp_path, "cannot be decoded"),
+    ):
+        with pytest.raises(LowbitError, match=message):
+            load_image(path)

@@ -1,0 +1,243 @@
+"""The packed file: it comes back as it was written, and nothing hostile passes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent / "engine"))
+from packed_models import Builder, vgg, window
+
+from lowbit import packed
+from lowbit.errors import LowbitError
+from lowbit.packed import PackedModel
+from lowbit.preprocessing import Preprocessing
+from lowbit.runtime import Engine
+
+
+def small_model() -> PackedModel:
+    """A net with a float stem, codes, a pool and a head, whose channel counts leave tail bits."""
+    model = vgg(np.random.default_rng(0), (5, 3, "M"), 4, classes=2)
+    model.preprocessing = Preprocessing("RGB", (4, 4), 0, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    model.classes = ["cat", "dog"]
+    model.provenance = {"run": "a run", "accuracy": 0.5}
+    return model
+
+
+DATA = small_model().to_bytes()
+
+
+def test_file_comes_back_as_it_was_written(tmp_path):
+    model = small_model()
+    model.save(tmp_path / "m.lowbit")
+    again = packed.read(tmp_path / "m.lowbit")
+    assert (again.input_shape, again.ops, again.classes) == (model.input_shape, model.ops, model.classes)
+    assert (again.preprocessing, again.provenance) == (model.preprocessing, model.provenance)
+    assert again.tensors.keys() == model.tensors.keys()
+    for name, tensor in model.tensors.items():
+        np.testing.assert_array_equal(again.tensors[name], tensor)
+        assert again.tensors[name].dtype == tensor.dtype
+    assert again.to_bytes() == model.to_bytes() == DATA
+
+
+def test_shapes_and_costs_are_inferred():
+    model = small_model()
+    assert [str(value) for value in model.values()] == [
+        "float32 4x4x3", "float32 4x4x5", "1-bit codes 4x4x5", "1-bit codes 4x4x3", "1-bit codes 2x2x3", "float32 1x1x2"
+    ]  # fmt: skip
+    costs = model.costs()
+    assert [cost.macs for cost in costs] == [16 * 5 * 27, 0, 16 * 3 * 45, 0, 2 * 12]
+    assert costs[0].bytes == costs[0].float_bytes == 5 * 27 * 4
+    assert costs[2].bytes == 3 * 9 * 8 + 3 * 4 + 3
+    assert costs[2].float_bytes == 3 * 45 * 4 + 3 * 4 + 3
+
+
+def test_every_truncation_is_refused():
+    for length in range(len(DATA)):
+        with pytest.raises(LowbitError, match="write the file again"):
+            packed.parse(DATA[:length])
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(0, len(DATA) - 1), st.integers(1, 255), st.integers(0, len(DATA) - 1), st.integers(0, 255))
+def test_flipped_bytes_are_refused_or_harmless(first, mask, second, other):
+    """Whatever passes the checks must also run."""
+    data = bytearray(DATA)
+    data[first] ^= mask
+    data[second] ^= other
+    try:
+        model = packed.parse(bytes(data))
+    except LowbitError as error:
+        assert "\n" not in str(error) or "safetensor" in str(error).lower()
+        return
+    Engine(model)(np.ones((2, *model.input_shape), np.float32))
+
+
+def header_with(**changes) -> bytes:
+    """The small file with entries of its JSON graph replaced."""
+    tensors = safetensors.numpy.load(DATA)
+    (length,) = struct.unpack_from("<Q", DATA)
+    header = json.loads(json.loads(DATA[8 : 8 + length])["__metadata__"]["lowbit"])
+    return safetensors.numpy.save(tensors, {"lowbit": json.dumps({**header, **changes})})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "format version 2 is unknown"),
+        ({"format": True}, "format version True is unknown"),
+        ({"spare": 1}, "unknown entry 'spare'"),
+        ({"input": {"shape": [3, 4]}}, "input shape"),
+        ({"input": {"shape": [3, 4, 1 << 40]}}, "input shape"),
+        ({"input": {"shape": [3, 4, 4.0]}}, "input shape"),
+        ({"input": {"shape": [3, 4, 5]}}, "tensor|class names|preprocessing"),
+        ({"ops": []}, "1 to 4096 ops"),
+        ({"ops": {}}, "1 to 4096 ops"),
+        ({"ops": [1]}, "op 0 is no JSON object"),
+        ({"classes": ["cat"]}, "1 class names"),
+        ({"classes": [1, 2]}, "list of names"),
+        ({"provenance": []}, "provenance"),
+        ({"preprocessing": {"mode": "RGB"}}, "preprocessing is malformed"),
+        ({"preprocessing": {"mode": "L", "size": [4, 4], "pad": 0, "mean": [0], "std": [1]}}, "preprocessing makes"),
+        (
+            {"preprocessing": {"mode": "RGB", "size": [10**9, 4], "pad": 0, "mean": [0] * 3, "std": [1] * 3}},
+            "out of range",
+        ),
+    ],
+)
+def test_hostile_headers_are_refused(changes, message):
+    with pytest.raises(LowbitError, match=message):
+        packed.parse(header_with(**changes), "x.lowbit")
+
+
+def test_numbers_that_are_no_json_are_refused():
+    with pytest.raises(LowbitError, match="NaN is not allowed"):
+        packed.parse(header_with(provenance={"x": float("nan")}))
+
+
+def test_deep_nesting_is_refused():
+    tensors = safetensors.numpy.load(DATA)
+    with pytest.raises(LowbitError, match="no JSON"):
+        packed.parse(safetensors.numpy.save(tensors, {"lowbit": "[" * 100_000}))
+
+
+def change(index=None, /, tensor=None, **entries):
+    """A change to the small model: entries of op ``index`` (...: gone), or tensors replaced by what a function gives."""
+
+    def apply(model: PackedModel) -> None:
+        if index is not None:
+            model.ops[index].update(entries)
+            for key, value in entries.items():
+                if value is ...:
+                    del model.ops[index][key]
+        for name, function in (tensor or {}).items():
+            value = function(model.tensors.pop(name, None))
+            if value is not None:
+                model.tensors[name] = value
+
+    return apply
+
+
+def put(index, value):
+    def apply(tensor):
+        tensor = tensor.copy()
+        tensor[index] = value
+        return tensor
+
+    return apply
+
+
+HOSTILE = {
+    "unknown op": (change(0, op="conv3d"), "op 0 is the unknown 'conv3d'"),
+    "op of a wrong type": (change(0, op=["conv2d"]), "unknown"),
+    "private method as op": (change(0, op="check"), "unknown"),
+    "no source": (change(0, source=3), "source"),
+    "unknown attribute": (change(0, dilate=[1, 1]), "unknown entry 'dilate'"),
+    "missing attribute": (change(0, stride=...), "lacks the entry 'stride'"),
+    "later value as input": (change(1, inputs=[2]), "inputs"),
+    "negative input": (change(1, inputs=[-1]), "inputs"),
+    "two inputs": (change(1, inputs=[0, 1]), "1 input"),
+    "float where codes are needed": (change(2, inputs=[1]), "needs 1-bit codes"),
+    "codes where floats are needed": (change(1, inputs=[0]), "thresholds"),
+    "stride 0": (change(0, stride=[0, 1]), "stride"),
+    "stride as bool": (change(0, stride=[True, True]), "stride"),
+    "negative padding": (change(0, padding=[-1, 0]), "padding"),
+    "huge padding": (change(0, padding=[65536, 65536]), "pads its input"),
+    "huge kernel": (change(0, kernel=[65536, 65536]), "does not fit"),
+    "huge dilation": (change(0, dilation=[65536, 1]), "does not fit"),
+    "huge channels": (change(0, channels=1 << 62), "channels"),
+    "no channels": (change(0, channels=0), "channels"),
+    "uneven groups": (change(0, groups=2), "unevenly"),
+    "pool padded too far": (change(3, padding=[2, 2]), "half of the kernel"),
+    "bits 0": (change(1, bits=0), "bits"),
+    "bits 9": (change(1, bits=9), "bits"),
+    "bits do not fit": (change(1, bits=2), "thresholds"),
+    "missing tensor": (change(tensor={"0.weight": lambda t: None}), "lacks the tensor 'weight'"),
+    "spare tensor": (change(tensor={"1.spare": lambda t: np.zeros(1)}), "spare tensor 'spare'"),
+    "tensor of no op": (change(tensor={"9.weight": lambda t: np.zeros(1)}), "belongs to no op"),
+    "tensor with a strange number": (change(tensor={"01.falling": lambda t: np.zeros(1)}), "belongs to no op"),
+    "wrong dtype": (change(tensor={"0.weight": lambda t: t.astype(np.float64)}), "must be float32"),
+    "wrong shape": (change(tensor={"0.weight": lambda t: t[:, :2]}), "must be float32 5x3x3x3"),
+    "NaN weight": (change(tensor={"0.weight": put((0, 0, 0, 0), np.nan)}), "not finite"),
+    "infinite bias": (change(tensor={"4.bias": put(0, np.inf)}), "not finite"),
+    "NaN threshold": (change(tensor={"1.thresholds": put((0, 0), np.nan)}), "NaN"),
+    "falling 2": (change(tensor={"1.falling": put(0, 2)}), "only 0 and 1"),
+    "tail bit": (change(tensor={"2.weight_bits": put((0, 0, 0, 0), 1 << 5)}), "beyond its 5 channels"),
+    "codes as output": (lambda model: (model.ops.pop(), [model.tensors.pop(k) for k in list(model.tensors) if k[0] == "4"]),
+                        "must be float32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_graphs_are_refused(name):
+    apply, message = HOSTILE[name]
+    model = copy.deepcopy(small_model())
+    apply(model)
+    with pytest.raises(LowbitError, match=message):
+        packed.validate(model)
+
+
+def test_thresholds_out_of_order_are_refused():
+    net = Builder((2, 3, 3))
+    table, falling = np.array([[1, 2, 3], [3, 2, 1]], np.float32), np.array([0, 1], np.uint8)
+    net.op("threshold", tensors={"thresholds": table, "falling": falling}, bits=2)
+    net.op("relu", inputs=[0])
+    packed.validate(net.model)
+    net.model.tensors["0.falling"] = falling[::-1].copy()
+    with pytest.raises(LowbitError, match="must not decrease"):
+        packed.validate(net.model)
+
+
+def test_small_file_cannot_ask_for_much_memory():
+    net = Builder((1, 4096, 4096))
+    for _ in range(20):
+        net.op("relu")
+    with pytest.raises(LowbitError, match="elements"):
+        packed.validate(net.model)
+    net = Builder((1, 1024, 1024))
+    weight = np.zeros((64, 1, 1, 1), np.float32)
+    net.op("conv2d", tensors={"weight": weight}, groups=1, channels=64, **window((1, 1), dilation=(1, 1)))
+    with pytest.raises(LowbitError, match="elements"):
+        packed.validate(net.model)
+
+
+def test_file_errors_name_the_file_and_the_mend(tmp_path):
+    with pytest.raises(LowbitError, match=r"none\.lowbit is no file; `lowbit export"):
+        packed.read(tmp_path / "none.lowbit")
+    with pytest.raises(LowbitError, match="is no file"):
+        packed.read(tmp_path)
+    (tmp_path / "text.lowbit").write_text("hello")
+    with pytest.raises(LowbitError, match=r"text\.lowbit: not a packed file.*write the file again"):
+        packed.read(tmp_path / "text.lowbit")
+    with pytest.raises(LowbitError, match="cannot write"):
+        (tmp_path / "file").write_text("")
+        small_model().save(tmp_path / "file" / "m.lowbit")
