@@ -1,0 +1,263 @@
+"""What every registered method promises, checked for whatever is registered, with each of its options."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import typing
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowbit import methods, models
+from lowbit.convert import quantize_
+from lowbit.layers import attach_projections
+from lowbit.layers.blocks import BLOCKS
+from lowbit.methods import Method
+from lowbit.models.base import load_weights
+from lowbit.quantizers.base import Grid, Quantizer
+
+NAMES = list(methods.registry)
+
+
+def variants(name: str) -> list[dict[str, Any]]:
+    """The default options, and every other value of each option that has a few."""
+    result: list[dict[str, Any]] = [{}]
+    for option in methods.registry.options(name).values():
+        values = (False, True) if option.annotation is bool else ()
+        if typing.get_origin(option.annotation) is typing.Literal:
+            values = typing.get_args(option.annotation)
+        result += [{option.name: value} for value in values if value != option.default]
+    return result
+
+
+METHODS = {f"{name}{options or ''}": methods.registry[name](**options) for name in NAMES for options in variants(name)}
+QUANTIZERS = {
+    f"{key} {side}": getattr(method, side)
+    for key, method in METHODS.items()
+    for side in ("weight", "activation")
+    if getattr(method, side) is not None
+}
+SMALL = {"width": 1 / 16}
+SIDES = {"vgg_small": 16, "nin": 8, "lenet": 16}
+
+
+def small(model: str, method: Method) -> nn.Module:
+    """The model, as narrow as its options let it be."""
+    options = {key: value for key, value in SMALL.items() if key in models.registry.options(model)}
+    return models.create(model, num_classes=3, method=method, image_size=SIDES.get(model, 32), **options)
+
+
+def pictures(model: str, count: int) -> Tensor:
+    return torch.randn(count, 3, SIDES.get(model, 32), SIDES.get(model, 32))
+
+
+def values() -> Tensor:
+    """(4, 3, 5, 5) with zeros of both signs, the ends of the usual windows and numbers far outside."""
+    x = torch.randn(4, 3, 5, 5)
+    x.view(-1)[:10] = torch.tensor([0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 100.0, -100.0, 1e-30, -1e-30])
+    return x
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_are_documented_and_have_defaults(name):
+    documentation = inspect.getdoc(methods.registry[name]) or ""
+    assert documentation
+    for option in methods.registry.options(name).values():
+        assert option.default is not inspect.Parameter.empty
+        assert re.search(rf"^ +{option.name}: \S", documentation, re.MULTILINE), f"Args: says nothing of {option.name}"
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_fields(key):
+    method = METHODS[key]
+    assert method.name in NAMES
+    assert key.startswith(method.name)
+    assert method.title
+    assert method.paper
+    assert method.block in BLOCKS
+    for side, bits in (("weight", method.bits_w), ("activation", method.bits_a)):
+        make = getattr(method, side)
+        assert bits == (32 if make is None else make().bits)
+    assert 1 <= method.bits_g <= 32
+    if (method.bits_w, method.bits_a, method.bits_g) != (32, 32, 32):
+        assert method.url.startswith("https://")
+        assert "Source:" in (inspect.getdoc(methods.registry[method.name]) or "")
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_recipes(key):
+    method = METHODS[key]
+    for recipe in (method.recipe, *method.recipes.values()):
+        assert recipe.source
+        assert recipe.learning_rate > 0
+        assert recipe.weight_decay >= 0
+        assert recipe.epochs >= 1
+        assert recipe.batch_size >= 1
+        assert 0 <= recipe.warmup < recipe.epochs
+        assert all(0 < milestone < 1 for milestone in recipe.milestones)
+        assert list(recipe.milestones) == sorted(set(recipe.milestones))
+        assert bool(recipe.milestones) == (recipe.schedule == "step")
+
+
+@pytest.mark.parametrize("key", QUANTIZERS)
+def test_a_fresh_quantizer_for_each_layer(key):
+    first, second = QUANTIZERS[key](), QUANTIZERS[key]()
+    assert isinstance(first, Quantizer)
+    assert first is not second
+
+
+@pytest.mark.parametrize("key", QUANTIZERS)
+def test_decoded_codes_are_the_fake_quantized_values(key):
+    quantizer = QUANTIZERS[key]()
+    x = values()
+    quantizer(x)
+    quantizer.eval()
+    codes, grid = quantizer.encode(x)
+    assert isinstance(grid, Grid)
+    assert grid.bits == quantizer.bits
+    assert isinstance(grid.multiplier, int)
+    assert isinstance(grid.offset, int)
+    assert grid.scale.dtype == torch.float32
+    assert not grid.scale.requires_grad
+    assert codes.dtype == torch.uint8
+    assert codes.shape == x.shape
+    assert int(codes.max()) < 2**quantizer.bits
+    assert torch.equal(quantizer.decode(codes, grid), quantizer(x))
+    assert quantizer.signed == bool((grid.integers(torch.arange(2**grid.bits)) < 0).any())
+
+
+@pytest.mark.parametrize("key", QUANTIZERS)
+def test_few_levels(key):
+    """Over a tensor for activations, over each output filter for weights; both codes and values move with x."""
+    quantizer = QUANTIZERS[key]()
+    q = quantizer(values())
+    for part in q if key.endswith("weight") else [q]:
+        assert 2 <= part.unique().numel() <= 2**quantizer.bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("key", QUANTIZERS)
+def test_gradients_are_finite(key, dtype):
+    x = values().to(dtype).requires_grad_()
+    q = QUANTIZERS[key]()(x)
+    assert q.shape == x.shape
+    assert q.dtype == dtype
+    q.backward(torch.randn_like(q))
+    assert x.grad.shape == x.shape
+    assert x.grad.dtype == dtype
+    assert x.grad.isfinite().all()
+    assert x.grad.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("model", list(models.registry))
+@pytest.mark.parametrize("key", METHODS)
+def test_a_training_step(key, model):
+    """Every trainable parameter moves and stays finite; eval() then changes nothing and ignores the batch."""
+    network = small(model, METHODS[key])
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    attach_projections(optimizer, network)
+    images = pictures(model, 6)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    logits = network(images)
+    assert logits.shape == (6, 3)
+    functional.cross_entropy(logits, torch.arange(6) % 3).backward()
+    optimizer.step()
+    for name, parameter in network.named_parameters():
+        assert parameter.isfinite().all(), name
+        assert not torch.equal(parameter, before[name]), name
+
+    network.eval()
+    state = copy.deepcopy(network.state_dict())
+    with torch.no_grad():
+        together = network(images)
+        alone = torch.cat([network(image[None]) for image in images])
+    assert together.isfinite().all()
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_saved_weights_give_the_same_outputs(key, tmp_path):
+    method = METHODS[key]
+    network = small("vgg_small", method)
+    network(pictures("vgg_small", 4))
+    network.eval()
+    save_model(network, str(tmp_path / "model.safetensors"))
+    other = small("vgg_small", method).eval()
+    images = pictures("vgg_small", 2)
+    with torch.no_grad():
+        expected = network(images)
+        assert not torch.equal(other(images), expected)
+        load_weights(other, tmp_path / "model.safetensors")
+        assert torch.equal(other(images), expected)
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_a_deep_copy_is_equal_and_apart(key):
+    network = small("lenet", METHODS[key]).eval()
+    twin = copy.deepcopy(network)
+    images = pictures("lenet", 2)
+    with torch.no_grad():
+        expected = network(images)
+        assert torch.equal(twin(images), expected)
+        for parameter in twin.parameters():
+            parameter.neg_()
+        assert not torch.equal(twin(images), expected)
+        assert torch.equal(network(images), expected)
+
+
+def plain_network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 2), nn.BatchNorm1d(2)
+    )
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_a_plain_loop_learns(key):
+    """Nothing but quantize_ and attach_projections, on two classes that the sign of the inputs' sum tells apart."""
+    network = plain_network()
+    reports = quantize_(network, METHODS[key])
+    quantized = [report.name for report in reports if min(report.bits_w, report.bits_a) < 32]
+    assert bool(quantized) == (METHODS[key].weight is not None or METHODS[key].activation is not None)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    attach_projections(optimizer, network)
+    inputs = torch.randn(128, 8)
+    labels = (inputs.sum(dim=1) > 0).long()
+    losses = []
+    for _ in range(60):
+        loss = functional.cross_entropy(network(inputs), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    network.eval()
+    with torch.no_grad():
+        assert (network(inputs).argmax(1) == labels).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_integers_in_eval_equal_fake_quantized_values_in_train(key):
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.Conv2d(8, 8, 3, padding=1, stride=2, groups=2),
+        nn.GroupNorm(2, 8),
+        nn.Conv2d(8, 8, 3, bias=False),
+        nn.Flatten(),
+        nn.LayerNorm(8 * 36),
+        nn.Linear(8 * 36, 5),
+    )
+    quantize_(network, METHODS[key])
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        trained = network.train()(images)
+        evaluated = network.eval()(images)
+    torch.testing.assert_close(evaluated, trained, rtol=1e-5, atol=1e-5)
