@@ -1,0 +1,44 @@
+"""The order of the parts of each block, as the papers have it."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lowbit.layers.blocks import BLOCKS
+
+FLOAT = "dropout conv norm act pool"
+# block: parts of a first, a middle and a last layer; the norm's width is the number after it
+ORDERS = {
+    "conv_bn_act": (FLOAT, FLOAT, "dropout conv"),
+    "conv_pool_bn": ("dropout conv pool norm", "dropout conv pool norm", "dropout conv pool norm"),
+    "bn_act_conv": (FLOAT, "norm dropout conv pool", "norm act dropout conv pool"),
+    "bn_act_conv_relu": (FLOAT, "norm dropout conv act pool", "norm act dropout conv pool"),
+}
+
+
+def test_every_block_is_here():
+    assert set(ORDERS) == set(BLOCKS)
+
+
+@pytest.mark.parametrize(("position", "role"), list(enumerate(("first", "middle", "last"))))
+@pytest.mark.parametrize("name", ORDERS)
+def test_order(name, position, role):
+    conv, pool = nn.Conv2d(3, 5, 1), nn.MaxPool2d(2)
+    block = BLOCKS[name](conv, pool=pool, dropout=0.25, role=role)
+    parts = [part for part, _ in block.named_children()]
+    assert parts == ORDERS[name][position].split()
+    assert block.conv is conv
+    assert block.dropout.p == 0.25
+    if "pool" in parts:
+        assert block.pool is pool
+    if "act" in parts:
+        assert isinstance(block.act, nn.ReLU)
+    if "norm" in parts:
+        assert block.norm.num_features == (5 if parts.index("norm") > parts.index("conv") else 3)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_without_pool_and_dropout(name):
+    parts = [part for part, _ in BLOCKS[name](nn.Conv2d(3, 5, 1)).named_children()]
+    assert parts == [part for part in ORDERS[name][1].split() if part not in ("pool", "dropout")]

@@ -1,0 +1,70 @@
+"""Projections run when they are attached and after each step, and at no other time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.layers import attach_projections, project_, quantized_twin
+from lowbit.methods.xnor_net import ScaledSign
+from lowbit.quantizers.binary import SignQuantizer
+
+
+def network(projection) -> nn.Sequential:
+    layers = [quantized_twin(nn.Linear(4, 4), ScaledSign(), SignQuantizer(), projection) for _ in range(2)]
+    return nn.Sequential(*layers, nn.Linear(4, 2), quantized_twin(nn.Linear(2, 2), ScaledSign(), None))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.Adam(p, lr=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    ],
+    ids=["sgd", "adam", "fused adamw"],
+)
+def test_after_each_step(make):
+    calls = []
+
+    def projection(weight):
+        assert not torch.is_grad_enabled()
+        calls.append(weight)
+        weight.clamp_(-0.01, 0.01)
+
+    model = network(projection)
+    optimizer = make(model.parameters())
+    assert calls == []
+    attach_projections(optimizer, model)
+    latent = [model[0].weight, model[1].weight]
+    for step in range(1, 4):
+        assert len(calls) == 2 * step
+        assert all(seen is expected for seen, expected in zip(calls[-2:], latent, strict=True))
+        assert all(weight.abs().max() <= 0.01 for weight in latent)
+        assert model[2].weight.abs().max() > 0.01
+        for mode in (True, False):
+            model.train(mode)(torch.randn(3, 4))
+        with torch.no_grad():
+            model(torch.randn(3, 4))
+        assert len(calls) == 2 * step
+        model.train()(torch.randn(3, 4)).square().sum().backward()
+        assert len(calls) == 2 * step
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_without_attaching_nothing_is_projected():
+    calls = []
+    model = network(calls.append)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert calls == []
+
+
+def test_project_takes_a_shared_layer_once():
+    calls = []
+    model = network(calls.append)
+    project_(nn.Sequential(model, model[0], nn.Sequential(model[1])))
+    assert len(calls) == 2
