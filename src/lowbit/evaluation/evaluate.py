@@ -18,6 +18,7 @@ from lowbit.errors import LowbitError, UsageError
 from lowbit.evaluation.metrics import scores
 from lowbit.evaluation.modes import evaluating
 from lowbit.evaluation.profile import profile
+from lowbit.models.base import load_run, load_weights
 from lowbit.preprocessing import Inputs, Pixels, Preprocessing
 from lowbit.runs import Run, write_json
 
@@ -78,9 +79,7 @@ def evaluate(
         engine = Engine(path, threads=threads)
         result = scores(logits(engine, data, batch_size, progress), data.test_labels, data.classes)
     else:
-        from lowbit.models import load_run
-
-        result = evaluate_model(load_run(path), data, batch_size=batch_size, progress=progress)
+        result = evaluate_model(_model(path, kind), data, batch_size=batch_size, progress=progress)
     record = {
         "run": Run(path).name if kind == "run" else path.name,
         "source": kind,
@@ -160,6 +159,14 @@ def _kind(path: Path) -> str:
     if path.suffix not in kinds:
         raise UsageError(f"{path} is neither a run folder nor a .safetensors or .lowbit file")
     return kinds[path.suffix]
+
+
+def _model(path: Path, kind: str) -> nn.Module:
+    if kind == "run":
+        return load_run(path)
+    model = load_run(path.parent)
+    load_weights(model, path)
+    return model
 
 
 def _batches(total: int, size: int) -> Iterator[tuple[int, int]]:

@@ -35,7 +35,7 @@ def _headline(record: dict[str, Any]) -> Text:
 
 
 def _matrix(title: str, classes: Sequence[str], rows: Sequence[Sequence[float]], form: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("", min_width=max(map(len, classes)))
     width = max(len(f"{value:{form}}") for row in rows for value in row)
     for name in classes:
@@ -48,11 +48,11 @@ def _matrix(title: str, classes: Sequence[str], rows: Sequence[Sequence[float]],
 
 def _scores(record: dict[str, Any]) -> Table:
     table = Table(title="Scores per class", title_justify="left", box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in ("precision", "recall", "f1", "support"):
-        table.add_column(name, justify="right")
     rows = [(entry["class"], entry) for entry in record["per_class"]]
     averages = [(f"{name} average", entry) for name, entry in record["averages"].items()]
+    table.add_column("", min_width=max(len(label) for label, _ in rows + averages))
+    for name in ("precision", "recall", "f1", "support"):
+        table.add_column(name, justify="right", min_width=max(5, len(name)))
     for i, (name, entry) in enumerate(rows + averages):
         cells = (f"{entry[key]:.3f}" for key in ("precision", "recall", "f1"))
         table.add_row(Text(name), *cells, f"{entry['support']}", end_section=i == len(rows) - 1)

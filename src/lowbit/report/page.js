@@ -18,17 +18,22 @@
   const SCORES = { precision: "Precision", recall: "Recall", f1: "F1" };
   const MANY_POINTS = 60;
   const CELL_TEXT_UP_TO = 12;
+  const CELL_NAMES_UP_TO = 24;
 
   // Plotly reads a little HTML in its labels; a name is to be shown as it is.
   const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
   const shorten = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
+  const shortLabel = (index) => plain(shorten(runs[index].label, 28));
   const css = (variable) => getComputedStyle(document.documentElement).getPropertyValue(variable).trim();
   const runColour = (index) => css(`--run-${index % COLOURS}`);
   const marker = (index) => MARKERS[index % MARKERS.length];
   const scale = (variable, stops) => css(variable).split(",").map((colour, i) => [stops[i], colour.trim()]);
   const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
   const touch = matchMedia("(pointer: coarse)").matches;
-  const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const config = {
+    displaylogo: false, responsive: true, doubleClick: "reset",
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+  };
 
   function axis(title, more = {}) {
     return {
@@ -62,7 +67,7 @@
     return {
       x: epoch, y: values.map((value) => (value === null ? null : factor * value)),
       name: title, mode: epoch.length > MANY_POINTS ? "lines" : "lines+markers", connectgaps: false,
-      customdata: epoch.map(() => plain(shorten(runs[index].label, 40))),
+      customdata: epoch.map(() => shortLabel(index)),
       hovertemplate: `%{customdata}: <b>%{y:${format}}${unit}</b><extra></extra>`,
       line: { color: runColour(index), width: 2, dash: DASHES[index % DASHES.length] },
       marker: { color: runColour(index), symbol: marker(index), size: 6.5 },
@@ -77,7 +82,7 @@
       if (best === null || best.test_accuracy === null) return [];
       return [{
         x: [best.epoch], y: [100 * best.test_accuracy], mode: "markers",
-        customdata: [plain(shorten(runs[index].label, 40))],
+        customdata: [shortLabel(index)],
         hovertemplate: `%{customdata}: best ${kind} epoch<extra></extra>`,
         marker: { symbol, size, color: runColour(index), line: { width, color: kind === "test" ? runColour(index) : css("--raised") } },
       }];
@@ -105,11 +110,12 @@
   /** Zooming or pointing at one chart does the same in the others. */
   function linkCurves() {
     const all = Object.keys(CHARTS).map(element);
+    const byHand = (event) => event instanceof Event && event.isTrusted;
     let leader = null;
     for (const chart of all) {
       const others = all.filter((other) => other !== chart);
       chart.on("plotly_relayout", (change) => {
-        const range = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
+        const range = change["xaxis.range"] ?? [change["xaxis.range[0]"], change["xaxis.range[1]"]];
         const update = range[0] !== undefined ? { "xaxis.range": range }
           : "xaxis.autorange" in change ? { "xaxis.autorange": true, "yaxis.autorange": true } : null;
         if (leader !== null || update === null) return;
@@ -117,10 +123,12 @@
         Promise.all(others.map((other) => Plotly.relayout(other, update))).finally(() => { leader = null; });
       });
       chart.on("plotly_hover", ({ event, points }) => {
-        if (!(event instanceof Event) || !event.isTrusted) return;
+        if (!byHand(event)) return;
         for (const other of others) Plotly.Fx.hover(other, { xval: points[0].x }, ["xy"]);
       });
-      chart.on("plotly_unhover", () => others.forEach((other) => Plotly.Fx.unhover(other)));
+      chart.on("plotly_unhover", ({ event }) => {
+        if (byHand(event)) others.forEach((other) => Plotly.Fx.unhover(other));
+      });
     }
   }
 
@@ -134,7 +142,7 @@
       tickmode: "array", tickvals: classes.map((_, i) => i), ticktext: classes.map((name) => plain(shorten(name, 14))),
       showgrid: false, ticks: "", constrain: "domain",
     };
-    if (classes.length > 40) Object.assign(ticks, { showticklabels: false });
+    if (classes.length > CELL_NAMES_UP_TO) Object.assign(ticks, { showticklabels: false });
     const cell = target.clientWidth / (classes.length + 4);
     show(target, [{
       type: "heatmap", z, customdata: hover, xgap: 1, ygap: 1, showscale: false, text,
@@ -223,7 +231,7 @@
     };
     const points = chosen.map((index) => ({
       mode: "markers", x: rows.map((row) => value(index, row)), y: position,
-      customdata: rows.map((row) => [plain(classes[row]), plain(shorten(runs[index].label, 40))]),
+      customdata: rows.map((row) => [plain(classes[row]), shortLabel(index)]),
       hovertemplate: "<b>%{customdata[0]}</b>, %{customdata[1]}: %{x:.1f} %<extra></extra>",
       marker: { color: runColour(index), symbol: marker(index), size: 11, line: { width: 1.5, color: css("--raised") } },
     }));
@@ -344,19 +352,19 @@
     });
   }
 
-  if (evaluated.length) makeMatrices();
-  else {
+  if (evaluated.length) {
+    makeMatrices();
+    select("first");
+    select("second");
+    choice("unit", () => { drawMatrices(); drawPair(); });
+    choice("score", drawPair);
+  } else {
     for (const id of ["confusion", "classes"]) {
-      element(id).nextElementSibling.remove();
-      element(id).parentElement.append(cell("p", "No run has been evaluated yet.", "empty"));
+      const section = element(id).parentElement;
+      section.replaceChildren(element(id), cell("p", "No run has been evaluated yet.", "empty"));
     }
-    for (const unused of document.querySelectorAll(".pair, #scores-table, #classes ~ .fine")) unused.remove();
   }
-  if (evaluated.length < 2) element("pair").querySelectorAll("label").forEach((label) => { label.hidden = true; });
-  select("first");
-  select("second");
-  choice("unit", () => { drawMatrices(); drawPair(); });
-  choice("score", drawPair);
+  if (evaluated.length === 1) element("pair").querySelectorAll("label").forEach((label) => { label.hidden = true; });
   draw();
   linkCurves();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

@@ -46,7 +46,10 @@ def compare(runs: Sequence[Run], output: str | Path, title: str = "Comparison of
 def render(entries: Sequence[Entry], title: str) -> str:
     """The page as HTML."""
     plotly, script = _plotly(), _asset("page.js")
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {_allow(plotly, script)}"
+    policy = (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; img-src data: blob:; "
+        f"script-src {_allow(plotly, script)}"
+    )
     return Template(_asset("page.html")).substitute(
         title=escape(title),
         policy=policy,

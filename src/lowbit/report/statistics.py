@@ -53,7 +53,7 @@ def mcnemar(labels: Sequence[int], first: Sequence[int], second: Sequence[int]) 
 
 def _binomial(b: int, c: int) -> float:
     n = b + c
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(b, c) + 1)) / 2**n)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(b, c) + 1)) / (1 << n))
 
 
 def _chi_square(b: int, c: int) -> float:

@@ -1,0 +1,176 @@
+"""Evaluation changes no weight, is the same for every batch size, and counts what a network costs."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import nn
+
+from lowbit.errors import LowbitError, UsageError
+from lowbit.evaluation import evaluate, evaluate_model, profile, render
+from lowbit.evaluation.metrics import scores
+from lowbit.layers import QuantConv2d, QuantLinear
+from lowbit.layers.quantized import quantized_twin
+from lowbit.methods.xnor_net import ScaledSign
+from lowbit.models import create
+from lowbit.preprocessing import Preprocessing
+from lowbit.quantizers.binary import SignQuantizer
+from lowbit.runs import write_json
+
+
+@dataclass
+class Images:
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (37, 8, 8, 3), dtype=np.uint8)
+    preprocessing = Preprocessing("RGB", (8, 8), 0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    return Images(images, rng.integers(0, 4, 37), ("a", "b", "c", "d"), preprocessing)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    binary = quantized_twin(nn.Conv2d(16, 24, 3, padding=1, bias=False), ScaledSign("exact"), SignQuantizer())
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        binary,
+        nn.Dropout(0.5),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24 * 16, 4),
+    )
+
+
+def test_evaluation_leaves_the_model_as_it_was(model, data):
+    model.train()
+    model[1].eval()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    evaluate_model(model, data, batch_size=16)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert modes == [module.training for module in model.modules()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 37, 1000])
+def test_batch_size_changes_no_prediction(model, data, batch_size):
+    expected = evaluate_model(model, data, batch_size=37)
+    record = evaluate_model(model, data, batch_size=batch_size)
+    assert record["predictions"] == expected["predictions"]
+    assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_progress_counts_images(model, data):
+    seen = []
+    evaluate_model(model, data, batch_size=20, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(20, 37), (37, 37)]
+
+
+def test_profile_counts_by_hand(model):
+    found = profile(model, torch.zeros(2, 3, 8, 8))
+    assert found["macs"] == {"1x1": 8 * 8 * 24 * 16 * 9, "32x32": 8 * 8 * 16 * 3 * 9 + 24 * 16 * 4}
+    assert found["parameters"] == (16 * 27 + 16) + 2 * 16 + 24 * 144 + (24 * 16 * 4 + 4)
+    assert found["float32_bytes"] == 4 * (found["parameters"] + 2 * 16)
+    # One bit a weight and one float32 scale a filter, in place of float32 weights.
+    assert found["weight_bytes"] == found["float32_bytes"] - 4 * 24 * 144 + 24 * 144 // 8 + 4 * 24
+    layers = [(layer["name"], layer["kind"], layer["bits_w"], layer["bits_a"]) for layer in found["layers"]]
+    assert layers == [
+        ("0", "Conv2d", 32, 32),
+        ("1", "BatchNorm2d", 32, 32),
+        ("2", "QuantConv2d", 1, 1),
+        ("6", "Linear", 32, 32),
+    ]
+
+
+def test_profile_counts_groups_strides_and_shared_layers():
+    shared = QuantLinear(6, 6, bias=False)
+    grouped = QuantConv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False)
+    model = nn.Sequential(grouped, nn.AdaptiveAvgPool2d(1), nn.Flatten(), shared, shared)
+    found = profile(model, torch.zeros(1, 4, 9, 9))
+    assert found["macs"] == {"32x32": 5 * 5 * 6 * 2 * 9 + 2 * 36}
+    assert found["parameters"] == 6 * 2 * 9 + 36
+
+
+def test_a_model_for_other_classes_is_refused(data):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    with pytest.raises(LowbitError, match="4 classes"):
+        evaluate_model(model, data)
+
+
+@pytest.fixture
+def run(tmp_path):
+    torch.manual_seed(0)
+    model = create("lenet", num_classes=4, method="xnor_net", in_channels=3, image_size=32)
+    folder = tmp_path / "small"
+    config = {
+        "model": {"name": "lenet", "options": {}},
+        "method": {"name": "xnor_net", "options": {}},
+        "num_classes": 4,
+        "in_channels": 3,
+        "image_size": 32,
+    }
+    write_json(folder / "config.json", config)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def test_a_run_and_its_weights_file_give_the_same_record(run, data):
+    large = Images(np.tile(data.test_images, (1, 4, 4, 1)), data.test_labels, data.classes, data.preprocessing)
+    of_run = evaluate(run, large)
+    of_file = evaluate(run / "model.safetensors", large)
+    assert of_run == json.loads((run / "evaluation.json").read_text())
+    assert of_file == json.loads((run / "model.safetensors.evaluation.json").read_text())
+    assert (of_run["run"], of_run["source"]) == ("small", "run")
+    assert (of_file["run"], of_file["source"]) == ("model.safetensors", "weights")
+    same = ("loss", "accuracy", "predictions", "labels", "profile", "averages")
+    assert all(of_run[key] == of_file[key] for key in same)
+    assert "1x1" in of_run["profile"]["macs"]
+
+
+@pytest.mark.parametrize(("name", "message"), [("missing", "does not exist"), ("notes.txt", "neither")])
+def test_other_sources_are_refused(tmp_path, data, name, message):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(UsageError, match=message):
+        evaluate(tmp_path / name, data)
+
+
+def test_a_folder_without_config_is_refused(tmp_path, data):
+    with pytest.raises(LowbitError, match=r"no config\.json"):
+        evaluate(tmp_path, data)
+
+
+def test_batch_size_must_be_positive(tmp_path, data):
+    with pytest.raises(UsageError, match="batch size"):
+        evaluate(tmp_path, data, batch_size=0)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_terminal_shows_every_number_whole(width, capsys):
+    rng = np.random.default_rng(0)
+    classes = ["airplane", "automobile", "[red]bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    labels = np.repeat(np.arange(10), 1000)
+    logits = rng.normal(size=(10_000, 10))
+    logits[np.arange(10_000), labels] += 3
+    record = {"run": "small", **scores(logits, labels, classes)}
+    render(record, Console(width=width))
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert f"{record['correct']}/10000 ({100 * record['accuracy']:.2f} %)" in " ".join(printed.split())
+    assert all(str(count) in printed for row in record["confusion_matrix"] for count in row)
+    assert all(f"{share:.3f}" in printed for row in record["normalised"] for share in row)
+    assert all(name in printed for name in (*classes, "macro average", "weighted average"))

@@ -1,0 +1,204 @@
+"""The page in a real browser: nothing is fetched or logged, zoom and hover work. Screenshots land in tmp_path."""
+
+import shutil
+import time
+
+import pytest
+from fake_runs import CIFAR10, make_run
+
+from lowbit.report import compare
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH (`apt install chromium`)")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+HOSTILE = "<script>alert(1)</script><b>bold</b><img src=x onerror=alert(2)>"
+CURVES = ("learning_rate", "train_loss", "test_loss", "test_accuracy")
+
+
+def wait_until(page, condition, seconds=10):
+    """Poll from outside: the page's policy forbids the `eval` that Playwright's own waiting uses."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, f"not reached: {condition}"
+        page.wait_for_timeout(50)
+
+
+def hover(page, chart):
+    """Move the mouse over the middle of a chart, as a hand does: in several steps, once the page stands still."""
+    area = page.locator(f"#{chart} .nsewdrag")
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
+    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.4 * box["height"])
+    page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"], steps=5)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a file; when the test ends, fails if the page fetched or logged anything."""
+    complaints, pages = [], []
+
+    def opened(path, **options):
+        page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
+        pages.append(page)
+        page.on("console", lambda message: complaints.append(f"console {message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: requested(request.url))
+        page.goto(path.as_uri())
+        wait_until(page, "[...document.querySelectorAll('.chart')].every(e => e.querySelector('.main-svg'))")
+        return page
+
+    def requested(url):
+        if not url.startswith(("file:", "data:", "blob:")):
+            complaints.append(f"request: {url}")
+
+    yield opened
+    for page in pages:
+        page.close()
+    assert complaints == []
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    runs = [
+        make_run(folder / "vgg16-float", method="float", accuracy=0.90),
+        make_run(folder / "vgg16-xnor", accuracy=0.79),
+        make_run(folder / "vgg16-bnn", method="bnn", accuracy=0.77, finished=6, evaluated=False),
+    ]
+    return compare(runs, folder / "report.html", title="VGG16 on CIFAR-10")
+
+
+def x_range(page, chart):
+    return page.evaluate("id => document.getElementById(id)._fullLayout.xaxis.range", chart)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_opens_in_light_and_dark_and_on_a_phone(open_page, report, tmp_path, scheme, width):
+    page = open_page(report, viewport={"width": width, "height": 850}, color_scheme=scheme)
+    page.screenshot(path=tmp_path / f"{scheme}-{width}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    lefts = {round(page.locator(f"#{chart}").bounding_box()["x"]) for chart in CURVES}
+    assert len(lefts) == (1 if width == 390 else 2)
+
+
+def test_a_zoom_goes_to_all_curves_and_a_double_click_back(open_page, report):
+    page = open_page(report)
+    before = x_range(page, "test_loss")
+    page.locator("#train_loss .nsewdrag").scroll_into_view_if_needed()
+    box = page.locator("#train_loss .nsewdrag").bounding_box()
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 0.3 * box["width"], y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.7 * box["width"], y, steps=5)
+    page.mouse.up()
+    wait_until(page, "document.getElementById('test_loss')._fullLayout.xaxis.range[0] > 2")
+    wait_until(page, "document.getElementById('learning_rate')._fullLayout.xaxis.range[0] > 2")
+    zoomed = [x_range(page, chart) for chart in CURVES]
+    assert all(part == pytest.approx(zoomed[0]) for part in zoomed)
+    assert before[0] < zoomed[0][0] < zoomed[0][1] < before[1]
+    page.locator("#test_loss .nsewdrag").dblclick()
+    wait_until(page, "document.getElementById('train_loss')._fullLayout.xaxis.range[0] < 2")
+
+
+def test_hover_shows_the_values_of_all_runs(open_page, report):
+    page = open_page(report)
+    hover(page, "test_accuracy")
+    for chart in CURVES:
+        page.wait_for_selector(f"#{chart} .hoverlayer .legend", state="attached")
+    shown = page.locator("#test_accuracy .hoverlayer").text_content()
+    assert "Epoch" in shown
+    assert all(name in shown for name in ("vgg16-float: ", "vgg16-xnor: ", " %"))
+
+
+def test_the_best_epochs_are_marked_apart(open_page, report):
+    page = open_page(report)
+    symbols = page.evaluate("document.getElementById('test_accuracy').data.map(trace => trace.marker.symbol)")
+    assert symbols.count("star") == symbols.count("diamond-open") == 3
+
+
+def test_a_click_on_a_name_hides_its_run(open_page, report):
+    page = open_page(report)
+    page.locator("#legend button").first.click()
+    assert page.evaluate("document.getElementById('train_loss').data.length") == 2
+
+
+def test_matrices_switch_between_shares_and_images(open_page, report):
+    page = open_page(report)
+    cell = "document.getElementById('matrix-0').data[0].z[0][0]"
+    assert 0 < page.evaluate(cell) <= 1
+    page.get_by_role("button", name="Images", exact=True).click()
+    assert page.evaluate(cell) > 100
+    assert "of 1000 images" in page.evaluate("document.getElementById('matrix-0').data[0].customdata[0][0]")
+
+
+def test_classes_that_lose_most_are_on_top(open_page, report):
+    page = open_page(report)
+    for score, column in (("Precision", 0), ("Recall", 1), ("F1", 2)):
+        page.get_by_role("button", name=score, exact=True).click()
+        cells = page.locator(f"#scores-table td:nth-child({column + 3}) .change").all_text_contents()
+        changes = [float(text.replace("\u2212", "-")) for text in cells]
+        assert len(changes) == 10
+        assert changes == sorted(changes)
+    page.locator("#first").select_option(label="vgg16-xnor")
+    page.locator("#difference .empty").wait_for()
+    page.locator("#second").select_option(label="vgg16-float")
+    page.locator("#difference .main-svg").first.wait_for()
+
+
+def test_colours_follow_the_system(open_page, report):
+    page = open_page(report, color_scheme="light")
+    colour = "document.getElementById('test_loss').data[0].line.color"
+    light = page.evaluate(colour)
+    page.emulate_media(color_scheme="dark")
+    wait_until(page, f"{colour} !== '{light}'")
+
+
+def test_hostile_names_stay_text(open_page, tmp_path):
+    classes = [HOSTILE, *CIFAR10[1:]]
+    folder = tmp_path / HOSTILE.replace("/", "\u2215")
+    runs = [make_run(folder, classes=classes), make_run(tmp_path / "b", method="float", classes=classes)]
+    page = open_page(compare(runs, tmp_path / "report.html", title=HOSTILE))
+    hover(page, "test_accuracy")
+    page.wait_for_selector("#test_accuracy .hoverlayer .legend", state="attached")
+    assert "<script>alert(1)" in page.locator("#test_accuracy .hoverlayer").text_content()
+    hover(page, "matrix-0")
+    page.wait_for_selector("#matrix-0 .hoverlayer .hovertext", state="attached")
+    assert "<script>alert" in page.locator("#matrix-0").text_content()
+    assert page.locator("main img, main b, main script").count() == 0
+
+
+def odd_runs(case, folder):
+    if case == "one":
+        return [make_run(folder / "a")]
+    if case == "none evaluated":
+        return [make_run(folder / "a", evaluated=False, finished=0), make_run(folder / "b", evaluated=False)]
+    if case == "other classes":
+        return [make_run(folder / "a"), make_run(folder / "b", classes=["x", "y", "z"])]
+    classes = [f"class {k}" for k in range(30)]
+    return [make_run(folder / f"{i}", accuracy=0.6 + i / 40, images=500, classes=classes) for i in range(9)]
+
+
+@pytest.mark.parametrize("case", ["one", "none evaluated", "other classes", "nine with thirty classes"])
+def test_odd_sets_of_runs(open_page, tmp_path, case):
+    runs = odd_runs(case, tmp_path)
+    page = open_page(compare(runs, tmp_path / "report.html"))
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert page.locator("#matrices figure").count() == sum(run.evaluation is not None for run in runs)

@@ -1,0 +1,136 @@
+"""What the page says, without a browser."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from fake_runs import CIFAR10, make_run
+
+from lowbit.errors import LowbitError, UsageError
+from lowbit.report import compare
+from lowbit.report.gather import gather
+from lowbit.runs import write_json
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;<!--"
+
+
+def page(runs, folder, **options):
+    """The page of ``runs``, without plotly's script."""
+    text = compare(runs, folder / "report.html", **options).read_text()
+    start = text.index("/**\n* plotly.js")
+    return text[:start] + text[text.index("</script>", start) :]
+
+
+def test_the_page_has_the_numbers(tmp_path):
+    runs = [make_run(tmp_path / "float", method="float", accuracy=0.9), make_run(tmp_path / "binary")]
+    text = page(runs, tmp_path, title="Two runs")
+    assert "<h1>Two runs</h1>" in text
+    for run in runs:
+        result = run.evaluation
+        assert f"{100 * result['accuracy']:.2f} %" in text
+        assert f"{result['correct']:,} of 10,000" in text
+    assert "311,427,072" in text
+    assert "27.9&times; below float32" in text
+    assert "float</bdi> is better" in text
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text).group(1))
+    assert data[1]["curves"]["test_accuracy"] == [row["test_accuracy"] for row in runs[1].metrics()]
+    assert data[1]["evaluation"]["matrix"] == runs[1].evaluation["confusion_matrix"]
+
+
+def test_settings_that_differ_and_those_that_do_not(tmp_path):
+    runs = [make_run(tmp_path / "a", method="float", seed=1), make_run(tmp_path / "b", seed=2)]
+    text = page(runs, tmp_path)
+    differing = text[text.index("Settings that differ") : text.index("<details>")]
+    assert "<bdi>recipe.optimizer</bdi>" in differing
+    assert "<bdi>seed</bdi>" in differing
+    assert "<bdi>precision</bdi>" not in differing
+    assert "<bdi>precision</bdi>" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"classes": ["x", *CIFAR10[1:]]}, "the runs have different classes"),
+        ({"test_seed": 1}, "the runs were evaluated on different data"),
+        ({"data": {"name": "cifar10", "hash": "other"}}, "the runs were evaluated on different data"),
+    ],
+)
+def test_runs_that_cannot_be_tested_against_each_other(tmp_path, settings, reason):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", **settings)]
+    assert f"No test: {reason}." in page(runs, tmp_path)
+
+
+def test_one_run_alone(tmp_path):
+    text = page([make_run(tmp_path / "only")], tmp_path)
+    assert "needs two evaluated runs" in text
+    assert "recipe.optimizer" in text
+
+
+def test_a_run_in_progress_without_evaluation(tmp_path):
+    text = page([make_run(tmp_path / "young", finished=4, evaluated=False)], tmp_path)
+    assert "is in progress or was stopped: 4 of 10 epochs are finished" in text
+    assert "<code>lowbit evaluate" in text
+
+
+def test_a_run_before_its_first_epoch(tmp_path):
+    assert "has no curves" in page([make_run(tmp_path / "new", finished=0, evaluated=False)], tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path):
+    run = make_run(tmp_path / "diverged", evaluated=False)
+    run.metrics_path.write_text("epoch,train_loss,test_accuracy\n1,2.0,0.3\n2,nan,0.2\n3,inf,nan\n")
+    [entry] = gather([run])
+    assert entry.curves()["train_loss"] == [2.0, None, None]
+    assert entry.best("test_accuracy")["epoch"] == 1
+    assert entry.best("val_accuracy") is None
+    page([run], tmp_path)
+
+
+def test_hostile_names_are_only_text(tmp_path):
+    folder = tmp_path / HOSTILE.replace("/", "\u2215")
+    classes = [HOSTILE, "${title}", "%{x}", *CIFAR10[3:]]
+    run = make_run(folder, classes=classes, **{HOSTILE: HOSTILE})
+    text = page([run, make_run(tmp_path / "b", classes=classes)], tmp_path, title=HOSTILE)
+    assert "<img" not in text
+    assert "alert(1)</script>" not in text
+    assert text.count("<script") == text.count("</script>") == 3
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text).group(1))
+    assert data[0]["evaluation"]["classes"] == classes
+
+
+def test_runs_of_the_same_name_can_be_told_apart(tmp_path):
+    runs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")]
+    assert [entry.label for entry in gather(runs)] == ["a/run", "b/run"]
+    assert [entry.label for entry in gather([runs[0], runs[0]])] == ["a/run (1)", "a/run (2)"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"confusion_matrix": [[1, 2]]},
+        {"confusion_matrix": "x"},
+        {"classes": [1, 2]},
+        {"predictions": []},
+        {"per_class": [{}] * 10},
+        {"accuracy": None},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_damaged_evaluation_is_named(tmp_path, change):
+    run = make_run(tmp_path / "a")
+    write_json(run.evaluation_path, {**run.evaluation, **change})
+    with pytest.raises(LowbitError, match=r"evaluation\.json is damaged"):
+        compare([run], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_no_run_is_an_error(tmp_path):
+    with pytest.raises(UsageError, match="nothing to compare"):
+        compare([], tmp_path / "report.html")
+
+
+def test_the_report_needs_no_torch():
+    code = "import sys, lowbit.report; sys.exit(any(name in sys.modules for name in ('torch', 'sklearn', 'scipy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
