@@ -6,6 +6,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -199,13 +200,32 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Pack a trained network, and say per layer what became packed, what stayed float, and why."""
-    packed = _export(run)
-    packed.save(output)
-    rows = [
-        {"layer": r.name, "kind": r.kind, "W": r.bits_w, "A": r.bits_a, "bytes": r.bytes, "note": r.note}
-        for r in packed.layers
-    ]
-    _print_rows(f"Layers of {output}", rows, as_json)
+    import torch
+
+    from lowbit import export as export_model
+    from lowbit.models import load_run
+    from lowbit.preprocessing import Preprocessing
+    from lowbit.runs import Run
+
+    config = Run.open(run).config
+    preprocessing = Preprocessing.from_dict(config["preprocessing"])
+    exported = export_model(
+        load_run(run),
+        torch.zeros(1, *preprocessing.shape),
+        classes=config["classes"],
+        preprocessing=preprocessing,
+        provenance={
+            "run": Run(run).name,
+            "model": config["model"],
+            "method": config["method"],
+            "data": {key: config["data"][key] for key in ("spec", "image_size", "hash")},
+            "epochs": config["epochs"],
+            "seed": config["seed"],
+        },
+    )
+    exported.save(output)
+    rows = [{"part": p.name, "kind": p.kind, "packed": p.packed, "how, or why not": p.note} for p in exported.parts]
+    _print_rows(f"Parts of {output}", rows, as_json)
     notes.print(f"wrote {output}: {output.stat().st_size:,} bytes")
 
 
@@ -261,14 +281,8 @@ def inspect(packed: PackedFile, as_json: AsJson = False) -> None:
 
     model = read(packed)
     rows = [
-        {
-            "op": index,
-            "kind": op["op"],
-            "source": op["source"],
-            "output": "x".join(map(str, shape.shape)) + (f", {shape.bits} bit" if shape.bits else ", float"),
-            "bytes": size,
-        }
-        for index, (op, shape, size) in enumerate(zip(model.ops, model.values()[1:], model.op_bytes(), strict=True))
+        {"op": index, "kind": op["op"], "source": op["source"], "output": str(value), **asdict(cost)}
+        for index, (op, value, cost) in enumerate(zip(model.ops, model.values()[1:], model.costs(), strict=True))
     ]
     about = {
         "input": list(model.input_shape),
@@ -311,7 +325,7 @@ def demo(
     """The whole road on the embedded digits: train float and XNOR-Net, compare, export, verify, run."""
     from lowbit.demo import run_demo
 
-    run_demo(out, threads)
+    run_demo(out, threads, lambda arguments: app(arguments, standalone_mode=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -368,12 +382,6 @@ def _data_of(source: Path) -> dict[str, Any] | None:
         return found if isinstance(found, dict) and isinstance(found.get("spec"), str) else None
     found = Run.open(source if source.is_dir() else source.parent).config.get("data")
     return found if isinstance(found, dict) and isinstance(found.get("spec"), str) else None
-
-
-def _export(run: Path) -> Any:
-    from lowbit.exporter.from_run import export_run
-
-    return export_run(run)
 
 
 def _parse_settings(
