@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import math
 import pkgutil
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -139,10 +140,13 @@ def parse_value(text: str, annotation: Any, what: str) -> Any:
             return text.lower() == "true"
         raise UsageError(f"{what} is '{text}', but must be true or false")
     try:
-        return annotation(text)
+        value = annotation(text)
     except (TypeError, ValueError):
         expected = getattr(annotation, "__name__", annotation)
         raise UsageError(f"{what} is '{text}', but must be of type {expected}") from None
+    if annotation is float and not math.isfinite(value):
+        raise UsageError(f"{what} is '{text}', but must be a finite number")
+    return value
 
 
 def field_types(record: type) -> dict[str, Any]:
