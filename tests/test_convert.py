@@ -1,0 +1,198 @@
+"""quantize_: which layer gets which method."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lowbit
+from lowbit import methods
+from lowbit.convert import LayerReport, quantize_, resolve_method
+from lowbit.errors import UsageError
+from lowbit.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from lowbit.methods import Method
+from lowbit.methods.xnor_net import ScaledSign
+from lowbit.quantizers.binary import SignQuantizer
+
+ACTIVATIONS_ONLY = Method("a", "A", "none", "", 32, 1, "conv_bn_act", activation=SignQuantizer, skip_first=False)
+WEIGHTS_ONLY = Method("w", "W", "none", "", 1, 32, "conv_bn_act", weight=ScaledSign, skip_last=False)
+
+
+def network() -> nn.Module:
+    """Five layers among others."""
+    features = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, groups=2)
+    )
+    return nn.ModuleDict({"features": features, "neck": nn.Sequential(nn.Conv1d(4, 4, 1)), "head": nn.Linear(4, 2)})
+
+
+LAYERS = ("features.0", "features.2", "features.4", "neck.0", "head")
+
+# method, overrides: (bits of W, bits of A) of each layer
+CASES = {
+    "xnor_net": ("xnor_net", {}, ["32/32", "1/1", "1/1", "1/1", "32/32"]),
+    "bnn: the first layer reads the image": ("bnn", {}, ["1/32", "1/1", "1/1", "1/1", "1/1"]),
+    "float": ("float", {}, ["32/32"] * 5),
+    "a method made with options": (methods.registry["xnor_net"](relu=True), {}, ["32/32", *["1/1"] * 3, "32/32"]),
+    "weights only": (WEIGHTS_ONLY, {}, ["32/32", *["1/32"] * 4]),
+    "activations only": (ACTIVATIONS_ONLY, {}, ["32/32", *["32/1"] * 3, "32/32"]),
+    "one name to float": ("bnn", {"neck.0": None}, ["1/32", "1/1", "1/1", "32/32", "1/1"]),
+    "a name does not match its children": ("bnn", {"head": "float"}, ["1/32", "1/1", "1/1", "1/1", "32/32"]),
+    "a pattern": ("bnn", {"features.*": None}, ["32/32", "32/32", "32/32", "1/1", "1/1"]),
+    "another method": ("xnor_net", {"neck.*": "bnn", "head": WEIGHTS_ONLY}, ["32/32", *["1/1"] * 3, "1/32"]),
+    "first and last by pattern": ("xnor_net", {"*": "bnn"}, ["1/32", "1/1", "1/1", "1/1", "1/1"]),
+    "first by its name": ("xnor_net", {"features.0": "bnn"}, ["1/1", "1/1", "1/1", "1/1", "32/32"]),
+    "the last match wins": ("bnn", {"*": None, "features.[24]": "bnn"}, ["32/32", "1/1", "1/1", "32/32", "32/32"]),
+    "order matters": ("bnn", {"features.[24]": "bnn", "*": None}, ["32/32"] * 5),
+    "a set of characters": ("bnn", {"features.[24]": None}, ["1/32", "32/32", "32/32", "1/1", "1/1"]),
+}
+
+
+@pytest.mark.parametrize(("method", "overrides", "bits"), CASES.values(), ids=CASES)
+def test_which_layer_gets_what(method, overrides, bits):
+    model = network()
+    reports = quantize_(model, method, overrides)
+    assert [report.name for report in reports] == list(LAYERS)
+    assert [report.kind for report in reports] == ["Conv2d", "Conv2d", "Conv2d", "Conv1d", "Linear"]
+    assert [f"{report.bits_w}/{report.bits_a}" for report in reports] == bits
+    for report in reports:
+        layer = model.get_submodule(report.name)
+        assert isinstance(layer, QuantizedLayer) == ((report.bits_w, report.bits_a) != (32, 32))
+        if isinstance(layer, QuantizedLayer):
+            assert (layer.weight_quantizer is None) == (report.bits_w == 32)
+            assert (layer.activation_quantizer is None) == (report.bits_a == 32)
+
+
+def test_reports_say_why():
+    reports = quantize_(network(), "xnor_net", {"neck.*": None, "features.4": "bnn"})
+    assert reports == [
+        LayerReport("features.0", "Conv2d", 32, 32, "first layer"),
+        LayerReport("features.2", "Conv2d", 1, 1, ""),
+        LayerReport("features.4", "Conv2d", 1, 1, "by override 'features.4'"),
+        LayerReport("neck.0", "Conv1d", 32, 32, "by override 'neck.*'"),
+        LayerReport("head", "Linear", 32, 32, "last layer"),
+    ]
+
+
+def test_the_methods_quantizers_and_projections_are_used():
+    model = network()
+    quantize_(model, "xnor_net", {"neck.0": "bnn", "head": WEIGHTS_ONLY})
+    assert isinstance(model["features"][2].weight_quantizer, ScaledSign)
+    assert isinstance(model["neck"][0].weight_quantizer, SignQuantizer)
+    assert model["neck"][0].projection is methods.registry["bnn"]().projection
+    assert model["head"].projection is None
+    assert model["features"][2].weight_quantizer is not model["features"][4].weight_quantizer
+
+
+def test_parameters_stay_and_are_projected_once():
+    model = network()
+    with torch.no_grad():
+        model["features"][2].weight.mul_(20)
+    parameters = dict(model.named_parameters())
+    untouched = {name: copy.deepcopy(model.get_submodule(name).weight) for name in ("features.0", "head")}
+    latent = model["features"][2].weight.detach().clone()
+    quantize_(model, "xnor_net")
+    after = dict(model.named_parameters())
+    assert after.keys() == parameters.keys()
+    assert all(after[name] is parameter for name, parameter in parameters.items())
+    for name, weight in untouched.items():
+        assert torch.equal(model.get_submodule(name).weight, weight)
+    projected = (latent - latent.mean(dim=1, keepdim=True)).clamp(-1, 1)
+    assert torch.allclose(model["features"][2].weight, projected)
+
+
+class Twice(nn.Module):
+    """One convolution under two names, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.first = nn.Conv2d(4, 4, 3, padding=1)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.BatchNorm2d(4), self.first), nn.BatchNorm2d(4)])
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(self.stem(x))
+        return self.head(self.blocks[0](self.blocks[1](x)))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"blocks.0.1": "xnor_net"}, {"first": "xnor_net"}], ids=str)
+def test_a_layer_under_two_names_stays_one_layer(overrides):
+    model = Twice()
+    weight = model.first.weight
+    reports = quantize_(model, "xnor_net", overrides)
+    assert [report.name for report in reports] == ["stem", "first", "head"]
+    assert isinstance(model.first, QuantConv2d)
+    assert model.blocks[0][1] is model.first
+    assert model.first.weight is weight
+    calls = []
+    model.first.register_forward_hook(lambda *_: calls.append(None))
+    model(torch.randn(2, 3, 5, 5)).sum().backward()
+    assert len(calls) == 2
+    assert weight.grad is not None
+
+
+def test_a_shared_layer_goes_to_float_by_either_name():
+    model = Twice()
+    assert [report.bits_w for report in quantize_(model, "bnn", {"blocks.*": None})] == [1, 32, 1]
+    assert type(model.first) is nn.Conv2d
+    assert model.blocks[0][1] is model.first
+
+
+def test_a_block_used_twice_is_converted_once():
+    block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = nn.Sequential(nn.Linear(4, 4), block, block, nn.Linear(4, 4))
+    assert [report.name for report in quantize_(model, "bnn")] == ["0", "1.0", "3"]
+    assert model[1] is model[2] is block
+    assert isinstance(block[0], QuantLinear)
+
+
+class OwnLinear(nn.Linear):
+    """Not torch's own type."""
+
+
+def test_subclasses_are_passed_over():
+    model = nn.Sequential(nn.Linear(2, 2), OwnLinear(2, 2), nn.Linear(2, 2))
+    assert [report.name for report in quantize_(model, "bnn")] == ["0", "2"]
+    assert type(model[1]) is OwnLinear
+
+
+ERRORS = {
+    "unknown method": (network, "xnor", {}, "no method is called 'xnor': did you mean xnor_net?"),
+    "unknown method of an override": (network, "bnn", {"head": "bn"}, "no method is called 'bn': did you mean bnn?"),
+    "override of nothing": (network, "bnn", {"fc*": None}, "override 'fc\\*' matches no layer; layers: features.0, "),
+    "override of a norm": (network, "bnn", {"features.3": None}, "override 'features.3' matches no layer"),
+    "no layer": (lambda: nn.Sequential(nn.ReLU()), "bnn", {}, "no Conv1d, Conv2d, Conv3d or Linear inside"),
+    "a single layer": (lambda: nn.Linear(2, 2), "bnn", {}, "wrap a single layer in nn.Sequential"),
+    "a second time": (lambda: _quantized("bnn"), "bnn", {}, "no Conv1d, Conv2d, Conv3d or Linear inside"),
+}
+
+
+def _quantized(method: str) -> nn.Module:
+    model = network()
+    quantize_(model, method)
+    return model
+
+
+@pytest.mark.parametrize(("make", "method", "overrides", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_leave_the_model_alone(make, method, overrides, message):
+    model = make()
+    modules = dict(model.named_modules())
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(UsageError, match=message):
+        quantize_(model, method, overrides)
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_resolve_method():
+    method = methods.registry["bnn"]()
+    assert resolve_method(method) is method
+    assert resolve_method("bnn") == method
+
+
+def test_the_package_offers_it():
+    assert lowbit.quantize_ is quantize_
