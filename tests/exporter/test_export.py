@@ -265,7 +265,10 @@ REFUSED = {
         "the model returns more than one tensor",
     ),
     "double precision": (nn.Sequential(nn.Conv2d(3, 2, 1)).double(), "parameter '0.weight' is not float32"),
-    "wrong channels": (nn.Sequential(nn.Conv2d(4, 2, 1)), "the model does not run on the example input (5, 3, 16, 16)"),
+    "wrong channels": (
+        nn.Sequential(nn.Conv2d(4, 2, 1)),
+        "'0' does not run on what the example input becomes: Given groups=1",
+    ),
 }
 
 
@@ -321,6 +324,5 @@ def test_descriptions_that_do_not_fit_are_refused() -> None:
 def test_engine_and_torch_agree_on_channels_last_input() -> None:
     model = chain(nn.BatchNorm2d(7))
     logits = model(IMAGES.to(memory_format=torch.channels_last)).detach().numpy()
-    np.testing.assert_allclose(
-        lowbit.Engine(lowbit.export(model, IMAGES).packed)(IMAGES.numpy()), logits, rtol=1e-5, atol=1e-6
-    )
+    found = lowbit.Engine(lowbit.export(model, IMAGES).packed)(IMAGES.numpy())
+    assert np.abs(found - logits).max() < 1e-5 * np.abs(logits).max()

@@ -104,13 +104,8 @@ def capture(model: nn.Module, example_input: Tensor) -> Graph:
         raise UsageError(f"parameter '{wide}' is not float32; export the model after model.float()")
     model = copy.deepcopy(model).cpu().eval()
     module = _trace(model)
-    try:
-        with torch.no_grad():
-            _Shapes(module).run(example_input.cpu())
-    except Exception as error:
-        raise UsageError(
-            f"the model does not run on the example input {tuple(example_input.shape)}: {error}"
-        ) from error
+    with torch.no_grad():
+        _Shapes(module).run(example_input.cpu())
     return _Reader(module).read()
 
 
@@ -152,10 +147,15 @@ def _cannot_capture(where: str, error: Exception) -> UsageError:
 class _Shapes(fx.Interpreter):
     """Runs a graph and leaves at each node that makes a tensor its shape."""
 
-    extra_traceback = False
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except Exception as error:
+            raise UsageError(f"'{n.target}' does not run on what the example input becomes: {error}") from error
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)
         return result

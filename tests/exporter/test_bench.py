@@ -1,0 +1,87 @@
+"""The bench: its rows, its twins, and what it says when a peer is missing."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from nets import Plain, chain, quantized
+from torch import nn
+
+import lowbit
+from lowbit.errors import UsageError
+from lowbit.exporter import bench as module
+from lowbit.exporter.bench import BenchResult, Row, bench, interleaved_medians, torch_runner
+
+IMAGES = torch.randn(2, 3, 16, 16)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST", 3)
+
+
+@pytest.mark.parametrize("make", [Plain, lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(2), nn.Hardtanh())])
+def test_the_engine_comes_first_and_its_peers_are_compared_with_it(make, tmp_path) -> None:
+    path = tmp_path / "m.lowbit"
+    lowbit.export(quantized(make()), IMAGES).save(path)
+    before = torch.get_num_threads()
+    result = bench(path, batch=2, threads=2, against=["torch"])
+    assert [row.name.split()[0] for row in result.rows] == ["lowbit", "torch", "torch"]
+    assert result.rows[0].ratio == 1
+    assert result.rows[1].ratio == pytest.approx(result.rows[1].milliseconds / result.rows[0].milliseconds)
+    assert (result.threads, result.batch) == (2, 2)
+    assert result.to_dict()["rows"][0]["milliseconds"] > 0
+    assert torch.get_num_threads() == before
+
+
+def test_the_twin_has_the_shape_of_the_network() -> None:
+    packed = lowbit.export(chain(nn.MaxPool2d(2)), IMAGES).packed
+    twin = module._twin(packed)
+    assert twin(IMAGES).shape == (2, 4)
+    assert sum(isinstance(m, nn.Conv2d) for m in twin.modules()) == 4
+
+
+def test_unknown_and_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = lowbit.export(chain(), IMAGES).packed
+    with pytest.raises(UsageError, match="no peer is called 'tvm'; choose from torch, onnxruntime, openvino"):
+        bench(packed, against=["tvm"])
+    with pytest.raises(UsageError, match="the batch size is 0"):
+        bench(packed, batch=0)
+
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(UsageError, match="to bench against openvino, install torch: pip install torch"):
+        bench(packed, against=["openvino"])
+
+
+def test_calls_take_turns() -> None:
+    order: list[str] = []
+    seconds = interleaved_medians({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0)
+    assert set(seconds) == {"a", "b"}
+    assert order[-4:] == ["a", "b", "a", "b"]
+
+
+def test_waiting_for_a_processor_makes_the_result_disturbed() -> None:
+    """A busy machine lengthens long calls more than short ones: the ratio is wrong, and the result must say so."""
+    engine, waiting = Row("lowbit", 1.0, 1.0, 1.0), Row("torch", 90.0, 24.0, 90.0)
+    result = BenchResult("m", "scalar", 1, 1, (engine, waiting))
+    assert (engine.interrupted, waiting.interrupted, result.disturbed) == (False, True, True)
+    assert result.to_dict()["disturbed"] is True
+    wall, cpu = module._medians({"sleep": lambda: time.sleep(0.01)}, seconds=0)["sleep"]
+    assert wall > 5 * cpu
+
+
+def test_torch_runner_runs_the_model() -> None:
+    assert torch_runner(nn.Flatten(), (3, 4, 4), batch=2)().shape == (2, 48)
+
+
+def test_the_engine_alone_is_timed_without_torch() -> None:
+    script = "import sys; import lowbit.exporter.bench; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
