@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
 from packed_models import Builder, vgg, window
 
-from lowbit import packed
+from lowbit import _engine, packed
 from lowbit.errors import LowbitError
 from lowbit.packed import PackedModel
 from lowbit.preprocessing import Preprocessing
@@ -76,8 +76,7 @@ def test_flipped_bytes_are_refused_or_harmless(first, mask, second, other):
     data[second] ^= other
     try:
         model = packed.parse(bytes(data))
-    except LowbitError as error:
-        assert "\n" not in str(error) or "safetensor" in str(error).lower()
+    except LowbitError:
         return
     Engine(model)(np.ones((2, *model.input_shape), np.float32))
 
@@ -131,7 +130,7 @@ def test_deep_nesting_is_refused():
 
 
 def change(index=None, /, tensor=None, **entries):
-    """A change to the small model: entries of op ``index`` (...: gone), or tensors replaced by what a function gives."""
+    """A change to the small model: entries of op ``index`` (...: gone), tensors replaced by what a function gives."""
 
     def apply(model: PackedModel) -> None:
         if index is not None:
@@ -154,6 +153,12 @@ def put(index, value):
         return tensor
 
     return apply
+
+
+def without_head(model: PackedModel) -> None:
+    model.ops.pop()
+    for name in ("weight_bits", "scale", "bias"):
+        del model.tensors[f"4.{name}"]
 
 
 HOSTILE = {
@@ -192,8 +197,7 @@ HOSTILE = {
     "NaN threshold": (change(tensor={"1.thresholds": put((0, 0), np.nan)}), "NaN"),
     "falling 2": (change(tensor={"1.falling": put(0, 2)}), "only 0 and 1"),
     "tail bit": (change(tensor={"2.weight_bits": put((0, 0, 0, 0), 1 << 5)}), "beyond its 5 channels"),
-    "codes as output": (lambda model: (model.ops.pop(), [model.tensors.pop(k) for k in list(model.tensors) if k[0] == "4"]),
-                        "must be float32"),
+    "codes as output": (without_head, "must be float32"),
 }  # fmt: skip
 
 
@@ -204,6 +208,19 @@ def test_hostile_graphs_are_refused(name):
     apply(model)
     with pytest.raises(LowbitError, match=message):
         packed.validate(model)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_native_engine_is_safe_without_the_checks_of_python(name):
+    """Whatever the native engine accepts unchecked must run without touching memory that is not its own."""
+    model = copy.deepcopy(small_model())
+    HOSTILE[name][0](model)
+    tensors = [model.op_tensors(index) for index in range(len(model.ops))]
+    try:
+        engine = _engine.Engine(model.input_shape, model.ops, tensors, 1)
+    except (ValueError, TypeError, RuntimeError):
+        return
+    engine.run(np.ones((2, *model.input_shape), np.float32))
 
 
 def test_thresholds_out_of_order_are_refused():
@@ -238,6 +255,6 @@ def test_file_errors_name_the_file_and_the_mend(tmp_path):
     (tmp_path / "text.lowbit").write_text("hello")
     with pytest.raises(LowbitError, match=r"text\.lowbit: not a packed file.*write the file again"):
         packed.read(tmp_path / "text.lowbit")
+    (tmp_path / "file").write_text("")
     with pytest.raises(LowbitError, match="cannot write"):
-        (tmp_path / "file").write_text("")
         small_model().save(tmp_path / "file" / "m.lowbit")
