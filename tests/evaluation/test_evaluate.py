@@ -1,7 +1,7 @@
 """Evaluation changes no weight, is the same for every batch size, and counts what a network costs."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,13 +10,14 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
+from lowbit import export
 from lowbit.errors import LowbitError, UsageError
 from lowbit.evaluation import evaluate, evaluate_model, profile, render
 from lowbit.evaluation.metrics import scores
 from lowbit.layers import QuantConv2d, QuantLinear
 from lowbit.layers.quantized import quantized_twin
 from lowbit.methods.xnor_net import ScaledSign
-from lowbit.models import create
+from lowbit.models import create, load_run
 from lowbit.preprocessing import Preprocessing
 from lowbit.quantizers.binary import SignQuantizer
 from lowbit.runs import write_json
@@ -123,14 +124,53 @@ def run(tmp_path):
         "num_classes": 4,
         "in_channels": 3,
         "image_size": 32,
+        "classes": ["a", "b", "c", "d"],
+        "preprocessing": Preprocessing("RGB", (32, 32), 0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).to_dict(),
     }
     write_json(folder / "config.json", config)
     save_file(model.state_dict(), folder / "model.safetensors")
     return folder
 
 
-def test_a_run_and_its_weights_file_give_the_same_record(run, data):
-    large = Images(np.tile(data.test_images, (1, 4, 4, 1)), data.test_labels, data.classes, data.preprocessing)
+@pytest.fixture
+def large(data):
+    """The same images, tiled to 32 x 32, with a normalisation that is not the run's."""
+    preprocessing = Preprocessing("RGB", (32, 32), 0, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    return Images(np.tile(data.test_images, (1, 4, 4, 1)), data.test_labels, data.classes, preprocessing)
+
+
+def test_a_run_is_evaluated_with_its_own_normalisation(run, large):
+    expected = Preprocessing("RGB", (32, 32), 0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).normalise(large.test_images)
+    with torch.inference_mode():
+        logits = load_run(run)(torch.from_numpy(expected)).numpy()
+    assert evaluate(run, large)["loss"] == pytest.approx(scores(logits, large.test_labels, large.classes)["loss"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": ("a", "b", "d", "c")}, "other classes"),
+        ({"preprocessing": Preprocessing("RGB", (8, 8), 0, (0, 0, 0), (1, 1, 1))}, r"shape \(3, 32, 32\)"),
+    ],
+)
+def test_data_that_does_not_fit_the_run_is_refused(run, large, change, message):
+    with pytest.raises(LowbitError, match=message):
+        evaluate(run, replace(large, **change))
+
+
+def test_a_packed_file_predicts_what_its_run_predicts(run, large):
+    preprocessing = Preprocessing("RGB", (32, 32), 0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    packed = export(load_run(run), torch.zeros(1, 3, 32, 32), classes=list("abcd"), preprocessing=preprocessing)
+    packed.save(run / "model.lowbit")
+    of_run, of_file = evaluate(run, large), evaluate(run / "model.lowbit", large, batch_size=10)
+    assert of_file["source"] == "packed"
+    assert of_file["predictions"] == of_run["predictions"]
+    assert of_file["loss"] == pytest.approx(of_run["loss"], rel=1e-4)
+    assert of_file["profile"]["macs"] == of_run["profile"]["macs"]
+    assert of_file["profile"]["weight_bytes"] < of_run["profile"]["float32_bytes"]
+
+
+def test_a_run_and_its_weights_file_give_the_same_record(run, large):
     of_run = evaluate(run, large)
     of_file = evaluate(run / "model.safetensors", large)
     assert of_run == json.loads((run / "evaluation.json").read_text())

@@ -23,7 +23,7 @@ HOSTILE = "<script>alert(1)</script><b>bold</b><img src=x onerror=alert(2)>"
 CURVES = ("learning_rate", "train_loss", "test_loss", "test_accuracy")
 
 
-def wait_until(page, condition, seconds=10):
+def wait_until(page, condition, seconds=60):
     """Poll from outside: the page's policy forbids the `eval` that Playwright's own waiting uses."""
     end = time.monotonic() + seconds
     while not page.evaluate(condition):
@@ -55,6 +55,7 @@ def open_page(browser):
 
     def opened(path, **options):
         page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
+        page.set_default_timeout(120_000)
         pages.append(page)
         page.on("console", lambda message: complaints.append(f"console {message.type}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(f"error: {error}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from lowbit.errors import LowbitError, UsageError
 from lowbit.evaluation.metrics import scores
 from lowbit.evaluation.modes import evaluating
-from lowbit.evaluation.profile import profile
+from lowbit.evaluation.profile import profile, profile_packed
 from lowbit.models.base import load_run, load_weights
 from lowbit.preprocessing import Inputs, Pixels, Preprocessing
 from lowbit.runs import Run, write_json
@@ -50,7 +51,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate ``source`` on the test part of ``data`` and write the record.
 
-    A torch model runs in float32, in ``eval()`` and inference mode, and none of its weights change.
+    A torch model runs in float32, in ``eval()`` and inference mode, and none of its weights change. Images
+    are normalised with the mean and deviation that the model was trained with.
 
     Args:
         source: a run folder, a weights file (``.safetensors``, with the run's ``config.json`` beside it) or a packed
@@ -63,7 +65,7 @@ def evaluate(
 
     Returns:
         The record, as written: `lowbit.evaluation.metrics.scores`, with ``run``, ``source`` (``run``, ``weights`` or
-        ``packed``), ``profile`` (of a torch model), ``date`` and ``versions``.
+        ``packed``), ``profile``, ``date`` and ``versions``.
 
     Raises:
         UsageError: ``source`` is none of the three, or ``batch_size`` is below 1.
@@ -77,8 +79,12 @@ def evaluate(
         from lowbit.runtime import Engine
 
         engine = Engine(path, threads=threads)
-        result = scores(logits(engine, data, batch_size, progress), data.test_labels, data.classes)
+        data = as_trained(data, engine.classes, engine.preprocessing, path)
+        found = logits(engine, data, batch_size, progress)
+        result = {**scores(found, data.test_labels, data.classes), "profile": profile_packed(engine.model)}
     else:
+        run = Run.open(path if kind == "run" else path.parent)
+        data = as_trained(data, run.config.get("classes"), _preprocessing(run), path)
         result = evaluate_model(_model(path, kind), data, batch_size=batch_size, progress=progress)
     record = {
         "run": Run(path).name if kind == "run" else path.name,
@@ -89,6 +95,36 @@ def evaluate(
     }
     write_json(Path(output) if output is not None else default_output(path), record)
     return record
+
+
+@dataclass(frozen=True)
+class _TestPart:
+    test_images: Pixels
+    test_labels: npt.NDArray[np.int64]
+    classes: Sequence[str]
+    preprocessing: Preprocessing
+
+
+def as_trained(
+    data: LabelledImages, classes: Sequence[str] | None, preprocessing: Preprocessing | None, source: Path
+) -> LabelledImages:
+    """``data`` with the normalisation that a model was trained with.
+
+    Args:
+        classes, preprocessing: of the model at ``source``; None where it does not say.
+
+    Raises:
+        LowbitError: the model has other classes, or takes images of another shape.
+    """
+    if classes is not None and list(classes) != list(data.classes):
+        raise LowbitError(f"{source} knows other classes than the data set; evaluate it on data with the same classes")
+    if preprocessing is None:
+        return data
+    if preprocessing.shape != data.preprocessing.shape:
+        raise LowbitError(
+            f"{source} takes images of shape {preprocessing.shape}, but the data set gives {data.preprocessing.shape}"
+        )
+    return _TestPart(data.test_images, data.test_labels, data.classes, preprocessing)
 
 
 def evaluate_model(
@@ -159,6 +195,11 @@ def _kind(path: Path) -> str:
     if path.suffix not in kinds:
         raise UsageError(f"{path} is neither a run folder nor a .safetensors or .lowbit file")
     return kinds[path.suffix]
+
+
+def _preprocessing(run: Run) -> Preprocessing | None:
+    stored = run.config.get("preprocessing")
+    return None if stored is None else Preprocessing.from_dict(stored)
 
 
 def _model(path: Path, kind: str) -> nn.Module:

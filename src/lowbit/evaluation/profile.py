@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.evaluation.modes import evaluating
+from lowbit.packed import PackedModel
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FLOAT_BITS = 32
@@ -55,12 +56,35 @@ def profile(model: nn.Module, example: Tensor) -> dict[str, Any]:
                 "float32_bytes": float32_bytes,
             }
         )
+    return {"parameters": sum(layer["parameters"] for layer in layers), **_totals(layers)}
+
+
+def profile_packed(model: PackedModel) -> dict[str, Any]:
+    """Like `profile`, of a packed file: bytes are those of its stored tensors, and parameters are not counted."""
+    layers = []
+    values = model.values()
+    for index, (op, cost) in enumerate(zip(model.ops, model.costs(), strict=True)):
+        source = values[op["inputs"][0]]
+        layers.append(
+            {
+                "name": op["source"],
+                "kind": op["op"],
+                "bits_w": 1 if f"{index}.weight_bits" in model.tensors else FLOAT_BITS,
+                "bits_a": FLOAT_BITS if source.kind == "float" else source.bits,
+                "macs": cost.macs,
+                "bytes": cost.bytes,
+                "float32_bytes": cost.float_bytes,
+            }
+        )
+    return _totals(layers)
+
+
+def _totals(layers: list[dict[str, Any]]) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     for layer in layers:
         if layer["macs"]:
             kinds[f"{layer['bits_w']}x{layer['bits_a']}"] += layer["macs"]
     return {
-        "parameters": sum(layer["parameters"] for layer in layers),
         "weight_bytes": sum(layer["bytes"] for layer in layers),
         "float32_bytes": sum(layer["float32_bytes"] for layer in layers),
         "macs": dict(sorted(kinds.items(), key=lambda item: -item[1])),

@@ -96,7 +96,7 @@
       const traces = visible.map((index) => curve(name, index));
       if (name === "test_accuracy") traces.push(...visible.flatMap(bestMarks));
       show(element(name), traces, {
-        hovermode: "x unified",
+        hovermode: "x unified", hoverdistance: -1, spikedistance: -1,
         xaxis: axis("Epoch", {
           range: [1 - 0.035 * longest, 1.035 * longest], unifiedhovertitle: { text: "Epoch %{x}" }, tickformat: "d",
           dtick: longest <= 12 ? 1 : undefined, nticks: 8, showgrid: false, ticks: "outside", tickcolor: css("--line"),
