@@ -1,7 +1,8 @@
-"""The command line. Each command is a few lines over the library; torch is imported only by those that train or check."""
+"""The command line: a few lines over the library for each command; only those that train or check import torch."""
 
 from __future__ import annotations
 
+import inspect as python_inspect
 import json
 import sys
 import traceback
@@ -10,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from lowbit.data import ImageData
     from lowbit.registry import Registry
     from lowbit.runs import Run
-    from lowbit.training import TrainConfig
 
 app = typer.Typer(
     help="Train, evaluate, compare and deploy binary and low-bit neural networks.",
@@ -133,7 +132,9 @@ def train(
     else:
         for option, value in (("--method", method), ("--model", model), ("--data", data)):
             if value is None:
-                raise UsageError(f"{option} is missing; `lowbit {option[2:].replace('data', 'dataset')}s` lists the choices")
+                raise UsageError(
+                    f"{option} is missing; `lowbit {option[2:].replace('data', 'dataset')}s` lists the choices"
+                )
         of_method, of_model, of_recipe = _parse_settings(method or "", model or "", settings or [])
         config = TrainConfig(
             out=out,
@@ -153,8 +154,10 @@ def train(
             resume=resume,
             threads=threads,
         )
-    run = train_run(config)
-    _summarise(run, config)
+    try:
+        _summarise(train_run(config))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 @app.command()
@@ -269,8 +272,10 @@ def predict(
     for path in images:
         probabilities = engine.predict([load_image(path)])[0]
         names = engine.classes or [str(index) for index in range(len(probabilities))]
-        for index in probabilities.argsort()[::-1][:top]:
-            rows.append({"image": str(path), "class": names[index], "probability": round(float(probabilities[index]), 4)})
+        rows += [
+            {"image": str(path), "class": names[index], "probability": round(float(probabilities[index]), 4)}
+            for index in probabilities.argsort()[::-1][:top]
+        ]
     _print_rows("Predictions", rows, as_json)
 
 
@@ -333,18 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     try:
-        app(["--debug"] * debug + [a for a in arguments if a != "--debug"], standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.exit(0)
+        app(["--debug"] * debug + [a for a in arguments if a != "--debug"])
     except LowbitError as error:
         if debug:
             traceback.print_exc()
@@ -411,7 +405,7 @@ def _parse_settings(
     )
 
 
-def _summarise(run: Run, config: TrainConfig) -> None:
+def _summarise(run: Run) -> None:
     last = run.metrics()[-1]
     chosen = run.config.get("best")
     how = f"epoch {chosen['epoch']}, chosen by the validation images" if chosen else "the last epoch"
@@ -423,7 +417,7 @@ def _summarise(run: Run, config: TrainConfig) -> None:
 
 
 def _describe(registry: Registry[Callable[..., Any]], name: str, as_json: bool, hidden: Sequence[str] = ()) -> None:
-    documentation = (registry[name].__doc__ or "").strip()
+    documentation = python_inspect.cleandoc(registry[name].__doc__ or "")
     rows = [
         {"option": p.name, "type": _type_name(p.annotation), "default": p.default}
         for p in registry.options(name).values()
@@ -455,9 +449,9 @@ def _print_rows(title: str, rows: Sequence[dict[str, Any]], as_json: bool) -> No
         return
     table = Table(title=title, title_justify="left", header_style="bold")
     for column, value in (rows[0] if rows else {}).items():
-        table.add_column(column, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
+        table.add_column(column, justify="right" if type(value) in (int, float) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+        table.add_row(*(f"{v:,}" if type(v) is int else str(v) for v in row.values()))
     Console().print(table)
 
 

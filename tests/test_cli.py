@@ -1,0 +1,148 @@
+"""The user's road through the command line, each step a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TRAIN = ("--model", "lenet", "--data", "digits", "--set", "model.width=0.25", "--threads", "1")
+
+
+def lowbit(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", "from lowbit.cli import main; main()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a float and an XNOR-Net run, evaluated, and the packed file of the latter."""
+    folder = tmp_path_factory.mktemp("road")
+    for method in ("float", "xnor_net"):
+        lowbit("train", "--method", method, *TRAIN, "--epochs", "2", "--out", folder / method)
+        lowbit("evaluate", folder / method)
+    lowbit("export", folder / "xnor_net", "-o", folder / "model.lowbit")
+    return folder
+
+
+def test_evaluation_of_the_run_and_of_its_packed_file_agree(road: Path) -> None:
+    run = json.loads(lowbit("evaluate", road / "xnor_net", "--json", "--batch-size", "100").stdout)
+    packed = json.loads(lowbit("evaluate", road / "model.lowbit", "--json").stdout)
+    assert run["correct"] > 0.5 * run["total"]
+    differing = sum(a != b for a, b in zip(run["predictions"], packed["predictions"], strict=True))
+    assert differing <= 1
+    assert packed["loss"] == pytest.approx(run["loss"], rel=1e-3)
+
+
+def test_verify_passes_on_its_own_run_and_fails_on_another(road: Path) -> None:
+    report = json.loads(lowbit("verify", road / "xnor_net", road / "model.lowbit", "--images", "16", "--json").stdout)
+    assert report["passed"]
+    refused = lowbit("verify", road / "float", road / "model.lowbit", "--images", "16", status=1)
+    assert refused.stderr.startswith("lowbit: ")
+
+
+def test_predict_names_the_class_of_an_image_file(road: Path) -> None:
+    from lowbit import data
+
+    digits = data.load("digits")
+    path = road / "digit.png"
+    Image.fromarray(digits.test_images[0, :, :, 0]).save(path)
+    (row,) = json.loads(lowbit("predict", road / "model.lowbit", path, "--json").stdout)
+    evaluation = json.loads((road / "xnor_net" / "evaluation.json").read_text())
+    assert row["class"] == digits.classes[evaluation["predictions"][0]]
+    assert 0 < row["probability"] <= 1
+
+
+@pytest.mark.parametrize("command", ["predict", "inspect"])
+def test_deployment_commands_import_no_torch(road: Path, command: str) -> None:
+    image = road / "grey.png"
+    Image.fromarray(np.full((40, 30), 128, np.uint8)).save(image)
+    arguments = [command, str(road / "model.lowbit"), *([str(image)] if command == "predict" else [])]
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        f"from lowbit.cli import app; app({arguments!r}, standalone_mode=False)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inspect_lists_ops_and_provenance(road: Path) -> None:
+    inside = json.loads(lowbit("inspect", road / "model.lowbit", "--json").stdout)
+    assert [op["kind"] for op in inside["ops"]].count("binary_conv2d") == 2
+    assert inside["provenance"]["method"]["name"] == "xnor_net"
+    assert inside["input"] == [1, 32, 32]
+
+
+def test_compare_writes_the_page(road: Path) -> None:
+    page = road / "report.html"
+    lowbit("compare", road / "float", road / "xnor_net", "-o", page)
+    assert page.read_text().lstrip().lower().startswith("<!doctype html>")
+
+
+def test_bench_times_the_engine_and_torch(road: Path) -> None:
+    result = json.loads(lowbit("bench", road / "model.lowbit", "--against", "torch", "--json").stdout)
+    text = json.dumps(result)
+    assert "torch" in text
+    assert "lowbit" in text
+
+
+def test_resume_goes_on_from_the_recorded_settings(road: Path) -> None:
+    lowbit("train", "--method", "bnn", *TRAIN, "--epochs", "1", "--seed", "3", "--out", road / "bnn")
+    again = lowbit("train", "--resume", "--out", road / "bnn")
+    assert "nothing to do" in again.stderr
+    changed = lowbit("train", "--method", "bnn", *TRAIN, "--epochs", "2", "--resume", "--out", road / "bnn", status=2)
+    assert "seed" in changed.stderr or "epochs" in changed.stderr
+
+
+@pytest.mark.parametrize("table", ["methods", "models", "datasets"])
+def test_tables_as_json(table: str) -> None:
+    names = [row["name"] for row in json.loads(lowbit(table, "--json").stdout)]
+    assert {"methods": "xnor_net", "models": "vgg16", "datasets": "cifar10"}[table] in names
+
+
+def test_a_method_is_described_with_its_options() -> None:
+    described = json.loads(lowbit("methods", "xnor_net", "--json").stdout)
+    assert {option["option"] for option in described["options"]} >= {"gradient", "center", "clamp"}
+
+
+MISTAKES = {
+    "unknown command": (["trian"], 2, "No such command"),
+    "unknown option": (["train", "--out", "x", "--metod", "bnn"], 2, "No such option"),
+    "unknown method": (["methods", "xnor_ne"], 2, "did you mean xnor_net"),
+    "missing model": (["train", "--method", "bnn", "--out", "x"], 2, "--model is missing"),
+    "unknown method option": (["train", "--method", "bnn", *TRAIN, "--set", "k=1", "--out", "x"], 2, "no option 'k'"),
+    "wrong option value": (
+        ["train", "--method", "xnor_net", *TRAIN, "--set", "gradient=best", "--out", "x"],
+        2,
+        "exact, paper",
+    ),
+    "not a setting": (["train", "--method", "bnn", *TRAIN, "--set", "clamp", "--out", "x"], 2, "KEY=VALUE"),
+    "unknown recipe field": (
+        ["train", "--method", "bnn", *TRAIN, "--set", "recipe.rate=1", "--out", "x"],
+        2,
+        "no field 'rate'",
+    ),
+    "no run": (["evaluate", "nowhere"], 1, "no run folder"),
+    "no packed file": (["inspect", "nowhere.lowbit"], 1, "nowhere.lowbit"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, status, sentence = MISTAKES[mistake]
+    assert sentence in lowbit(*arguments, status=status).stderr
+    assert not (tmp_path / "x").exists()
