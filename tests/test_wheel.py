@@ -81,6 +81,5 @@ print(engine.isa)
     site = Path(np.__file__).parents[1]  # the wheel's dependencies, without this environment's editable lowbit
     code = f"import sys; sys.path.append({str(site)!r})\n{code}"
     assert run(sys.executable, "-I", "-S", "-c", code, cwd=tmp_path).strip() == "scalar"
-    )
     logits = np.load(tmp_path / "logits.npy")
     np.testing.assert_allclose(logits, Engine(packed_file)(np.load(tmp_path / "x.npy")), rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ namespace {
 constexpr size_t kMaxOps = 1 << 12;
 constexpr int64_t kMaxAllElements = 1 << 27;
 constexpr int kMaxThreads = 256;
-constexpr int64_t kChunkBytes = 4 << 20;  // images run together as long as their values stay near the L2 cache
+constexpr int64_t kChunkBytes = 1 << 20;  // images run together as long as their values fit each thread's L2 cache
 constexpr int64_t kMaxChunk = 64;
 
 std::unique_ptr<Op> make_op(const OpSpec& spec, Inputs inputs, const Kernels& kernels) {
@@ -144,7 +144,7 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
   using Clock = std::chrono::steady_clock;
   State& s = *state_;
   const std::lock_guard lock(s.mutex);
-  const int64_t chunk = std::clamp<int64_t>(kChunkBytes / s.image_bytes, 1, kMaxChunk);
+  const int64_t chunk = std::clamp<int64_t>(kChunkBytes * s.pool.size() / s.image_bytes, 1, kMaxChunk);
   const Shape &in = s.shapes.front(), &out = s.shapes.back();
   for (int64_t first = 0; first < batch; first += chunk) {
     const int64_t count = std::min(chunk, batch - first);

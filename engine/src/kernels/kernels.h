@@ -53,9 +53,6 @@ struct Kernels {
 };
 
 extern const Kernels kScalarKernels;
-#ifdef LOWBIT_AVX2
-extern const Kernels kAvx2Kernels;
-#endif
 #ifdef LOWBIT_AVX512
 extern const Kernels kAvx512Kernels;
 #endif

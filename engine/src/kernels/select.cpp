@@ -15,9 +15,6 @@ std::vector<const Kernels*> runnable() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vpopcntdq"))
     tables.push_back(&kAvx512Kernels);
 #endif
-#ifdef LOWBIT_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kAvx2Kernels);
-#endif
   tables.push_back(&kScalarKernels);
   return tables;
 }
