@@ -31,13 +31,13 @@ def wait_until(page, condition, seconds=60):
         page.wait_for_timeout(50)
 
 
-def hover(page, chart):
-    """Move the mouse over the middle of a chart, as a hand does: in several steps, once the page stands still."""
+def hover(page, chart, across=0.5):
+    """Move the mouse over a chart, as a hand does: in several steps, once the page stands still."""
     area = page.locator(f"#{chart} .nsewdrag")
     area.scroll_into_view_if_needed()
     box = area.bounding_box()
-    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.4 * box["height"])
-    page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"], steps=5)
+    page.mouse.move(box["x"] + (across - 0.1) * box["width"], box["y"] + 0.4 * box["height"])
+    page.mouse.move(box["x"] + across * box["width"], box["y"] + 0.5 * box["height"], steps=5)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,21 @@ def test_hover_shows_the_values_of_all_runs(open_page, report):
         page.wait_for_selector(f"#{chart} .hoverlayer .legend", state="attached")
     shown = page.locator("#test_accuracy .hoverlayer").text_content()
     assert "Epoch" in shown
-    assert all(name in shown for name in ("vgg16-float: ", "vgg16-xnor: ", " %"))
+    assert all(name in shown for name in ("vgg16-float: ", "vgg16-xnor: ", "vgg16-bnn: ", " %"))
+    hover(page, "test_accuracy", 0.86)
+    wait_until(page, "document.querySelector('#test_accuracy .hoverlayer').textContent.includes('Epoch 9')")
+    shown = page.locator("#test_accuracy .hoverlayer").text_content()
+    assert "vgg16-xnor: " in shown
+    assert "vgg16-bnn" not in shown, "the run ended at epoch 6"
+
+
+def test_hover_names_the_best_epochs_there_and_nowhere_else(open_page, report):
+    page = open_page(report)
+    data = "document.getElementById('test_accuracy').data"
+    for run in range(3):
+        notes = page.evaluate(f"{data}[{run}].customdata.map(entry => entry[1])")
+        assert "".join(notes).count("validation") == 1
+        assert "".join(notes).count("test") == 1
 
 
 def test_the_best_epochs_are_marked_apart(open_page, report):

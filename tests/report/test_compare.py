@@ -43,7 +43,7 @@ def test_settings_that_differ_and_those_that_do_not(tmp_path):
     runs = [make_run(tmp_path / "a", method="float", seed=1), make_run(tmp_path / "b", seed=2)]
     text = page(runs, tmp_path)
     differing = text[text.index("Settings that differ") : text.index("<details>")]
-    assert "<bdi>recipe.optimizer</bdi>" in differing
+    assert "<bdi>recipe.<wbr>optimizer</bdi>" in differing
     assert "<bdi>seed</bdi>" in differing
     assert "<bdi>precision</bdi>" not in differing
     assert "<bdi>precision</bdi>" in text
@@ -65,7 +65,7 @@ def test_runs_that_cannot_be_tested_against_each_other(tmp_path, settings, reaso
 def test_one_run_alone(tmp_path):
     text = page([make_run(tmp_path / "only")], tmp_path)
     assert "needs two evaluated runs" in text
-    assert "recipe.optimizer" in text
+    assert "recipe.<wbr>optimizer" in text
 
 
 def test_a_run_in_progress_without_evaluation(tmp_path):

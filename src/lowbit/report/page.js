@@ -29,6 +29,8 @@
   const marker = (index) => MARKERS[index % MARKERS.length];
   const scale = (variable, stops) => css(variable).split(",").map((colour, i) => [stops[i], colour.trim()]);
   const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
+  const longest = Math.max(1, ...runs.flatMap((run) => run.curves.epoch));
+  const allEpochs = [1 - 0.035 * longest, 1.035 * longest];
   const touch = matchMedia("(pointer: coarse)").matches;
   const config = {
     displaylogo: false, responsive: true, doubleClick: "reset",
@@ -46,7 +48,7 @@
   function layout(more) {
     return {
       autosize: true, showlegend: false, uirevision: "keep", dragmode: touch ? false : "zoom",
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      paper_bgcolor: css("--raised"), plot_bgcolor: css("--raised"),
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--ink") },
       margin: { l: 56, r: 12, t: 26, b: 44 },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--accent") },
@@ -67,11 +69,17 @@
     return {
       x: epoch, y: values.map((value) => (value === null ? null : factor * value)),
       name: title, mode: epoch.length > MANY_POINTS ? "lines" : "lines+markers", connectgaps: false,
-      customdata: epoch.map(() => shortLabel(index)),
-      hovertemplate: `%{customdata}: <b>%{y:${format}}${unit}</b><extra></extra>`,
+      customdata: epoch.map((at) => [shortLabel(index), name === "test_accuracy" ? bestNote(index, at) : ""]),
+      hovertemplate: `%{customdata[0]}: <b>%{y:${format}}${unit}</b>%{customdata[1]}<extra></extra>`,
       line: { color: runColour(index), width: 2, dash: DASHES[index % DASHES.length] },
       marker: { color: runColour(index), symbol: marker(index), size: 6.5 },
     };
+  }
+
+  /** What the hover box adds at the best epochs. */
+  function bestNote(index, epoch) {
+    const kinds = ["validation", "test"].filter((kind) => runs[index].best[kind]?.epoch === epoch);
+    return kinds.length ? ` (best ${kinds.join(" and ")} epoch)` : "";
   }
 
   /** The star of the best validation epoch and the open diamond of the best test epoch. */
@@ -81,24 +89,24 @@
       const best = runs[index].best[kind];
       if (best === null || best.test_accuracy === null) return [];
       return [{
-        x: [best.epoch], y: [100 * best.test_accuracy], mode: "markers",
-        customdata: [shortLabel(index)],
-        hovertemplate: `%{customdata}: best ${kind} epoch<extra></extra>`,
+        x: [best.epoch], y: [100 * best.test_accuracy], mode: "markers", hoverinfo: "skip",
         marker: { symbol, size, color: runColour(index), line: { width, color: kind === "test" ? runColour(index) : css("--raised") } },
       }];
     });
   }
 
+  /** Pixels to the nearest epoch at most, so that the hover box covers every point of the axis and no run that has ended. */
+  const reach = ([from, to]) => Math.max(8, Math.ceil((0.55 * (element("test_loss").clientWidth - 68)) / (to - from)));
+
   function drawCurves() {
     const visible = runs.map((_, index) => index).filter((index) => !state.hidden.has(index) && runs[index].curves.epoch.length);
-    const longest = Math.max(1, ...runs.flatMap((run) => run.curves.epoch));
     for (const [name, chart] of Object.entries(CHARTS)) {
       const traces = visible.map((index) => curve(name, index));
       if (name === "test_accuracy") traces.push(...visible.flatMap(bestMarks));
       show(element(name), traces, {
-        hovermode: "x unified", hoverdistance: -1, spikedistance: -1,
+        hovermode: "x unified", hoverdistance: reach(element(name).layout?.xaxis.range ?? allEpochs), spikedistance: -1,
         xaxis: axis("Epoch", {
-          range: [1 - 0.035 * longest, 1.035 * longest], unifiedhovertitle: { text: "Epoch %{x}" }, tickformat: "d",
+          range: [...allEpochs], unifiedhovertitle: { text: "Epoch %{x}" }, tickformat: "d",
           dtick: longest <= 12 ? 1 : undefined, nticks: 8, showgrid: false, ticks: "outside", tickcolor: css("--line"),
           showspikes: true, spikemode: "across", spikethickness: 1, spikecolor: css("--soft"), spikedash: "dot", spikesnap: "hovered data",
         }),
@@ -116,11 +124,11 @@
       const others = all.filter((other) => other !== chart);
       chart.on("plotly_relayout", (change) => {
         const range = change["xaxis.range"] ?? [change["xaxis.range[0]"], change["xaxis.range[1]"]];
-        const update = range[0] !== undefined ? { "xaxis.range": range }
-          : "xaxis.autorange" in change ? { "xaxis.autorange": true, "yaxis.autorange": true } : null;
-        if (leader !== null || update === null) return;
+        if (leader !== null || range[0] === undefined) return;
         leader = chart;
-        Promise.all(others.map((other) => Plotly.relayout(other, update))).finally(() => { leader = null; });
+        const hoverdistance = reach(range);
+        const updates = others.map((other) => Plotly.relayout(other, { "xaxis.range": [...range], hoverdistance }));
+        Promise.all([...updates, Plotly.relayout(chart, { hoverdistance })]).finally(() => { leader = null; });
       });
       chart.on("plotly_hover", ({ event, points }) => {
         if (!byHand(event)) return;

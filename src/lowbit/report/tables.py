@@ -193,7 +193,12 @@ def _settings_table(entries: Sequence[Entry], values: dict[str, list[str | None]
 
 
 def _settings_rows(values: dict[str, list[str | None]]) -> list[list[str]]:
-    return [[name(key), *(NOTHING if v is None else name(v) for v in row)] for key, row in values.items()]
+    return [[_breakable(name(key)), *(NOTHING if v is None else name(v) for v in row)] for key, row in values.items()]
+
+
+def _breakable(key: str) -> str:
+    """Let a dotted name break after its dots and underscores."""
+    return key.replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def percent(value: float) -> str:
