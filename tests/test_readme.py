@@ -1,0 +1,43 @@
+"""What the README shows is run as it stands there."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lowbit
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    first, *rest = block.splitlines()
+    theirs = nn.Sequential()
+    for name, layer in (("stem", nn.Linear(8, 8)), ("middle", nn.Linear(8, 8)), ("fc", nn.Linear(8, 2))):
+        theirs.add_module(name, layer)
+    names = {"lowbit": lowbit, "torch": torch, "any_torch_model": theirs}
+    monkeypatch.chdir(tmp_path)
+    exec(first, names)
+    names["optimizer"] = torch.optim.Adam(names["model"].parameters())
+    names["images"] = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    exec("\n".join(rest), names)
+    assert type(theirs.fc) is nn.Linear
+    with torch.inference_mode():
+        expected = names["model"].eval()(torch.from_numpy(names["images"])).numpy()
+    np.testing.assert_allclose(names["logits"], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    from typer.main import get_command
+
+    from lowbit.cli import app
+
+    known = set(get_command(app).commands)
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
+    shown = {name for block in blocks for name in re.findall(r"^lowbit ([a-z]+)", block, re.MULTILINE)}
+    assert {"train", "export"} <= shown
+    assert shown <= known
