@@ -1,5 +1,5 @@
-// The engine as the Python module lowbit._engine. Arguments are checked here for what memory safety needs; the sentences that
-// users read are written by lowbit.packed and lowbit.runtime.
+// The engine as the Python module lowbit._engine. Arguments are checked here for what memory safety needs; the
+// sentences that users read are written by lowbit.packed and lowbit.runtime.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -44,19 +44,32 @@ lowbit::OpSpec to_spec(const nb::dict& op, const nb::dict& tensors, std::vector<
   lowbit::OpSpec spec;
   for (const auto& [key, value] : op) {
     const auto name = nb::cast<std::string>(key);
-    if (name == "op") spec.op = nb::cast<std::string>(value);
-    else if (name == "inputs") spec.inputs = nb::cast<std::vector<int64_t>>(value);
-    else if (name == "kernel") spec.kernel = pair(value);
-    else if (name == "stride") spec.stride = pair(value);
-    else if (name == "padding") spec.padding = pair(value);
-    else if (name == "dilation") spec.dilation = pair(value);
-    else if (name == "groups") spec.groups = nb::cast<int64_t>(value);
-    else if (name == "channels") spec.channels = nb::cast<int64_t>(value);
-    else if (name == "bits") spec.bits = nb::cast<int64_t>(value);
-    else if (name == "count_include_pad") spec.count_include_pad = nb::cast<bool>(value);
-    else if (name == "min") spec.min = nb::cast<double>(value);
-    else if (name == "max") spec.max = nb::cast<double>(value);
-    else if (name != "source") throw std::invalid_argument("an op has the unknown attribute '" + name + "'");
+    if (name == "op")
+      spec.op = nb::cast<std::string>(value);
+    else if (name == "inputs")
+      spec.inputs = nb::cast<std::vector<int64_t>>(value);
+    else if (name == "kernel")
+      spec.kernel = pair(value);
+    else if (name == "stride")
+      spec.stride = pair(value);
+    else if (name == "padding")
+      spec.padding = pair(value);
+    else if (name == "dilation")
+      spec.dilation = pair(value);
+    else if (name == "groups")
+      spec.groups = nb::cast<int64_t>(value);
+    else if (name == "channels")
+      spec.channels = nb::cast<int64_t>(value);
+    else if (name == "bits")
+      spec.bits = nb::cast<int64_t>(value);
+    else if (name == "count_include_pad")
+      spec.count_include_pad = nb::cast<bool>(value);
+    else if (name == "min")
+      spec.min = nb::cast<double>(value);
+    else if (name == "max")
+      spec.max = nb::cast<double>(value);
+    else if (name != "source")
+      throw std::invalid_argument("an op has the unknown attribute '" + name + "'");
   }
   for (const auto& [key, value] : tensors) {
     const auto& array = kept.emplace_back(nb::cast<Array>(value));
@@ -120,7 +133,8 @@ class PyEngine {
   int threads() const { return engine_.threads(); }
 
  private:
-  static lowbit::Engine make(const std::vector<int64_t>& input_shape, const nb::list& ops, const nb::list& tensors, int threads) {
+  static lowbit::Engine make(const std::vector<int64_t>& input_shape, const nb::list& ops, const nb::list& tensors,
+                             int threads) {
     if (input_shape.size() != 3) throw std::invalid_argument("the input shape must be (channels, height, width)");
     if (ops.size() != tensors.size()) throw std::invalid_argument("there must be one dict of tensors for each op");
     std::vector<Array> kept;
@@ -140,8 +154,8 @@ NB_MODULE(_engine, m) {
   m.doc() = "The native engine of lowbit; use lowbit.Engine.";
   m.def("available_isas", &lowbit::available_isas, "Names that LOWBIT_ISA may take here, the best first.");
   nb::class_<PyEngine>(m, "Engine")
-      .def(nb::init<const std::vector<int64_t>&, const nb::list&, const nb::list&, int>(), "input_shape"_a, "ops"_a, "tensors"_a,
-           "threads"_a)
+      .def(nb::init<const std::vector<int64_t>&, const nb::list&, const nb::list&, int>(), "input_shape"_a, "ops"_a,
+           "tensors"_a, "threads"_a)
       .def("run", &PyEngine::run, "images"_a, "seconds"_a = nb::none())
       .def("run_op", &PyEngine::run_op, "index"_a, "inputs"_a)
       .def_prop_ro("isa", &PyEngine::isa)

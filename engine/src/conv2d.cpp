@@ -14,7 +14,8 @@
 namespace lowbit {
 namespace {
 
-constexpr size_t kBlockBytes = 16 << 10;  // gathered pixels that meet each weight panel in turn: a third of the L1 cache
+constexpr size_t kBlockBytes =
+    16 << 10;  // gathered pixels that meet each weight panel in turn: a third of the L1 cache
 constexpr int64_t kBlockTiles = 8;
 constexpr int64_t kPanelsPerChunk = 4;  // threads share an image by 64 channels, a whole word of output bits
 
@@ -53,7 +54,8 @@ class Product {
   int64_t planes_bytes() const { return round_up(planes_ * plane_size() * sizeof(T), kAlignment); }
   int64_t block_bytes() const { return block_tiles() * kTilePixels * taps_.size() * sizeof(T); }
 
-  // Fills the planes; spread(row y of an image, x) must write the planes' elements of input pixel (y, x) by put(plane, value).
+  // Fills the planes; spread(row y of an image, x) must write the planes' elements of input pixel (y, x) by put(plane,
+  // value).
   template <class Spread>
   void fill_planes(const Call& call, const Shape& input, const Spread& spread) const {
     call.pool.run(static_cast<size_t>(call.batch * padded_height_), [&](size_t row, int) {
@@ -102,14 +104,17 @@ class Product {
         for (int64_t number = first_panel; number < end_panel; ++number)
           for (int64_t p = 0; p < count; p += kTilePixels) {
             const int size = static_cast<int>(std::min<int64_t>(kTilePixels, count - p));
-            emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size}, first + p, positions + p, group, number);
+            emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size}, first + p, positions + p, group,
+                 number);
           }
       }
     });
   }
 
  private:
-  T* panel(int64_t group, int64_t number) { return weights_.data() + (group * panels_ + number) * taps_.size() * kTileChannels; }
+  T* panel(int64_t group, int64_t number) {
+    return weights_.data() + (group * panels_ + number) * taps_.size() * kTileChannels;
+  }
   const T* panel(int64_t group, int64_t number) const { return const_cast<Product*>(this)->panel(group, number); }
 
   T* planes_of(const Call& call, int64_t image) const {
@@ -130,7 +135,8 @@ class Product {
   // Where the input of pixels first..first+count-1 starts in the planes, and their numbers within their images.
   void locate(int64_t first, int64_t count, int64_t* offsets, int64_t* positions) const {
     const int64_t image_pixels = window_.height * window_.width, image_size = planes_bytes() / sizeof(T);
-    int64_t image = first / image_pixels, y = first % image_pixels / window_.width, x = first % image_pixels % window_.width;
+    int64_t image = first / image_pixels, y = first % image_pixels / window_.width,
+            x = first % image_pixels % window_.width;
     for (int64_t p = 0; p < count; ++p) {
       positions[p] = y * window_.width + x;
       offsets[p] = image * image_size + y * window_.stride[0] * padded_width_ + x * window_.stride[1];
@@ -164,7 +170,8 @@ class Product {
 int64_t group_depth(const OpSpec& spec, const Shape& input, const Window& window) {
   require(spec.channels >= 1 && spec.channels <= kMaxExtent && spec.groups >= 1 && spec.groups <= kMaxExtent,
           "channels or groups are out of range");
-  require(spec.channels % spec.groups == 0 && input.channels % spec.groups == 0, "the groups divide the channels unevenly");
+  require(spec.channels % spec.groups == 0 && input.channels % spec.groups == 0,
+          "the groups divide the channels unevenly");
   const int64_t depth = input.channels / spec.groups;
   require(spec.kernel[0] * spec.kernel[1] <= kMaxElements / depth, "the sum has too many products");
   require(window.height * window.width * spec.channels <= kMaxElements, "the output is too large");
@@ -197,7 +204,9 @@ class PerChannel {
 class FloatEpilogue {
  public:
   FloatEpilogue(const OpSpec& spec, const char* scale_name)
-      : channels_(spec.channels), group_channels_(spec.channels / spec.groups), scale_(channels_, spec.groups, 0.0f),
+      : channels_(spec.channels),
+        group_channels_(spec.channels / spec.groups),
+        scale_(channels_, spec.groups, 0.0f),
         bias_(channels_, spec.groups, -0.0f) {
     for (int64_t c = 0; c < channels_; ++c) {
       scale_.at(c) = scale_name == nullptr ? 1.0f : tensor<float>(spec, scale_name, {channels_})[c];
@@ -244,18 +253,21 @@ class Conv2d final : public Op {
       for (int64_t i = 0; i < input_.width; ++i)
         for (int64_t c = 0; c < input_.channels; ++c) line[c * plane_size + i] = *x++;
     });
-    product_.run(call, kNoBegin, [&](const FloatTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
-      epilogue_.emit(call.result<float>(), pixel, tile.count, group, panel,
-                     [&](const FloatOutput& output) { kernels_.float_tile(tile, output); });
-    });
+    product_.run(call, kNoBegin,
+                 [&](const FloatTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
+                   epilogue_.emit(call.result<float>(), pixel, tile.count, group, panel,
+                                  [&](const FloatOutput& output) { kernels_.float_tile(tile, output); });
+                 });
   }
 
  private:
   static Product<float> make_product(const OpSpec& spec, const Shape& input, const Window& window) {
-    const int64_t depth = group_depth(spec, input, window), taps = spec.kernel[0] * spec.kernel[1], words = ceil_div(depth, 64);
+    const int64_t depth = group_depth(spec, input, window), taps = spec.kernel[0] * spec.kernel[1],
+                  words = ceil_div(depth, 64);
     if (!has_tensor(spec, "weight_bits")) {
       const auto weight = tensor<float>(spec, "weight", {spec.channels, spec.kernel[0], spec.kernel[1], depth});
-      return {spec, input, window, depth, [&](int64_t o, int64_t tap, int64_t d) { return weight[(o * taps + tap) * depth + d]; }};
+      return {spec, input, window, depth,
+              [&](int64_t o, int64_t tap, int64_t d) { return weight[(o * taps + tap) * depth + d]; }};
     }
     const auto bits = tensor<uint64_t>(spec, "weight_bits", {spec.channels, spec.kernel[0], spec.kernel[1], words});
     return {spec, input, window, depth, [&](int64_t o, int64_t tap, int64_t d) {
@@ -273,9 +285,10 @@ class Conv2d final : public Op {
 
 // Sums of a binary convolution with zero padding, from counts of differing bits.
 //
-// Inside the image, sum = n - 2 * count over the n bits of all taps. A tap outside reads words of zeros and adds the number
-// of its weights' ones to the count, but must add nothing to the sum. Which taps are outside depends only on the case of
-// the pixel's row and column, so with base = n_inside + 2 * ones_outside, per case and channel, sum = base - 2 * count.
+// Inside the image, sum = n - 2 * count over the n bits of all taps. A tap outside reads words of zeros and adds the
+// number of its weights' ones to the count, but must add nothing to the sum. Which taps are outside depends only on the
+// case of the pixel's row and column, so with base = n_inside + 2 * ones_outside, per case and channel, sum = base - 2
+// * count.
 class BorderCases {
  public:
   BorderCases(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth) {
@@ -293,7 +306,8 @@ class BorderCases {
           for (int64_t ky = 0; ky < kh; ++ky)
             for (int64_t kx = 0; kx < kw; ++kx) {
               if (ky >= row.begin && ky < row.end && kx >= column.begin && kx < column.end) continue;
-              for (int64_t w = 0; w < words; ++w) base += 2 * std::popcount(weights[((o * kh + ky) * kw + kx) * words + w]);
+              for (int64_t w = 0; w < words; ++w)
+                base += 2 * std::popcount(weights[((o * kh + ky) * kw + kx) * words + w]);
             }
           bases_.push_back(base);
         }
@@ -397,7 +411,8 @@ class BinaryConv2d : public Op {
   static Product<uint64_t> make_product(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth) {
     const int64_t words = ceil_div(depth, 64), taps = spec.kernel[0] * spec.kernel[1];
     const auto bits = tensor<uint64_t>(spec, "weight_bits", {spec.channels, spec.kernel[0], spec.kernel[1], words});
-    return {spec, input, window, words, [&](int64_t o, int64_t tap, int64_t w) { return bits[(o * taps + tap) * words + w]; }};
+    return {spec, input, window, words,
+            [&](int64_t o, int64_t tap, int64_t w) { return bits[(o * taps + tap) * words + w]; }};
   }
 };
 
@@ -408,11 +423,13 @@ class BinaryConv2dFloat final : public BinaryConv2d {
 
   void run(const Call& call) const override {
     fill_planes(call);
-    product_.run(call, kNoBegin, [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
-      const auto bases = rows_of(bases_, tile.count, positions, group, panel);
-      epilogue_.emit(call.result<float>(), pixel, tile.count, group, panel,
-                     [&](const FloatOutput& output) { kernels_.binary_floats(tile, bases.data(), output); });
-    });
+    product_.run(call, kNoBegin,
+                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
+                   const auto bases = rows_of(bases_, tile.count, positions, group, panel);
+                   epilogue_.emit(
+                       call.result<float>(), pixel, tile.count, group, panel,
+                       [&](const FloatOutput& output) { kernels_.binary_floats(tile, bases.data(), output); });
+                 });
   }
 
  private:
@@ -449,17 +466,18 @@ class BinaryConv2dBits final : public BinaryConv2d {
       for (int64_t p = first; p < first + count; ++p)
         std::fill(codes + p * words + channel / 64, codes + p * words + ceil_div(end, 64), 0);
     };
-    product_.run(call, clear, [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
-      const auto limits = rows_of(limits_, tile.count, positions, group, panel);
-      uint16_t bits[kTilePixels];
-      kernels_.binary_bits(tile, limits.data(), falling_[group * product_.panels() + panel], bits);
-      const int64_t first = group * product_.group_channels() + panel * kTileChannels, shift = first % 64;
-      for (int p = 0; p < tile.count; ++p) {
-        uint64_t* word = codes + (pixel + p) * words + first / 64;
-        *word |= static_cast<uint64_t>(bits[p]) << shift;
-        if (shift > 64 - kTileChannels && bits[p] >> (64 - shift) != 0) word[1] |= bits[p] >> (64 - shift);
-      }
-    });
+    product_.run(call, clear,
+                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
+                   const auto limits = rows_of(limits_, tile.count, positions, group, panel);
+                   uint16_t bits[kTilePixels];
+                   kernels_.binary_bits(tile, limits.data(), falling_[group * product_.panels() + panel], bits);
+                   const int64_t first = group * product_.group_channels() + panel * kTileChannels, shift = first % 64;
+                   for (int p = 0; p < tile.count; ++p) {
+                     uint64_t* word = codes + (pixel + p) * words + first / 64;
+                     *word |= static_cast<uint64_t>(bits[p]) << shift;
+                     if (shift > 64 - kTileChannels && bits[p] >> (64 - shift) != 0) word[1] |= bits[p] >> (64 - shift);
+                   }
+                 });
   }
 
  private:
@@ -477,17 +495,18 @@ class BinaryConv2dCodes final : public BinaryConv2d {
 
   void run(const Call& call) const override {
     fill_planes(call);
-    product_.run(call, kNoBegin, [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
-      int32_t counts[kTilePixels][kTileChannels];
-      kernels_.binary_counts(tile, counts);
-      const auto bases = rows_of(bases_, tile.count, positions, group, panel);
-      const int64_t inside = panel * kTileChannels, first = group * product_.group_channels() + inside;
-      const int64_t wanted = std::min<int64_t>(kTileChannels, product_.group_channels() - inside);
-      for (int p = 0; p < tile.count; ++p)
-        for (int64_t c = 0; c < wanted; ++c)
-          call.result<uint8_t>()[(pixel + p) * output().channels + first + c] =
-              thresholds_.code(static_cast<int32_t>(bases[p][c] - 2 * counts[p][c]), first + c);
-    });
+    product_.run(call, kNoBegin,
+                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
+                   int32_t counts[kTilePixels][kTileChannels];
+                   kernels_.binary_counts(tile, counts);
+                   const auto bases = rows_of(bases_, tile.count, positions, group, panel);
+                   const int64_t inside = panel * kTileChannels, first = group * product_.group_channels() + inside;
+                   const int64_t wanted = std::min<int64_t>(kTileChannels, product_.group_channels() - inside);
+                   for (int p = 0; p < tile.count; ++p)
+                     for (int64_t c = 0; c < wanted; ++c)
+                       call.result<uint8_t>()[(pixel + p) * output().channels + first + c] =
+                           thresholds_.code(static_cast<int32_t>(bases[p][c] - 2 * counts[p][c]), first + c);
+                 });
   }
 
  private:

@@ -89,7 +89,7 @@ struct Engine::State {
   std::vector<std::vector<size_t>> inputs;
   std::vector<std::unique_ptr<Op>> ops;
   std::vector<Block> values, scratch;
-  int64_t image_bytes = 0;   // of the arena
+  int64_t image_bytes = 0;  // of the arena
   size_t thread_bytes = 0;
   Buffer<std::byte> arena, thread_scratch;
 };
@@ -99,7 +99,8 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
   require(!specs.empty() && specs.size() <= kMaxOps, "the graph must have 1 to 4096 ops");
   for (const int64_t extent : {input.height, input.width, input.channels})
     require(extent >= 1 && extent <= kMaxExtent, "the input shape is out of range");
-  require(input.pixels() <= kMaxElements && input.elements() <= kMaxElements && input.is_float(), "the input is too large");
+  require(input.pixels() <= kMaxElements && input.elements() <= kMaxElements && input.is_float(),
+          "the input is too large");
   state_ = std::make_unique<State>(threads, isa);
   State& s = *state_;
   s.shapes.push_back(input);
@@ -124,7 +125,10 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
 
   const size_t count = s.ops.size();
   for (size_t v = 0; v <= count; ++v)
-    s.values.push_back({round_up(s.shapes[v].bytes(), kAlignment), 0, v == 0 ? 0 : v - 1, v == count ? count : v == 0 ? 0 : v - 1});
+    s.values.push_back({round_up(s.shapes[v].bytes(), kAlignment), 0, v == 0 ? 0 : v - 1,
+                        v == count ? count
+                        : v == 0   ? 0
+                                   : v - 1});
   for (size_t i = 0; i < count; ++i) {
     for (const size_t v : s.inputs[i]) s.values[v].last = std::max(s.values[v].last, i);
     s.scratch.push_back({round_up(s.ops[i]->scratch_bytes(), kAlignment), 0, i, i});
@@ -157,8 +161,8 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
       const auto start = Clock::now();
       std::array<const void*, 2> inputs{};
       for (size_t k = 0; k < s.inputs[i].size(); ++k) inputs[k] = s.at(s.values[s.inputs[i][k]], count);
-      s.ops[i]->run({inputs, s.at(s.values[i + 1], count), s.at(s.scratch[i], count), s.thread_scratch.data(), s.thread_bytes,
-                     count, s.pool});
+      s.ops[i]->run({inputs, s.at(s.values[i + 1], count), s.at(s.scratch[i], count), s.thread_scratch.data(),
+                     s.thread_bytes, count, s.pool});
       if (seconds != nullptr) seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
     }
     const auto* results = reinterpret_cast<const float*>(s.at(s.values.back(), count));
@@ -189,7 +193,8 @@ void Engine::run_op(size_t index, const std::vector<const void*>& inputs, int64_
   const Shape& shape = op.output();
   Buffer<uint64_t> packed(shape.bits == 1 ? shape.pixels() * shape.words() * batch : 0);
   Buffer<std::byte> scratch(op.scratch_bytes() * batch);
-  op.run({stored, shape.bits == 1 ? packed.data() : output, scratch.data(), s.thread_scratch.data(), s.thread_bytes, batch, s.pool});
+  op.run({stored, shape.bits == 1 ? packed.data() : output, scratch.data(), s.thread_scratch.data(), s.thread_bytes,
+          batch, s.pool});
   if (shape.bits == 1) unpack_bits(packed.data(), shape, shape.pixels() * batch, static_cast<uint8_t*>(output));
 }
 

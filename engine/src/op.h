@@ -39,7 +39,7 @@ using Buffer = std::vector<T, AlignedAllocator<T>>;
 struct Call {
   std::array<const void*, 2> inputs;
   void* output;
-  void* scratch;            // batch * Op::scratch_bytes()
+  void* scratch;              // batch * Op::scratch_bytes()
   std::byte* thread_scratch;  // thread_bytes for each thread
   size_t thread_bytes;
   int64_t batch;

@@ -10,7 +10,8 @@ Shape codes_like(const Shape& input, int64_t bits) {
   return {input.height, input.width, input.channels, static_cast<int>(bits)};
 }
 
-// Float to 1-bit codes, written as words. v <= t is -v >= -t, also for NaN and zeros, so falling channels flip both signs.
+// Float to 1-bit codes, written as words. v <= t is -v >= -t, also for NaN and zeros, so falling channels flip both
+// signs.
 class ThresholdBits final : public Op {
  public:
   ThresholdBits(const OpSpec& spec, const Shape& input, const Kernels& kernels)

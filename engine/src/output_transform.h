@@ -26,7 +26,7 @@ class Thresholds {
 
   uint8_t code(T v, int64_t channel) const {
     int passed = 0;
-    for (const T* t = of(channel), *end = t + levels(); t != end; ++t) passed += falling(channel) ? v <= *t : v >= *t;
+    for (const T *t = of(channel), *end = t + levels(); t != end; ++t) passed += falling(channel) ? v <= *t : v >= *t;
     return static_cast<uint8_t>(passed);
   }
 

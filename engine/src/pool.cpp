@@ -6,14 +6,17 @@
 namespace lowbit {
 namespace {
 
-Shape pooled(const Window& window, const Shape& input) { return {window.height, window.width, input.channels, input.bits}; }
+Shape pooled(const Window& window, const Shape& input) {
+  return {window.height, window.width, input.channels, input.bits};
+}
 
-// Slides the window and calls visit(first pixel or not, input pixel's elements, output pixel's elements) for each pixel under
-// it, then finish(output pixel's elements, pixels under it). A pixel is `step` elements of type T.
+// Slides the window and calls visit(first pixel or not, input pixel's elements, output pixel's elements) for each pixel
+// under it, then finish(output pixel's elements, pixels under it). A pixel is `step` elements of type T.
 template <class T>
 class SlidingWindow {
  public:
-  SlidingWindow(const OpSpec& spec, const Shape& input, int64_t step) : window(spec, input), input_(input), step_(step) {
+  SlidingWindow(const OpSpec& spec, const Shape& input, int64_t step)
+      : window(spec, input), input_(input), step_(step) {
     for (int axis = 0; axis < 2; ++axis) {
       require(window.dilation[axis] == 1, "a pool has no dilation");
       require(2 * window.padding[axis] <= window.kernel[axis], "padding may be at most half of the kernel");
@@ -105,7 +108,9 @@ class MaxPoolBits final : public Op {
 class AvgPool final : public Op {
  public:
   AvgPool(const OpSpec& spec, const Shape& input)
-      : Op(pooled(Window(spec, input), input)), window_(spec, input, input.channels), count_padding_(spec.count_include_pad) {
+      : Op(pooled(Window(spec, input), input)),
+        window_(spec, input, input.channels),
+        count_padding_(spec.count_include_pad) {
     require(input.is_float(), "avg_pool needs float32 as input");
   }
 

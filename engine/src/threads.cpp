@@ -3,7 +3,8 @@
 namespace lowbit {
 namespace {
 
-constexpr int kSpins = 4000;  // some tens of microseconds: longer than the gap between two ops, shorter than a wake-up costs
+constexpr int kSpins =
+    4000;  // some tens of microseconds: longer than the gap between two ops, shorter than a wake-up costs
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)

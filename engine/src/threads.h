@@ -20,14 +20,16 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(helpers_.size()) + 1; }
 
-  // Calls work(item, thread) once for each item in 0..items-1, in any order; thread is in 0..size()-1. `work` must not throw.
+  // Calls work(item, thread) once for each item in 0..items-1, in any order; thread is in 0..size()-1. `work` must not
+  // throw.
   template <class Work>
   void run(size_t items, const Work& work) {
     if (helpers_.empty() || items < 2) {
       for (size_t item = 0; item < items; ++item) work(item, 0);
       return;
     }
-    run_job({items, &work, [](const void* w, size_t item, int thread) { (*static_cast<const Work*>(w))(item, thread); }});
+    run_job(
+        {items, &work, [](const void* w, size_t item, int thread) { (*static_cast<const Work*>(w))(item, thread); }});
   }
 
  private:
@@ -44,11 +46,11 @@ class ThreadPool {
   std::vector<std::thread> helpers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  Job job_;                             // guarded by mutex_
-  bool open_ = false, stop_ = false;    // guarded by mutex_
-  std::atomic<size_t> generation_{0};   // changes with every job
-  std::atomic<size_t> next_{0};         // first item that nobody has taken
-  std::atomic<int> busy_{0};            // helpers inside the current job
+  Job job_;                            // guarded by mutex_
+  bool open_ = false, stop_ = false;   // guarded by mutex_
+  std::atomic<size_t> generation_{0};  // changes with every job
+  std::atomic<size_t> next_{0};        // first item that nobody has taken
+  std::atomic<int> busy_{0};           // helpers inside the current job
 };
 
 }  // namespace lowbit

@@ -32,8 +32,8 @@ struct OpSpec {
   std::map<std::string, Tensor> tensors;
 };
 
-// What one image's value looks like, channels last. Codes of 1 bit are stored as 64-bit words, LSB first, a whole number
-// of words to a pixel; codes of 2 to 8 bits as a byte each; bits 0 means float32.
+// What one image's value looks like, channels last. Codes of 1 bit are stored as 64-bit words, LSB first, a whole
+// number of words to a pixel; codes of 2 to 8 bits as a byte each; bits 0 means float32.
 struct Shape {
   int64_t height, width, channels;
   int bits = 0;
@@ -51,7 +51,8 @@ struct Shape {
 class Engine {
  public:
   // Checks all that memory safety rests on, repacks the weights and plans the memory.
-  // Throws std::invalid_argument when the graph or a tensor is malformed, or when `isa` (empty: the best) is not available.
+  // Throws std::invalid_argument when the graph or a tensor is malformed, or when `isa` (empty: the best) is not
+  // available.
   Engine(Shape input, const std::vector<OpSpec>& ops, int threads, std::string_view isa);
   ~Engine();
 

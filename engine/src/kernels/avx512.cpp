@@ -93,16 +93,24 @@ void multiply(const FloatTile& tile, const FloatOutput& out) {
 }
 
 // One instance of a kernel per number of pixels in the tile.
-#define LOWBIT_BY_COUNT(kernel, tile, ...)          \
-  switch ((tile).count) {                           \
-    case 1: return kernel<1>(tile, __VA_ARGS__);    \
-    case 2: return kernel<2>(tile, __VA_ARGS__);    \
-    case 3: return kernel<3>(tile, __VA_ARGS__);    \
-    case 4: return kernel<4>(tile, __VA_ARGS__);    \
-    case 5: return kernel<5>(tile, __VA_ARGS__);    \
-    case 6: return kernel<6>(tile, __VA_ARGS__);    \
-    case 7: return kernel<7>(tile, __VA_ARGS__);    \
-    default: return kernel<8>(tile, __VA_ARGS__);   \
+#define LOWBIT_BY_COUNT(kernel, tile, ...) \
+  switch ((tile).count) {                  \
+    case 1:                                \
+      return kernel<1>(tile, __VA_ARGS__); \
+    case 2:                                \
+      return kernel<2>(tile, __VA_ARGS__); \
+    case 3:                                \
+      return kernel<3>(tile, __VA_ARGS__); \
+    case 4:                                \
+      return kernel<4>(tile, __VA_ARGS__); \
+    case 5:                                \
+      return kernel<5>(tile, __VA_ARGS__); \
+    case 6:                                \
+      return kernel<6>(tile, __VA_ARGS__); \
+    case 7:                                \
+      return kernel<7>(tile, __VA_ARGS__); \
+    default:                               \
+      return kernel<8>(tile, __VA_ARGS__); \
   }
 
 void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {

@@ -1,8 +1,8 @@
 // The table of inner loops. One file = one instruction set; scalar.cpp is the reference and fills every entry.
 //
 // All of them work on tiles: up to 8 pixels times 16 output channels. The pixels' inputs are gathered as
-// pixels[depth][count], the weights as weights[depth][16], so that every kernel reads memory straight through, whatever the
-// convolution's stride, dilation or border.
+// pixels[depth][count], the weights as weights[depth][16], so that every kernel reads memory straight through, whatever
+// the convolution's stride, dilation or border.
 #pragma once
 
 #include <cstddef>
@@ -47,8 +47,8 @@ struct Kernels {
   // sum = sum of products, in the order of depth: the same bits wherever the pixel lies in its tile.
   void (*float_tile)(const FloatTile&, const FloatOutput&);
 
-  // Bit c of words = x[c] >= thresholds[c], both with their sign flipped (bit 31 of flips[c] set) where the channel falls;
-  // thresholds come flipped already. Tail bits are zero.
+  // Bit c of words = x[c] >= thresholds[c], both with their sign flipped (bit 31 of flips[c] set) where the channel
+  // falls; thresholds come flipped already. Tail bits are zero.
   void (*float_bits)(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words);
 };
 

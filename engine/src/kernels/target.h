@@ -1,5 +1,6 @@
-// Opens and closes a region whose functions are compiled for more than the base instruction set. Standard headers must be
-// included before it, and nothing from std:: may be instantiated inside: the linker could keep that copy for everybody.
+// Opens and closes a region whose functions are compiled for more than the base instruction set. Standard headers must
+// be included before it, and nothing from std:: may be instantiated inside: the linker could keep that copy for
+// everybody.
 #pragma once
 
 #define LOWBIT_PRAGMA(text) _Pragma(#text)
