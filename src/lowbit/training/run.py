@@ -149,6 +149,7 @@ def train(config: TrainConfig) -> Run:
 
 def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], None]) -> Run:
     recorded = run.config if started else {}
+    methods.registry.check_options(config.method, config.method_options)
     method = methods.registry[config.method](**config.method_options)
     recipe_name, recipe = choose_recipe(method, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
