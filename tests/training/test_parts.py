@@ -18,8 +18,8 @@ from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
 from lowbit.training.checkpoints import Checkpoint, remove_partial_files, save_weights
 from lowbit.training.initialise import init_from
 from lowbit.training.module import find_not_finite, parameter_groups, squared_hinge
-from lowbit.training.run import check_recipe
 from lowbit.training.schedules import multiplier
+from lowbit.training.settings import check_recipe
 
 CPU = torch.device("cpu")
 

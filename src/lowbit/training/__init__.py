@@ -1,5 +1,6 @@
 """Training runs: Lightning turns the loop, everything else is here."""
 
-from lowbit.training.run import TrainConfig, train
+from lowbit.training.run import train
+from lowbit.training.settings import TrainConfig
 
 __all__ = ["TrainConfig", "train"]

@@ -3,116 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import json
 import logging
-import math
 import os
-import platform
 import signal
 import sys
-import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-import lowbit
 from lowbit import data, methods, models
 from lowbit.data import ImageData
 from lowbit.data.base import Labels
-from lowbit.errors import LowbitError, UsageError
+from lowbit.errors import UsageError
 from lowbit.methods.base import Method, Recipe
 from lowbit.runs import Run, write_json
 from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
 from lowbit.training.callbacks import FiniteCheck, ProgressBar, Recorder, Row, best, write_metrics
 from lowbit.training.checkpoints import Checkpoint, remove_partial_files
+from lowbit.training.environment import PRECISIONS, auto_precision, cpu_name, device_name, versions
 from lowbit.training.initialise import init_from
 from lowbit.training.module import TrainingModule
+from lowbit.training.settings import TrainConfig, choose_recipe, describe_data, refuse_changes
 
 EVAL_BATCH = 500
-PRECISIONS = {"bf16": "bf16-mixed", "float32": "32-true"}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a run.
-
-    Attributes:
-        out: the run folder to make.
-        method, model, data: registered names; data may be ``folder:PATH``.
-        data_dir, image_size: see `lowbit.data.load`.
-        method_options, model_options: keyword arguments of the method and of the model.
-        recipe: name of one of the method's recipes, a `Recipe`, or None for the method's default.
-        overrides: fields of the recipe to change, by name.
-        epochs: short for ``overrides={"epochs": ...}``.
-        seed: of initial weights, split, order, augmentation and dropout.
-        precision: ``auto`` (bf16 on a GPU or a CPU with AMX, else float32), ``bf16`` or ``float32``.
-        val_fraction: part of the train images that selects the best epoch; 0 keeps the last epoch's weights.
-        init_from: run folder or safetensors file to take fitting weights from.
-        resume: go on with the run in ``out``.
-        threads: of torch on the CPU; None leaves torch's own number.
-        progress: print the bar and a line per epoch to standard error.
-    """
-
-    out: str | Path
-    method: str = "xnor_net"
-    model: str = "vgg16"
-    data: str = "digits"
-    data_dir: str | Path | None = None
-    image_size: int | None = None
-    method_options: Mapping[str, Any] = field(default_factory=dict)
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    recipe: str | Recipe | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    epochs: int | None = None
-    seed: int = 0
-    precision: str = "auto"
-    val_fraction: float = 0.0
-    init_from: str | Path | None = None
-    resume: bool = False
-    threads: int | None = None
-    progress: bool = True
-
-    @classmethod
-    def resuming(cls, out: str | Path, progress: bool = True) -> TrainConfig:
-        """The settings of the run in ``out``, to go on with it.
-
-        Raises:
-            LowbitError: there is no run, or its config.json is damaged.
-        """
-        run = Run.open(out)
-        config = run.config
-        try:
-            recipe = {name: value for name, value in config["recipe"].items() if name != "name"}
-            return cls(
-                out=out,
-                method=config["method"]["name"],
-                model=config["model"]["name"],
-                data=config["data"]["spec"],
-                data_dir=config["data"]["data_dir"],
-                image_size=config["data"]["image_size"],
-                method_options=config["method"]["options"],
-                model_options=config["model"]["options"],
-                recipe=Recipe(**{**recipe, "milestones": tuple(recipe["milestones"])}),
-                seed=config["seed"],
-                precision=config["precision"],
-                val_fraction=config["data"]["val_fraction"],
-                init_from=config["init_from"],
-                resume=True,
-                threads=config["threads"],
-                progress=progress,
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise LowbitError(f"{run.config_path} is damaged ({error!r}); train again with another --out") from None
 
 
 def train(config: TrainConfig) -> Run:
@@ -196,7 +117,7 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
         say(str(report))
     if not started:
         recorded = {
-            "lowbit": lowbit.__version__,
+            "lowbit": versions()["lowbit"],
             **settings,
             "versions": versions(),
             "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "device": device_name(device)},
@@ -289,150 +210,6 @@ def fit(
         with interrupts_pass():
             trainer.fit(module, batches, loaders)
     return rows
-
-
-def choose_recipe(method: Method, config: TrainConfig) -> tuple[str, Recipe]:
-    """The recipe's name and the recipe with all overrides, checked.
-
-    Raises:
-        UsageError: an unknown recipe or field, or a value out of range.
-    """
-    if isinstance(config.recipe, Recipe):
-        name, recipe = "custom", config.recipe
-    elif config.recipe is None or config.recipe == "default":
-        name, recipe = "default", method.recipe
-    elif config.recipe in method.recipes:
-        name, recipe = config.recipe, method.recipes[config.recipe]
-    else:
-        choices = ", ".join(["default", *method.recipes])
-        raise UsageError(f"method '{method.name}' has no recipe '{config.recipe}'; choose from {choices}")
-    known = [entry.name for entry in fields(Recipe)]
-    for key in config.overrides:
-        if key not in known:
-            raise UsageError(f"a recipe has no field '{key}'; its fields: {', '.join(known)}")
-    recipe = replace(recipe, **config.overrides)
-    if config.epochs is not None:
-        recipe = replace(recipe, epochs=config.epochs)
-    check_recipe(recipe)
-    return name, recipe
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Refuse a recipe that cannot be trained.
-
-    Raises:
-        UsageError: a field is out of range; the message names it.
-    """
-    hints = typing.get_type_hints(Recipe)
-    for name in ("optimizer", "schedule"):
-        choices = typing.get_args(hints[name])
-        if getattr(recipe, name) not in choices:
-            raise UsageError(f"recipe field {name} is '{getattr(recipe, name)}', but must be {' or '.join(choices)}")
-    ranges = {
-        "learning_rate": (0 < recipe.learning_rate < math.inf, "above 0"),
-        "momentum": (0 <= recipe.momentum < 1, "at least 0 and below 1"),
-        "weight_decay": (0 <= recipe.weight_decay < math.inf, "at least 0"),
-        "gamma": (0 < recipe.gamma < math.inf, "above 0"),
-        "warmup": (0 <= recipe.warmup < math.inf, "at least 0"),
-        "epochs": (recipe.epochs >= 1, "at least 1"),
-        "batch_size": (recipe.batch_size >= 2, "at least 2"),
-        "label_smoothing": (0 <= recipe.label_smoothing < 1, "at least 0 and below 1"),
-        "milestones": (all(0 < milestone < 1 for milestone in recipe.milestones), "fractions between 0 and 1"),
-    }
-    for name, (good, wanted) in ranges.items():
-        if not good:
-            raise UsageError(f"recipe field {name} is {getattr(recipe, name)}, but must be {wanted}")
-
-
-def describe_data(config: TrainConfig, images: ImageData) -> dict[str, Any]:
-    """What config.json says of the data and of the input that the model is made for."""
-    channels, height, width = images.preprocessing.shape
-    if height != width:
-        raise UsageError(
-            f"{config.data} has images of {width}x{height} pixels; give --image-size N to make them square"
-        )
-    return {
-        "num_classes": len(images.classes),
-        "in_channels": channels,
-        "image_size": height,
-        "classes": list(images.classes),
-        "data": {
-            "name": images.name,
-            "spec": config.data,
-            "data_dir": None if config.data_dir is None else str(config.data_dir),
-            "image_size": config.image_size,
-            "hash": images.hash,
-            "train_images": len(images.train_labels),
-            "test_images": len(images.test_labels),
-            "val_fraction": config.val_fraction,
-        },
-        "preprocessing": images.preprocessing.to_dict(),
-    }
-
-
-# Where the data lies and what the recipe was called may change between start and resume.
-FREE = frozenset({"recipe.name", "recipe.source", "data.spec", "data.data_dir", "data.name"})
-
-
-def refuse_changes(run: Run, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Compare settings with those that the run was started with.
-
-    Raises:
-        UsageError: one differs; the message names it.
-    """
-    old = dict(_flatten({key: recorded.get(key) for key in settings}))
-    new = dict(_flatten(json.loads(json.dumps(settings))))
-    for key in sorted(old.keys() | new.keys()):
-        if key not in FREE and old.get(key) != new.get(key):
-            raise UsageError(
-                f"{run.path} was started with {key} {old.get(key)}, not {new.get(key)}; "
-                "resume with the same settings or choose another --out"
-            )
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def auto_precision(device: torch.device) -> str:
-    """``bf16`` where its matrix products are fast: a GPU that has it, or a CPU with AMX; else ``float32``."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bf16" if "amx_bf16" in _cpuinfo("flags").split() else "float32"
-
-
-def cpu_name() -> str:
-    """Model name of the CPU."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the GPU, or ``cpu``."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _cpuinfo(key: str) -> str:
-    """The first processor's entry in /proc/cpuinfo; empty where there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
-
-
-def versions() -> dict[str, str]:
-    """Versions that a run's figures depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "lightning": importlib.metadata.version("lightning"),
-        "lowbit": lowbit.__version__,
-    }
 
 
 @contextlib.contextmanager
