@@ -16,7 +16,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from lowbit.errors import UsageError
+from lowbit.hardware import cpu_name
 from lowbit.packed import PackedModel, read
 from lowbit.runtime import Engine
 
@@ -42,12 +44,14 @@ INTERRUPTED = 1.1
 
 @dataclass(frozen=True)
 class Row:
-    """One runtime: median milliseconds of a batch, on the clock and on processors, and the first over the engine's."""
+    """One runtime: median milliseconds of a batch over ``runs``, on the clock and on processors, and the former
+    over the engine's."""
 
     name: str
     milliseconds: float
     cpu_milliseconds: float
     ratio: float
+    runs: int = 1
 
     @property
     def interrupted(self) -> bool:
@@ -64,6 +68,8 @@ class BenchResult:
     threads: int
     batch: int
     rows: tuple[Row, ...]
+    cpu: str = field(default_factory=cpu_name)
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
     def disturbed(self) -> bool:
@@ -122,7 +128,9 @@ def bench(
                 runners |= _PEERS[peer](twin, images, threads)
         medians = _medians(runners)
     of_engine = medians[name][0]
-    rows = tuple(Row(peer, 1e3 * wall, 1e3 * cpu, wall / of_engine) for peer, (wall, cpu) in medians.items())
+    rows = tuple(
+        Row(peer, 1e3 * wall, 1e3 * cpu, wall / of_engine, runs) for peer, (wall, cpu, runs) in medians.items()
+    )
     return BenchResult(file, engine.isa, threads, batch, rows)
 
 
@@ -133,11 +141,11 @@ def interleaved_medians(runners: Mapping[str, Call], seconds: float = 3.0) -> di
         runners: name to what is timed.
         seconds: how long to go on; each is called 7 to 2000 times, after 3 calls to warm up.
     """
-    return {name: wall for name, (wall, _) in _medians(runners, seconds).items()}
+    return {name: wall for name, (wall, _, _) in _medians(runners, seconds).items()}
 
 
-def _medians(runners: Mapping[str, Call], seconds: float = 3.0) -> dict[str, tuple[float, float]]:
-    """Median wall and processor seconds of each call; see `interleaved_medians`."""
+def _medians(runners: Mapping[str, Call], seconds: float = 3.0) -> dict[str, tuple[float, float, int]]:
+    """Median wall and processor seconds of each call, and how many calls they are of; see `interleaved_medians`."""
     walls: dict[str, list[float]] = {name: [] for name in runners}
     cpus: dict[str, list[float]] = {name: [] for name in runners}
     for call in runners.values():
@@ -152,7 +160,7 @@ def _medians(runners: Mapping[str, Call], seconds: float = 3.0) -> dict[str, tup
             call()
             walls[name].append(time.perf_counter() - wall)
             cpus[name].append(time.process_time() - cpu)
-    return {name: (statistics.median(walls[name]), statistics.median(cpus[name])) for name in runners}
+    return {name: (statistics.median(walls[name]), statistics.median(cpus[name]), len(walls[name])) for name in runners}
 
 
 def torch_runner(model: nn.Module, input_shape: tuple[int, int, int], *, threads: int = 1, batch: int = 1) -> Call:
@@ -232,7 +240,7 @@ def _twin(packed: PackedModel) -> nn.Module:
         match op["op"]:
             case "conv2d":
                 return convolution(op, tensors, channels)
-            case "binary_conv2d":
+            case "binary_conv2d" | "quant_conv2d":
                 conv = convolution(op, tensors, channels)
                 return nn.Sequential(conv, norm_and_relu(op["channels"])) if "thresholds" in tensors else conv
             case "threshold":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from pathlib import Path
 
 import numpy as np
 import torch
+
+from lowbit.hardware import cpu_flags
 
 # Lightning's names of the precisions.
 PRECISIONS = {"bf16": "bf16-mixed", "float32": "32-true"}
@@ -17,26 +18,12 @@ def auto_precision(device: torch.device) -> str:
     """``bf16`` where its matrix products are fast: a GPU that has it, or a CPU with AMX; else ``float32``."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bf16" if "amx_bf16" in _cpuinfo("flags").split() else "float32"
-
-
-def cpu_name() -> str:
-    """Model name of the CPU."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    return "bf16" if "amx_bf16" in cpu_flags() else "float32"
 
 
 def device_name(device: torch.device) -> str:
     """Name of the GPU, or ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _cpuinfo(key: str) -> str:
-    """The first processor's entry in /proc/cpuinfo; empty where there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
 
 
 def versions() -> dict[str, str]:

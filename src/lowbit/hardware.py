@@ -1,0 +1,25 @@
+"""The processor that a figure was measured on."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    """Model name of the CPU."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction set extensions, as Linux names them; empty on other systems."""
+    return frozenset(_cpuinfo("flags").split())
+
+
+def _cpuinfo(key: str) -> str:
+    """The first processor's entry in /proc/cpuinfo; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
