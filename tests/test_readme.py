@@ -1,5 +1,6 @@
 """What the README shows is run as it stands there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -41,3 +42,20 @@ def test_the_commands_of_the_readme_exist() -> None:
     shown = {name for block in blocks for name in re.findall(r"^lowbit ([a-z]+)", block, re.MULTILINE)}
     assert {"train", "export"} <= shown
     assert shown <= known
+
+
+@pytest.mark.parametrize(("method", "name"), [("float", "float"), ("xnor_net", "XNOR-Net")])
+def test_the_figures_of_the_readme_are_those_of_its_files(method: str, name: str) -> None:
+    results = README.parent / "results" / "digits"
+    evaluation = json.loads((results / f"{method}.lowbit.evaluation.json").read_text())
+    engine, *peers = json.loads((results / f"{method}.bench.json").read_text())["rows"]
+    torch_row = min(peers, key=lambda row: float(row["milliseconds"]))
+    cells = (
+        name,
+        f"{100 * evaluation['accuracy']:.2f} % ({evaluation['correct']} of {evaluation['total']})",
+        f"{evaluation['profile']['weight_bytes']:,}",
+        f"{engine['milliseconds']:.3f}",
+        f"{torch_row['milliseconds']:.3f}",
+        f"{torch_row['ratio']:.1f}",
+    )
+    assert f"| {' | '.join(cells)} |" in README.read_text()
