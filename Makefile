@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find engine -type f)
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check docs setup clean
 
 demo: setup
 	$(BIN)/lowbit demo
@@ -17,6 +17,10 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Runs the tutorial, so that its output is of this version; the site is in site/.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean --quiet
+
 setup: .venv/installed
 
 # Reinstalls when the native engine or the dependencies change; Python sources are used in place.
@@ -27,4 +31,4 @@ setup: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist site

@@ -1,0 +1,239 @@
+"""One page per registered method, made from its docstring, its fields and by running its quantizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin
+
+import griffe
+import plots
+import torch
+from labels import set_off
+
+from lowbit import methods
+from lowbit.errors import LowbitError
+from lowbit.layers.blocks import BLOCKS
+from lowbit.methods import Method, Recipe
+from lowbit.quantizers.base import Quantizer
+
+BIT_WIDTHS = (1, 2, 4)
+"""Widths that are drawn for an option whose name starts with ``bits``."""
+
+
+def overview() -> str:
+    """The page that lists all methods."""
+    made = [methods.registry[name]() for name in methods.registry]
+    rows = [
+        f"| [`{m.name}`]({m.name}.md) | {_bits(m.bits_w)} | {_bits(m.bits_a)} | {_bits(m.bits_g)} "
+        f"| {m.title} | {_paper(m)} |"
+        for m in made
+    ]
+    return "\n".join(
+        [
+            "# Methods",
+            "",
+            "What is registered in `lowbit.methods`, found by file when this site was built. W, A and G are the bits",
+            "of weights, activations and gradients with the default options. The [survey](../survey.md) compares them.",
+            "",
+            "| name | W | A | G | title | source |",
+            "|---|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def page(name: str) -> str:
+    """The Markdown page of the method ``name``."""
+    function = methods.registry[name]
+    method = function()
+    text, meanings = _docstring(function)
+    summary, _, rest = text.partition("\n\n")
+    parts = [f"# {method.title}", f"`{name}` · {_paper(method)}", summary, set_off(rest)]
+    parts += ["## What is quantized", _quantized(method)]
+    drawings = [drawing for side in SIDES if (drawing := _drawing(name, side))]
+    if drawings:
+        parts += ["## Forward and backward, drawn by running the code", _HOW_DRAWN, *drawings]
+    for side in ("weight", "activation"):
+        parts += _quantizer_text(side, getattr(method, side))
+    parts += ["## Options", _options(name, meanings), "## Recipes", _recipes(method), "## Use it", _use(name)]
+    return "\n\n".join(part for part in parts if part)
+
+
+_HOW_DRAWN = (
+    "The quantizer ran on 801 evenly spaced numbers when this page was built; the gradient is autograd's, for an "
+    "incoming gradient of 1. The dotted diagonal is the identity. The 801 weights are drawn as one filter, so a scale "
+    "of the filter is taken over them. The gradient is that of each number with respect to itself: what a weight does "
+    "to the others, through a common scale, is not in the picture."
+)
+SIDES = ("weight", "activation", "gradient")
+
+
+def _docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """The text of a docstring without its sections, and the meaning of each argument."""
+    sections = griffe.Docstring(inspect.getdoc(function) or "").parse("google", warnings=False)
+    text = "\n\n".join(s.value for s in sections if s.kind is griffe.DocstringSectionKind.text)
+    meanings: dict[str, str] = {}
+    for section in sections:
+        if section.kind in (griffe.DocstringSectionKind.parameters, griffe.DocstringSectionKind.attributes):
+            meanings |= {item.name: " ".join(item.description.split()) for item in section.value}
+    return text, meanings
+
+
+def _quantized(method: Method) -> str:
+    def side(factory: Callable[[], Quantizer] | None) -> str:
+        return "" if factory is None else f": `{_called(factory)}`"
+
+    block = " ".join((inspect.getdoc(BLOCKS[method.block]) or "").split("\n\n")[0].split())
+    rows = [
+        ("weights", _bits(method.bits_w) + side(method.weight)),
+        ("activations", _bits(method.bits_a) + side(method.activation)),
+        ("gradients", _bits(method.bits_g)),
+        ("first layer", "stays float" if method.skip_first else "weights as above; it reads its input as it is"),
+        ("last layer", "stays float" if method.skip_last else "as above"),
+        ("block", f"`{method.block}`: {block}"),
+        ("latent weights, after each step", "changed in place (see above)" if method.projection else "left alone"),
+        ("loss", method.loss.replace("_", " ")),
+    ]
+    return "\n".join(
+        ["| part | with the default options |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+    )
+
+
+def _drawing(name: str, side: str) -> str:
+    """One side with the default options, and with every choice that changes its curves, as tabs."""
+    drawn: list[tuple[str, plots.Curves]] = []
+    same: list[str] = []
+    for label, options in _variants(name):
+        try:
+            part = getattr(methods.registry[name](**options), side)
+        except LowbitError:
+            continue
+        if part is None:
+            continue
+        torch.manual_seed(0)
+        curves = _run(side, part)
+        if not any(all(map(torch.equal, curves, others)) for _, others in drawn):
+            drawn.append((label, curves))
+        elif _is_choice(name, next(iter(options))):
+            same.append(f"`{label}`")
+    if not drawn:
+        return ""
+    blocks = [_figure(name, side, label, curves) for label, curves in drawn]
+    if len(blocks) > 1:
+        blocks = [f'=== "{label}"\n\n    {block}' for (label, _), block in zip(drawn, blocks, strict=True)]
+    note = f"One of these curves is also that of {', '.join(same)}." if same else ""
+    return "\n\n".join([f"### {side.capitalize()}s", *blocks, note])
+
+
+def _is_choice(name: str, option: str) -> bool:
+    return get_origin(methods.registry.options(name)[option].annotation) is Literal
+
+
+def _run(side: str, part: Any) -> plots.Curves:
+    if side == "gradient":
+        return plots.run_gradient_quantizer(part)
+    return plots.run_weight_quantizer(part()) if side == "weight" else plots.run_activation_quantizer(part())
+
+
+def _figure(name: str, side: str, label: str, curves: plots.Curves) -> str:
+    caption = f"<code>{name}</code>, {side}s, {html.escape(label)}."
+    if side == "gradient":
+        titles = "one draw: what goes on, over what arrives", f"mean of {plots.DRAWS} draws"
+    else:
+        symbol = "W" if side == "weight" else "x"
+        titles = f"forward: q({symbol})", f"backward: ∂q/∂{symbol}"
+    return plots.figure(curves, titles, f"{titles[0]}; {titles[1]}", caption)
+
+
+def _variants(name: str) -> list[tuple[str, dict[str, Any]]]:
+    variants: list[tuple[str, dict[str, Any]]] = [("default options", {})]
+    for option in methods.registry.options(name).values():
+        choices: tuple[Any, ...] = ()
+        if get_origin(option.annotation) is Literal:
+            choices = get_args(option.annotation)
+        elif option.annotation is bool:
+            choices = (True, False)
+        elif option.annotation is int and option.name.startswith("bits"):
+            choices = BIT_WIDTHS
+        variants += [
+            (f"{option.name}={choice}", {option.name: choice}) for choice in choices if choice != option.default
+        ]
+    return variants
+
+
+def _quantizer_text(side: str, factory: Callable[[], Quantizer] | None) -> list[str]:
+    if factory is None:
+        return []
+    kind = type(factory())
+    text, _ = _docstring(kind)
+    return [f"## The {side} quantizer: `{kind.__name__}`", set_off(text)]
+
+
+def _called(factory: Callable[[], Quantizer]) -> str:
+    """The quantizer's class, with its arguments where the method binds them."""
+    name = type(factory()).__name__
+    if not isinstance(factory, functools.partial):
+        return name
+    arguments = [repr(a) for a in factory.args] + [f"{key}={value!r}" for key, value in factory.keywords.items()]
+    return f"{name}({', '.join(arguments)})"
+
+
+def _options(name: str, meanings: dict[str, str]) -> str:
+    options = methods.registry.options(name)
+    if not options:
+        return "None."
+    rows = [
+        f"| `{o.name}` | {_type(o.annotation)} | `{o.default}` | {meanings.get(o.name, '')} |" for o in options.values()
+    ]
+    return "\n".join(["| option | type | default | meaning |", "|---|---|---|---|", *rows])
+
+
+def _type(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{choice}`" for choice in get_args(annotation))
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+    return f"`{text}`".replace("|", "\\|")
+
+
+def _recipes(method: Method) -> str:
+    default = Recipe()
+    rows = []
+    for name, recipe in {"default": method.recipe, **method.recipes}.items():
+        fields = [
+            f"{f.name} {_value(getattr(recipe, f.name))}"
+            for f in dataclasses.fields(recipe)
+            if f.name in ("optimizer", "learning_rate", "schedule", "epochs")
+            or (f.name != "source" and getattr(recipe, f.name) != getattr(default, f.name))
+        ]
+        rows.append(f"| `{name}` | {', '.join(fields)} | {recipe.source} |")
+    return "\n".join(["| recipe | settings | from |", "|---|---|---|", *rows])
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "(" + ", ".join(f"{item:.3g}" for item in value) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _use(name: str) -> str:
+    setting = ""
+    for option in methods.registry.options(name).values():
+        if get_origin(option.annotation) is Literal:
+            setting = f" --set {option.name}={get_args(option.annotation)[-1]}"
+            break
+    return (
+        f"```sh\nlowbit train --method {name} --model lenet --data digits --out runs/{name}{setting}\n```\n\n"
+        f'```python\nlowbit.quantize_(model, "{name}")\n```'
+    )
+
+
+def _bits(bits: int) -> str:
+    return "float" if bits == 32 else f"{bits} bit" + "s" * (bits > 1)
+
+
+def _paper(method: Method) -> str:
+    return f"[{method.paper}]({method.url})" if method.url else method.paper
