@@ -81,9 +81,9 @@ def quantize_(
         of_activation = chosen.activation() if chosen.activation and not reads_input else None
         bits_w, bits_a = (32 if quantizer is None else quantizer.bits for quantizer in (of_weight, of_activation))
         reports.append(LayerReport(aliases[0], type(layer).__name__, bits_w, bits_a, note))
-        if of_weight is None and of_activation is None:
+        if of_weight is None and of_activation is None and chosen.gradient is None:
             continue
-        twin = quantized_twin(layer, of_weight, of_activation, chosen.projection)
+        twin = quantized_twin(layer, of_weight, of_activation, chosen.projection, chosen.gradient)
         for name in aliases:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, twin)

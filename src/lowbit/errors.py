@@ -1,5 +1,7 @@
 """The two kinds of failure a user meets: each is one sentence that names the culprit and the mend."""
 
+from collections.abc import Collection
+
 
 class LowbitError(Exception):
     """A run, file or network that cannot do what was asked. The command line prints it and exits with status 1."""
@@ -7,3 +9,9 @@ class LowbitError(Exception):
 
 class UsageError(LowbitError, ValueError):
     """A wrong name, option or argument. The command line prints it and exits with status 2."""
+
+
+def check_choice(what: str, value: object, choices: Collection[object]) -> None:
+    """Raise a `UsageError` that starts with ``what`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UsageError(f"{what} is '{value}', but must be one of {', '.join(map(str, choices))}")

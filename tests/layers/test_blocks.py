@@ -12,6 +12,12 @@ FLOAT = "dropout conv norm act pool"
 ORDERS = {
     "conv_bn_act": (FLOAT, FLOAT, "dropout conv"),
     "conv_pool_bn": ("dropout conv pool norm", "dropout conv pool norm", "dropout conv pool norm"),
+    "conv_pool_bn_act": (
+        "dropout conv pool norm act",
+        "dropout conv pool norm act",
+        "dropout conv pool norm",
+    ),
+    "conv_pool_bn_float_last": ("dropout conv pool norm", "dropout conv pool norm", "act dropout conv"),
     "bn_act_conv": (FLOAT, "norm dropout conv pool", "norm act dropout conv pool"),
     "bn_act_conv_relu": (FLOAT, "norm dropout conv act pool", "norm act dropout conv pool"),
 }

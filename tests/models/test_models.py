@@ -98,8 +98,8 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("nin", {"width": 2}, "model 'nin' has no option 'width'; its options: dropout"),
     ("vgg16", {"method": "bin"}, "no method is called 'bin'"),
     ("vgg16", {"method": "xnor_net", "method_options": {"alpha": 1}}, "method 'xnor_net' has no option 'alpha'"),
-    ("vgg16", {"method": "bnn", "method_options": {"alpha": 1}}, "its options: none"),
-    ("vgg16", {"method": "xnor_net", "method_options": {"gradient": "x"}}, "gradient of xnor_net is 'x'"),
+    ("vgg16", {"method": "float", "method_options": {"alpha": 1}}, "its options: none"),
+    ("vgg16", {"method": "xnor_net", "method_options": {"gradient": "x"}}, r"gradient of alpha \* sign\(W\) is 'x'"),
     (
         "vgg16",
         {"method": methods.registry["bnn"](), "method_options": {"alpha": 1}},

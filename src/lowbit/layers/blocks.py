@@ -36,9 +36,32 @@ def conv_pool_bn(
 ) -> nn.Sequential:
     """Dropout, (quantizer,) convolution, pooling, batch norm: what the next quantizer reads is normalised.
 
-    The last layer too is followed by a batch norm. Order of BNN and HWGQ.
+    The last layer too is followed by a batch norm. Order of BNN.
     """
     return _sequence(dropout=_dropout(dropout), conv=conv, pool=pool, norm=nn.BatchNorm2d(conv.out_channels))
+
+
+def conv_pool_bn_act(
+    conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
+) -> nn.Sequential:
+    """Dropout, convolution, pooling, batch norm, ReLU. Order of BinaryConnect.
+
+    The last layer is followed by a batch norm alone, which gives outputs of binary weights without a scale their size.
+    """
+    norm, act = nn.BatchNorm2d(conv.out_channels), None if role == "last" else nn.ReLU()
+    return _sequence(dropout=_dropout(dropout), conv=conv, pool=pool, norm=norm, act=act)
+
+
+def conv_pool_bn_float_last(
+    conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
+) -> nn.Sequential:
+    """Dropout, (quantizer,) convolution, pooling, batch norm. Order of DoReFa-Net and HWGQ.
+
+    The last layer, which is float, has no batch norm behind it; in place of a quantizer a ReLU stands in front.
+    """
+    if role == "last":
+        return _sequence(act=nn.ReLU(), dropout=_dropout(dropout), conv=conv)
+    return conv_pool_bn(conv, pool=pool, dropout=dropout, role=role)
 
 
 def bn_act_conv(
@@ -68,7 +91,17 @@ def bn_act_conv_relu(
     return _sequence(norm=norm, dropout=_dropout(dropout), conv=conv, act=nn.ReLU(), pool=pool)
 
 
-BLOCKS: dict[str, Block] = {f.__name__: f for f in (conv_bn_act, conv_pool_bn, bn_act_conv, bn_act_conv_relu)}
+BLOCKS: dict[str, Block] = {
+    f.__name__: f
+    for f in (
+        conv_bn_act,
+        conv_pool_bn,
+        conv_pool_bn_act,
+        conv_pool_bn_float_last,
+        bn_act_conv,
+        bn_act_conv_relu,
+    )
+}
 
 
 def _sequence(**parts: nn.Module | None) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""Torch's own layers with a quantizer in front (activations) and one inside (weights)."""
+"""Torch's own layers with a quantizer in front (activations), one inside (weights) and one behind (gradients)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,22 @@ EXACT_FLOAT32 = 1 << 24
 class QuantizedLayer(nn.Module):
     """A convolution or linear layer of torch that quantizes what it reads.
 
-    In ``train()``: ``layer(Qa(x), Qw(W)) + bias``, differentiable.
+    In ``train()``: ``layer(Qa(x), Qw(W)) + bias``, differentiable; the gradient of the result is quantized before it is
+    passed back, when the method says so.
     In ``eval()``, when both sides are quantized: the exact integer sums ``acc`` of ``multiplier * code + offset`` over
     the taps inside the image, then ``float32(acc) * (scale_x * scale_w) + bias``, each step one float32 rounding. Sums
     that could pass 2^24 are taken in float64, which holds them exactly. This is the reference of the integer contract:
     its result is float32, under autocast too, and has no gradient with respect to ``x`` or the weight.
+    A table of levels has no integer form: when either side has one, the decoded values are convolved in float64, and
+    the result is rounded once. When one side alone is quantized, the fake-quantized values are convolved as in
+    training.
 
     Made directly, such as ``QuantConv2d(3, 8, 3)``, it is torch's layer until its quantizers are set; `quantized_twin`
     makes it from a layer.
 
     Attributes:
         weight_quantizer, activation_quantizer: None leaves that side in float.
+        gradient_quantizer: applied to the result in ``train()``: the identity, with a gradient of its own.
         projection: applied to the latent ``weight`` after each step (see `attach_projections`).
     """
 
@@ -36,6 +41,7 @@ class QuantizedLayer(nn.Module):
     bias: Tensor | None
     weight_quantizer: Quantizer | None
     activation_quantizer: Quantizer | None
+    gradient_quantizer: Callable[[Tensor], Tensor] | None
     projection: Callable[[Tensor], None] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,6 +49,7 @@ class QuantizedLayer(nn.Module):
         # Set here and not on the class: a class attribute would hide the submodule of the same name.
         self.weight_quantizer = None
         self.activation_quantizer = None
+        self.gradient_quantizer = None
         self.projection = None
 
     def transform(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -51,15 +58,20 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and self.weight_quantizer is not None and self.activation_quantizer is not None:
-            return self._integer_forward(x, self.activation_quantizer, self.weight_quantizer)
+            return self._coded_forward(x, self.activation_quantizer, self.weight_quantizer)
         if self.activation_quantizer is not None:
             x = self.activation_quantizer(x)
         weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        return self.transform(x, weight, self.bias)
+        result = self.transform(x, weight, self.bias)
+        return self.gradient_quantizer(result) if self.training and self.gradient_quantizer is not None else result
 
-    def _integer_forward(self, x: Tensor, of_activation: Quantizer, of_weight: Quantizer) -> Tensor:
+    def _coded_forward(self, x: Tensor, of_activation: Quantizer, of_weight: Quantizer) -> Tensor:
         x_codes, x_grid = of_activation.encode(x)
         w_codes, w_grid = of_weight.encode(self.weight)
+        if x_grid.levels is not None or w_grid.levels is not None:
+            bias = None if self.bias is None else self.bias.double()
+            with torch.autocast(x.device.type, enabled=False):
+                return self.transform(x_grid.decode(x_codes).double(), w_grid.decode(w_codes).double(), bias).float()
         largest_sum = x_grid.magnitude * w_grid.magnitude * self.weight[0].numel()
         exact = torch.float32 if largest_sum <= EXACT_FLOAT32 else torch.float64
         with torch.autocast(x.device.type, enabled=False):
@@ -108,6 +120,7 @@ def quantized_twin(
     weight_quantizer: Quantizer | None,
     activation_quantizer: Quantizer | None,
     projection: Callable[[Tensor], None] | None = None,
+    gradient_quantizer: Callable[[Tensor], Tensor] | None = None,
 ) -> QuantizedLayer:
     """The quantized twin of ``layer``, with the very same parameters, hooks and training mode.
 
@@ -117,6 +130,7 @@ def quantized_twin(
         layer: of torch's own type; a subclass may compute something else and is refused.
         weight_quantizer, activation_quantizer: None leaves that side in float.
         projection: changes the latent weight in place, outside autograd (see `attach_projections`).
+        gradient_quantizer: the identity, which quantizes the gradient of what the layer gives.
 
     Raises:
         UsageError: ``layer`` is neither `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` nor `nn.Linear`, or is quantized already.
@@ -130,6 +144,7 @@ def quantized_twin(
     twin.weight_quantizer = weight_quantizer
     twin.activation_quantizer = activation_quantizer
     twin.projection = projection
+    twin.gradient_quantizer = gradient_quantizer
     return twin.train(layer.training)
 
 

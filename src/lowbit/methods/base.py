@@ -56,6 +56,8 @@ class Method:
         title, paper, url: what is shown beside it.
         weight, activation: make a fresh quantizer for one layer; None leaves that side in float.
         bits_w, bits_a, bits_g: bits of weights, activations and gradients, for tables (32 = float).
+        gradient: the identity, applied to what a layer gives in training, which quantizes the gradient that comes back;
+            None leaves gradients in float.
         block: name of the block in ``layers.blocks`` whose order the paper uses.
         skip_first, skip_last: leave the first and last layer in float.
         projection: changes a latent weight in place after each optimizer step, outside autograd.
@@ -73,6 +75,7 @@ class Method:
     block: str
     weight: Callable[[], Quantizer] | None = None
     activation: Callable[[], Quantizer] | None = None
+    gradient: Callable[[Tensor], Tensor] | None = None
     bits_g: int = 32
     skip_first: bool = True
     skip_last: bool = True

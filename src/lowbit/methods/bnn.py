@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from lowbit.methods.base import Method, Recipe, registry
-from lowbit.quantizers.binary import SignQuantizer
+from lowbit.quantizers.binary import SignQuantizer, clip_latent
 
 
 @registry.register
-def bnn() -> Method:
+def bnn(stochastic: bool = False) -> Method:
     r"""Weights and activations are their signs; latent weights are clipped to [-1, 1].
 
     Forward: $q = \mathrm{sign}(x)$ for weights and activations, with sign(0) = +1.
@@ -17,6 +15,11 @@ def bnn() -> Method:
     After each step: $W \leftarrow \mathrm{clip}(W, -1, 1)$.
     Block order: convolution, pooling, batch norm, sign. The first layer has binary weights and reads the image as it
     is; the last layer is binary too, and its outputs go through a batch norm. Loss: squared hinge.
+
+    Args:
+        stochastic: in training, activations are $+1$ with probability $\mathrm{clip}((x+1)/2, 0, 1)$, else $-1$
+            (equation 2), with the same gradient. Weights and evaluation stay deterministic, as in the paper's
+            experiments with it.
 
     Source: Courbariaux, Hubara, Soudry, El-Yaniv and Bengio 2016, "Binarized Neural Networks", arXiv 1602.02830,
     section 1 and algorithm 1. The paper reports 10.15 % error on CIFAR-10.
@@ -30,7 +33,7 @@ def bnn() -> Method:
         bits_a=1,
         block="conv_pool_bn",
         weight=SignQuantizer,
-        activation=SignQuantizer,
+        activation=lambda: SignQuantizer(stochastic),
         skip_first=False,
         skip_last=False,
         projection=clip_latent,
@@ -43,8 +46,3 @@ def bnn() -> Method:
             source="the paper's Adam, with a cosine in place of its halvings",
         ),
     )
-
-
-def clip_latent(weight: Tensor) -> None:
-    """$W \\leftarrow \\mathrm{clip}(W, -1, 1)$, in place (algorithm 1 of the paper)."""
-    weight.clamp_(-1, 1)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from lowbit.errors import UsageError
 from lowbit.methods.base import Method, Recipe, registry
-from lowbit.quantizers import ste
-from lowbit.quantizers.base import Grid, Quantizer
-from lowbit.quantizers.binary import SignQuantizer, binary_codes
+from lowbit.quantizers.binary import ScaledSign, SignQuantizer
 
 
 @registry.register
@@ -90,63 +86,3 @@ def xnor_net(
             ),
         },
     )
-
-
-class ScaledSign(Quantizer):
-    r"""$q = \alpha\,\mathrm{sign}(W)$ with $\alpha = \lVert W\rVert_1 / n$ for each output filter of $n$ weights.
-
-    Gradient ``exact``, through $\alpha$ and the straight-through sign:
-    $\frac{\partial L}{\partial W_i} =
-    \frac{\mathrm{sign}(W_i)}{n}\sum_j g_j\,\mathrm{sign}(W_j) + \alpha\,g_i\,1\{|W_i| \le 1\}$.
-    Gradient ``paper`` (its equation after 11, elementwise): $g_i\,(1/n + \alpha\,1\{|W_i| \le 1\})$.
-
-    Codes: 1 where ``W >= 0``; grid ``alpha * (2 code - 1)``.
-
-    Args:
-        gradient: which of the two.
-
-    Raises:
-        UsageError: ``gradient`` is neither.
-
-    Source: Rastegari et al. 2016, arXiv 1603.05279, sections 3.1 and 3.2.
-    """
-
-    bits = 1
-    signed = True
-
-    def __init__(self, gradient: Literal["exact", "paper"] = "exact") -> None:
-        super().__init__()
-        if gradient not in ("exact", "paper"):
-            raise UsageError(f"gradient of xnor_net is '{gradient}', but must be exact or paper")
-        self.gradient = gradient
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = _ScaledSign.apply(x, self.gradient == "exact")
-        return result
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
-        return binary_codes(x), Grid(1, 2, -1, _alpha(x))
-
-
-def _alpha(weight: Tensor) -> Tensor:
-    return weight.detach().abs().mean(dim=tuple(range(1, weight.dim())), keepdim=True)
-
-
-class _ScaledSign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, exact: bool) -> Tensor:
-        alpha = _alpha(weight)
-        ctx.save_for_backward(weight, alpha)
-        ctx.exact = exact
-        return ste.signs(weight).mul_(alpha)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        weight, alpha = ctx.saved_tensors
-        n = weight[0].numel()
-        through_sign = ste.window(gradient, weight).mul_(alpha)
-        if not ctx.exact:
-            return through_sign.add_(gradient, alpha=1 / n), None
-        signs = ste.signs(weight)
-        through_alpha = (gradient * signs).sum(dim=tuple(range(1, weight.dim())), keepdim=True).div_(n)
-        return through_sign.add_(signs.mul_(through_alpha)), None

@@ -60,8 +60,7 @@ def create(
     model = registry[name](
         BLOCKS[method.block], num_classes=num_classes, in_channels=in_channels, image_size=image_size, **options
     )
-    if method.weight is not None or method.activation is not None:
-        quantize_(model, method)
+    quantize_(model, method)
     model.method = method  # type: ignore[assignment]
     return model
 

@@ -7,23 +7,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowbit.quantizers import ste
+
 
 @dataclass(frozen=True)
 class Grid:
-    """What the integer codes of a tensor mean: ``value = scale * (multiplier * code + offset)``.
+    """What the integer codes of a tensor mean: ``value = scale * (multiplier * code + offset)``, or ``levels[code]``.
 
-    Binary is multiplier 2, offset -1; affine is multiplier 1, offset -zero_point; half-wave is multiplier 1, offset 0.
+    Binary is multiplier 2, offset -1; ternary is multiplier 1, offset -1; affine is multiplier 1, offset -zero_point;
+    half-wave is multiplier 1, offset 0.
 
     Attributes:
         bits: codes lie in ``0 .. 2**bits - 1``.
         multiplier, offset: integers.
         scale: float32, a scalar or broadcastable over the tensor (``(out_channels, 1, ...)`` for weights).
+        levels: for unequal steps, which have no integer form: float32 (2**bits,), rising. Multiplier 1, offset 0 and
+            scale 1 then mean nothing.
     """
 
     bits: int
     multiplier: int
     offset: int
     scale: Tensor
+    levels: Tensor | None = None
 
     def integers(self, codes: Tensor) -> Tensor:
         """``multiplier * code + offset`` as float32, exact."""
@@ -31,7 +37,7 @@ class Grid:
 
     def decode(self, codes: Tensor) -> Tensor:
         """The values that the codes stand for, float32."""
-        return self.integers(codes) * self.scale
+        return self.integers(codes) * self.scale if self.levels is None else self.levels[codes.int()]
 
     @property
     def magnitude(self) -> int:
@@ -42,8 +48,8 @@ class Grid:
 class Quantizer(nn.Module):
     """Maps float values onto a small grid.
 
-    Subclasses implement `forward` and `encode` so that ``decode(*encode(x)) == forward(x)`` to the bit in float32, and
-    state the gradient.
+    Subclasses implement `encode`, and `surrogate` for the gradient: ``decode(*encode(x)) == forward(x)`` to the bit in
+    float32. One whose gradient is that of no function, or that draws at random, writes its own `forward`.
 
     Attributes:
         bits: width of a code.
@@ -55,7 +61,13 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized values, differentiable; same shape and dtype as ``x``."""
-        raise NotImplementedError
+        with torch.no_grad():
+            values = self.decode(*self.encode(x)).to(x.dtype)
+        return ste.substitute(values, self.surrogate(x))
+
+    def surrogate(self, x: Tensor) -> Tensor:
+        """The function whose gradient stands in for that of the staircase; the identity unless a method says more."""
+        return x
 
     def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Integer codes (uint8, shape of ``x``) and the grid that gives them meaning."""
@@ -65,3 +77,8 @@ class Quantizer(nn.Module):
     def decode(codes: Tensor, grid: Grid) -> Tensor:
         """The values that ``codes`` stand for, float32."""
         return grid.decode(codes)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 when it is that: arithmetic in 16 bits would move it to other codes."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,10 +1,13 @@
-"""The binary quantizer that most 1-bit methods share."""
+"""The binary quantizers that several 1-bit methods share, and the projection that goes with them."""
 
 from __future__ import annotations
+
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lowbit.errors import check_choice
 from lowbit.quantizers import ste
 from lowbit.quantizers.base import Grid, Quantizer
 
@@ -15,19 +18,107 @@ class SignQuantizer(Quantizer):
     Gradient: $g \cdot 1\{|x| \le 1\}$ (see `lowbit.quantizers.ste.sign`).
     Codes: 1 where ``x >= 0``; grid ``2 code - 1``.
 
-    Source: Courbariaux, Hubara et al. 2016, arXiv 1602.02830, equations 1 and 4.
+    Args:
+        stochastic: in ``train()``, $q = +1$ with probability $\mathrm{clip}((x+1)/2, 0, 1)$, else $-1$; the gradient is
+            the same. `encode` and ``eval()`` stay deterministic.
+
+    Source: Courbariaux, Hubara et al. 2016, arXiv 1602.02830, equations 1, 2 and 4.
     """
 
     bits = 1
     signed = True
 
+    def __init__(self, stochastic: bool = False) -> None:
+        super().__init__()
+        self.stochastic = stochastic
+
     def forward(self, x: Tensor) -> Tensor:
-        return ste.sign(x)
+        if not (self.stochastic and self.training):
+            return ste.sign(x)
+        # P(threshold <= x) is the wanted probability; 1 is always reached, -1 never.
+        return ste.sign(x, 1 - 2 * torch.rand_like(x, dtype=torch.float32))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
         return binary_codes(x), Grid(1, 2, -1, torch.ones((), device=x.device))
 
 
+class ScaledSign(Quantizer):
+    r"""$q = \alpha\,\mathrm{sign}(W)$ with $\alpha = \lVert W\rVert_1 / n$ for each output filter of $n$ weights.
+
+    Gradient ``exact``, through $\alpha$ and the straight-through sign:
+    $\frac{\partial L}{\partial W_i} =
+    \frac{\mathrm{sign}(W_i)}{n}\sum_j g_j\,\mathrm{sign}(W_j) + \alpha\,g_i\,1\{|W_i| \le 1\}$.
+    Gradient ``paper`` (XNOR-Net's equation after 11, elementwise): $g_i\,(1/n + \alpha\,1\{|W_i| \le 1\})$.
+    Gradient ``identity``: $g_i$.
+
+    Codes: 1 where ``W >= 0``; grid ``alpha * (2 code - 1)``.
+
+    Args:
+        gradient: which of the three.
+        per: one alpha for each output ``filter``, or one for the ``layer`` ($n$ then counts all of its weights).
+
+    Raises:
+        UsageError: ``gradient`` or ``per`` is none of its choices.
+
+    Source: Rastegari et al. 2016, arXiv 1603.05279, sections 3.1 and 3.2.
+    """
+
+    bits = 1
+    signed = True
+
+    def __init__(
+        self,
+        gradient: Literal["exact", "paper", "identity"] = "exact",
+        per: Literal["filter", "layer"] = "filter",
+    ) -> None:
+        super().__init__()
+        check_choice("gradient of alpha * sign(W)", gradient, ("exact", "paper", "identity"))
+        check_choice("what has one alpha", per, ("filter", "layer"))
+        self.gradient = gradient
+        self.per = per
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gradient == "identity":
+            return super().forward(x)
+        result: Tensor = _ScaledSign.apply(x, self._alpha(x), self.gradient == "exact")
+        return result
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
+        return binary_codes(x), Grid(1, 2, -1, self._alpha(x))
+
+    def _alpha(self, weight: Tensor) -> Tensor:
+        return weight.detach().abs().mean(dim=axes(weight, self.per), keepdim=True)
+
+
+class _ScaledSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, alpha: Tensor, exact: bool) -> Tensor:
+        ctx.save_for_backward(weight, alpha)
+        ctx.exact = exact
+        return ste.signs(weight).mul_(alpha)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        weight, alpha = ctx.saved_tensors
+        n = weight.numel() // alpha.numel()
+        through_sign = ste.window(gradient, weight).mul_(alpha)
+        if not ctx.exact:
+            return through_sign.add_(gradient, alpha=1 / n), None, None
+        signs = ste.signs(weight)
+        through_alpha = (gradient * signs).sum_to_size(alpha.shape).div_(n)
+        return through_sign.add_(signs.mul_(through_alpha)), None, None
+
+
+def axes(weight: Tensor, per: Literal["filter", "layer"]) -> tuple[int, ...]:
+    """The axes that a statistic of a weight runs over: of each output filter, or of the whole layer."""
+    return tuple(range(1 if per == "filter" else 0, weight.dim()))
+
+
 def binary_codes(x: Tensor) -> Tensor:
     """1 where ``x >= 0``, else 0, as uint8."""
     return (x >= 0).to(torch.uint8)
+
+
+def clip_latent(weight: Tensor) -> None:
+    r"""$W \leftarrow \mathrm{clip}(W, -1, 1)$, in place (algorithm 1 of BinaryConnect and of BNN)."""
+    weight.clamp_(-1, 1)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-def sign(x: Tensor) -> Tensor:
+def sign(x: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
     r"""Sign with the clipped straight-through estimator.
 
-    Forward: $q = +1$ if $x \ge 0$ else $-1$; so ``sign(0) = sign(-0.0) = +1``, and NaN gives -1.
+    Forward: $q = +1$ if $x \ge$ ``threshold`` else $-1$; so ``sign(0) = sign(-0.0) = +1``, and NaN gives -1.
     Backward: $\partial L/\partial x = g \cdot 1\{|x| \le 1\}$, both ends included: a latent weight that was clipped to
     exactly 1 can come back.
 
@@ -23,10 +23,11 @@ def sign(x: Tensor) -> Tensor:
 
     Args:
         x: any shape, any floating dtype.
+        threshold: 0, or random numbers of the shape of ``x``, in [-1, 1]; the gradient does not know of it.
 
     Source: Courbariaux, Hubara et al. 2016, arXiv 1602.02830, equations 1 and 4.
     """
-    result: Tensor = _Sign.apply(x)
+    result: Tensor = _Sign.apply(x, threshold)
     return result
 
 
@@ -39,16 +40,49 @@ def window(gradient: Tensor, x: Tensor) -> Tensor:
 
 class _Sign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, threshold: Tensor | float) -> Tensor:
         ctx.save_for_backward(x)
-        return signs(x)
+        return signs(x, threshold)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return window(gradient, x)
+        return window(gradient, x), None
 
 
-def signs(x: Tensor) -> Tensor:
-    """``+1`` where ``x >= 0``, else ``-1``, in the dtype of ``x``; no gradient."""
-    return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+def signs(x: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
+    """``+1`` where ``x >= threshold``, else ``-1``, in the dtype of ``x``; no gradient."""
+    return (x >= threshold).to(x.dtype).mul_(2).sub_(1)
+
+
+def clip(x: Tensor, low: float, high: float) -> Tensor:
+    """``x`` within [low, high]; the gradient is 1 there, both ends included, and 0 outside.
+
+    Torch's own clamp has 1 at the ends in some versions and 0 in others.
+    """
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
+def substitute(values: Tensor, surrogate: Tensor) -> Tensor:
+    r"""The straight-through estimator in general: the values of one function, the gradient of another.
+
+    Forward: $q$ = ``values``, to the bit. Backward: $\partial L/\partial$ ``surrogate`` $= g$.
+    (``surrogate + (values - surrogate).detach()`` has this gradient too, but rounds.)
+
+    Args:
+        values, surrogate: of one shape and dtype.
+
+    Source: Bengio, Léonard and Courville 2013, arXiv 1308.3432.
+    """
+    result: Tensor = _Substitute.apply(values, surrogate)
+    return result
+
+
+class _Substitute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, surrogate: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
