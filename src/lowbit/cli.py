@@ -106,6 +106,9 @@ def train(
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE of the method; model.KEY=VALUE or recipe.KEY=VALUE for theirs."),
     ] = None,
+    bits_w: Annotated[int | None, typer.Option(help="Of weights; short for --set bits_w=N.")] = None,
+    bits_a: Annotated[int | None, typer.Option(help="Of activations; short for --set bits_a=N.")] = None,
+    bits_g: Annotated[int | None, typer.Option(help="Of gradients; short for --set bits_g=N.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random. [default: 0]", min=0)] = None,
     precision: Annotated[str, typer.Option(help="auto, bf16 or float32.")] = "auto",
     val_fraction: Annotated[float | None, typer.Option(help="Part of the train images that chooses the epoch.")] = None,
@@ -126,7 +129,21 @@ def train(
         "weight_decay": weight_decay,
         "schedule": schedule,
     }
-    given = (method, model, data, data_dir, image_size, recipe, settings, seed, val_fraction, init_from, threads)
+    bits = {"bits_w": bits_w, "bits_a": bits_a, "bits_g": bits_g}
+    settings = [*(settings or []), *(f"{key}={value}" for key, value in bits.items() if value is not None)]
+    given = (
+        method,
+        model,
+        data,
+        data_dir,
+        image_size,
+        recipe,
+        settings or None,
+        seed,
+        val_fraction,
+        init_from,
+        threads,
+    )
     if resume and Run(out).config_path.is_file() and not any(v is not None for v in (*given, *explicit.values())):
         config = TrainConfig.resuming(out)
     else:
@@ -135,7 +152,7 @@ def train(
                 raise UsageError(
                     f"{option} is missing; `lowbit {option[2:].replace('data', 'dataset')}s` lists the choices"
                 )
-        of_method, of_model, of_recipe = _parse_settings(method or "", model or "", settings or [])
+        of_method, of_model, of_recipe = _parse_settings(method or "", model or "", settings)
         config = TrainConfig(
             out=out,
             method=method or "",
