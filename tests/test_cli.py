@@ -134,7 +134,11 @@ MISTAKES = {
         2,
         "method 'bnn' has no option 'bits_w'",
     ),
-    "bits out of range": (["train", "--method", "dorefa", *TRAIN, "--bits-a", "9", "--out", "x"], 2, "must be one of 1"),
+    "bits out of range": (
+        ["train", "--method", "dorefa", *TRAIN, "--bits-a", "9", "--out", "x"],
+        2,
+        "must be one of 1",
+    ),
     "not a setting": (["train", "--method", "bnn", *TRAIN, "--set", "clamp", "--out", "x"], 2, "KEY=VALUE"),
     "unknown recipe field": (
         ["train", "--method", "bnn", *TRAIN, "--set", "recipe.rate=1", "--out", "x"],

@@ -80,3 +80,90 @@ def center(weight: Array) -> Array:
 def clamp(weight: Array) -> Array:
     """Everything above 1 becomes 1, everything below -1 becomes -1."""
     return np.where(weight > 1, 1.0, np.where(weight < -1, -1.0, weight))
+
+
+def hard_sigmoid(x: Array) -> Array:
+    """BNN, equation 3, and BinaryConnect (arXiv 1511.00363), equation 3: the probability of +1."""
+    return np.minimum(1.0, np.maximum(0.0, (x + 1) / 2))
+
+
+def layer_sign(weight: Array) -> Array:
+    """DoReFa-Net (arXiv 1606.06160), 1-bit weights: E|W| of the layer times sign(W)."""
+    return np.sum(np.abs(weight)) / weight.size * sign(weight)
+
+
+def ternary(weight: Array) -> Array:
+    """TWN (arXiv 1605.04711): one threshold, 0.7 of the mean of |W|; alpha from the loop over what passes it."""
+    threshold = 0.7 * np.sum(np.abs(weight)) / weight.size
+    passing = [abs(w) for w in weight.ravel() if abs(w) > threshold]
+    alpha = sum(passing) / len(passing) if passing else 0.0
+    return np.where(weight > threshold, alpha, np.where(weight < -threshold, -alpha, 0.0))
+
+
+def quantize_k(r: Array, k: int) -> Array:
+    """DoReFa-Net, equation 5; halves go to the even neighbour."""
+    return np.rint((2**k - 1) * r) / (2**k - 1)
+
+
+def dorefa_weight(weight: Array, k: int) -> Array:
+    """DoReFa-Net, k bits: 2 quantize_k(tanh(W) / (2 max|tanh(W)|) + 1/2) - 1."""
+    t = np.tanh(weight)
+    return 2 * quantize_k(t / (2 * np.max(np.abs(t))) + 0.5, k) - 1
+
+
+def dorefa_weight_gradient(weight: Array, g: Array) -> Array:
+    """The chain through tanh, with the rounding as the identity and the maximum as a constant."""
+    t = np.tanh(weight)
+    return g / np.cosh(weight) ** 2 / np.max(np.abs(t))
+
+
+def dorefa_activation(x: Array, k: int) -> Array:
+    """quantize_k(clip(x, 0, 1))."""
+    return quantize_k(np.minimum(1.0, np.maximum(0.0, x)), k)
+
+
+def dorefa_activation_gradient(x: Array, g: Array) -> Array:
+    """g inside [0, 1], else 0."""
+    return np.where((x >= 0) & (x <= 1), g, 0.0)
+
+
+def dorefa_gradient_moments(g: Array, k: int) -> tuple[Array, Array]:
+    """Mean and variance of the k-bit gradient, sample by sample (axis 0).
+
+    In units of a step 2m / (2^k - 1), noise of [-1/2, 1/2) makes rounding a choice between the neighbours of u, the
+    upper one with probability frac(u): mean u, variance frac(u) (1 - frac(u)).
+    """
+    mean, variance = np.zeros_like(g), np.zeros_like(g)
+    for i, sample in enumerate(g):
+        m = np.max(np.abs(sample))
+        if m == 0:
+            continue
+        step = 2 * m / (2**k - 1)
+        fraction = np.mod((2**k - 1) * (sample / (2 * m) + 0.5), 1.0)
+        mean[i], variance[i] = sample, fraction * (1 - fraction) * step**2
+    return mean, variance
+
+
+def half_wave(x: Array, levels: Array) -> Array:
+    """HWGQ (arXiv 1702.00953), equation 5: 0 for what is not above 0, else the nearest level above 0, ties down."""
+    result = np.zeros_like(x)
+    for index, value in np.ndenumerate(x):
+        if value > 0:
+            distances = [abs(min(value, 1e30) - level) for level in levels]
+            result[index] = levels[int(np.argmin(distances))] if np.isfinite(value) else levels[-1]
+    return result
+
+
+def half_wave_gradient(x: Array, g: Array, q_max: float, form: str) -> Array:
+    """HWGQ, section 4: the derivatives of the three forward approximations."""
+    above = {"vanilla": g, "clipped": 0 * g, "log_tailed": g / np.where(x > q_max, x - (q_max - 1), 1)}[form]
+    return np.where(x > q_max, above, np.where(x > 0, g, 0.0))
+
+
+def half_normal_error(levels: Array) -> float:
+    """The integral of (Q(x) - x)^2 under the density of N(0, 1), x > 0, by the midpoint rule."""
+    width = 1e-4
+    x = np.arange(width / 2, 9, width)
+    bounds = (levels[1:] + levels[:-1]) / 2
+    q = levels[np.searchsorted(bounds, x)]
+    return float(np.sum((q - x) ** 2 * np.exp(-(x**2) / 2)) * width / np.sqrt(2 * np.pi))

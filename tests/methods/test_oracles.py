@@ -164,5 +164,5 @@ def test_bnn_projection_clamps():
 
 
 def test_an_unknown_gradient_is_refused():
-    with pytest.raises(UsageError, match="gradient of xnor_net is 'papper'"):
+    with pytest.raises(UsageError, match=r"gradient of alpha \* sign\(W\) is 'papper'"):
         methods.registry["xnor_net"](gradient="papper").weight()
