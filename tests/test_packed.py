@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import struct
 import sys
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
-from packed_models import Builder, vgg, window
+from packed_models import Builder, coded, quant_net, vgg, window
 
 from lowbit import _engine, packed
 from lowbit.errors import LowbitError
@@ -33,13 +32,28 @@ def small_model() -> PackedModel:
     return model
 
 
+def coded_model() -> PackedModel:
+    """A net on codes of several widths, behind a float convolution whose weights are ternary codes."""
+    rng = np.random.default_rng(0)
+    model = quant_net(rng)
+    index = len(model.ops)
+    grid, tensors = coded(rng, 2, 1, 3, 2, 1, -1)
+    shape = window((1, 1), dilation=(1, 1))
+    model.ops.append({"op": "conv2d", "inputs": [index], "source": "head", "groups": 1, "channels": 2, **grid, **shape})
+    tensors["weight_scale"] = np.ones(2, np.float32)
+    model.tensors |= {f"{index}.{name}": tensor for name, tensor in tensors.items()}
+    return model
+
+
 DATA = small_model().to_bytes()
+CODED = coded_model().to_bytes()
 
 
 def test_file_comes_back_as_it_was_written(tmp_path):
     model = small_model()
     model.save(tmp_path / "m.lowbit")
     again = packed.read(tmp_path / "m.lowbit")
+    assert packed.parse(CODED).to_bytes() == CODED
     assert (again.input_shape, again.ops, again.classes) == (model.input_shape, model.ops, model.classes)
     assert (again.preprocessing, again.provenance) == (model.preprocessing, model.provenance)
     assert again.tensors.keys() == model.tensors.keys()
@@ -61,19 +75,29 @@ def test_shapes_and_costs_are_inferred():
     assert costs[2].float_bytes == 3 * 45 * 4 + 3 * 4 + 3
 
 
+def test_weight_codes_are_counted_as_stored():
+    model = coded_model()
+    costs = model.costs()
+    assert str(model.values()[2]) == "3-bit codes 6x6x5"
+    assert costs[1].macs == 36 * 5 * 27
+    assert costs[1].bytes == 5 * 8 * 2 + 5 * 7 * 4 + 5  # 27 codes of 3 bits take two words
+    assert costs[1].float_bytes == 5 * 27 * 4 + 5 * 7 * 4 + 5
+    assert costs[-1].bytes == 2 * 8 + 2 * 4
+
+
 def test_every_truncation_is_refused():
     for length in range(len(DATA)):
         with pytest.raises(LowbitError, match="write the file again"):
             packed.parse(DATA[:length])
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.integers(0, len(DATA) - 1), st.integers(1, 255), st.integers(0, len(DATA) - 1), st.integers(0, 255))
-def test_flipped_bytes_are_refused_or_harmless(first, mask, second, other):
+@settings(max_examples=800, deadline=None)
+@given(st.sampled_from([DATA, CODED]), st.data(), st.integers(1, 255), st.integers(0, 255))
+def test_flipped_bytes_are_refused_or_harmless(file, drawn, mask, other):
     """Whatever passes the checks must also run."""
-    data = bytearray(DATA)
-    data[first] ^= mask
-    data[second] ^= other
+    data, place = bytearray(file), st.integers(0, len(file) - 1)
+    data[drawn.draw(place)] ^= mask
+    data[drawn.draw(place)] ^= other
     try:
         model = packed.parse(bytes(data))
     except LowbitError:
@@ -201,20 +225,49 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+HOSTILE_CODES = {
+    "float input": (change(1, inputs=[0]), "needs codes as input"),
+    "width 0": (change(1, weight_width=0), "weight_width"),
+    "width 9": (change(1, weight_width=9), "weight_width"),
+    "width does not fit": (change(1, weight_width=8), "weight_codes' must be uint64 5x4"),
+    "width of a float convolution": (change(6, weight_width=64), "weight_width"),
+    "no grid": (change(1, input_offset=...), "lacks the entry 'input_offset'"),
+    "no grid of a float convolution": (change(6, weight_offset=...), "lacks the entry 'weight_offset'"),
+    "multiplier 0": (change(1, input_multiplier=0), "input_multiplier"),
+    "multiplier as float": (change(1, weight_multiplier=1.0), "weight_multiplier"),
+    "huge multiplier": (change(1, weight_multiplier=1 << 62), "weight_multiplier"),
+    "least offset": (change(1, input_offset=-(1 << 63)), "input_offset"),
+    "huge offset": (change(1, weight_offset=1 << 100), "weight_offset"),
+    "integers beyond 16 bits": (change(1, input_multiplier=200), "an integer of the input's grid passes 32767"),
+    "sums beyond 32 bits": (change(1, input_multiplier=128, weight_multiplier=4000), "a sum can reach"),
+    "bits 9 of codes": (change(1, bits=9), "bits"),
+    "no bits": (change(1, bits=...), "lacks the entry 'bits'"),
+    "huge channels of codes": (change(1, channels=1 << 62), "channels"),
+    "huge dilation of codes": (change(1, dilation=[65536, 1]), "does not fit"),
+    "tail bit of codes": (change(tensor={"1.weight_codes": put((0, 1), 1 << 17)}), "beyond its 27 codes"),
+    "signed codes": (change(tensor={"1.weight_codes": lambda t: t.astype(np.int64)}), "must be uint64"),
+    "both weights": (change(tensor={"6.weight_bits": lambda t: np.zeros((2, 1, 1, 1), np.uint64)}), "spare tensor"),
+    "thresholds and scale": (change(tensor={"1.scale": lambda t: np.ones(5, np.float32)}), "spare tensor 'scale'"),
+}  # fmt: skip
+CASES = {name: (small_model, *case) for name, case in HOSTILE.items()}
+CASES |= {name: (coded_model, *case) for name, case in HOSTILE_CODES.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_hostile_graphs_are_refused(name):
-    apply, message = HOSTILE[name]
-    model = copy.deepcopy(small_model())
+    make, apply, message = CASES[name]
+    model = make()
     apply(model)
     with pytest.raises(LowbitError, match=message):
         packed.validate(model)
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", CASES)
 def test_native_engine_is_safe_without_the_checks_of_python(name):
     """Whatever the native engine accepts unchecked must run without touching memory that is not its own."""
-    model = copy.deepcopy(small_model())
-    HOSTILE[name][0](model)
+    make, apply, _ = CASES[name]
+    model = make()
+    apply(model)
     tensors = [model.op_tensors(index) for index in range(len(model.ops))]
     try:
         engine = _engine.Engine(model.input_shape, model.ops, tensors, 1)

@@ -62,6 +62,16 @@ lowbit::OpSpec to_spec(const nb::dict& op, const nb::dict& tensors, std::vector<
       spec.channels = nb::cast<int64_t>(value);
     else if (name == "bits")
       spec.bits = nb::cast<int64_t>(value);
+    else if (name == "input_multiplier")
+      spec.input_multiplier = nb::cast<int64_t>(value);
+    else if (name == "input_offset")
+      spec.input_offset = nb::cast<int64_t>(value);
+    else if (name == "weight_width")
+      spec.weight_width = nb::cast<int64_t>(value);
+    else if (name == "weight_multiplier")
+      spec.weight_multiplier = nb::cast<int64_t>(value);
+    else if (name == "weight_offset")
+      spec.weight_offset = nb::cast<int64_t>(value);
     else if (name == "count_include_pad")
       spec.count_include_pad = nb::cast<bool>(value);
     else if (name == "min")

@@ -1,12 +1,15 @@
-// Both convolutions, as a product of gathered pixels with repacked weights.
+// The convolutions, as a product of gathered pixels with repacked weights.
 //
-// The input is first copied into planes: one per channel (float) or per 64-bit word of channels (binary), with a border
-// of zeros. There, the input of output pixel p under tap k lies at taps[k] + pixels[p], for every stride, dilation and
-// border, and neighbouring pixels are neighbours in memory, so that a tile is gathered mostly by whole vectors.
+// The input is first copied into planes: one per channel (floats, integers) or per 64-bit word of channels (bits), with
+// a border of zeros. There, the input of output pixel p under tap k lies at taps[k] + pixels[p], for every stride,
+// dilation and border, and neighbouring pixels are neighbours in memory, so that a tile is gathered mostly by whole
+// vectors.
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <cstring>
 #include <map>
+#include <optional>
 
 #include "op.h"
 #include "output_transform.h"
@@ -17,9 +20,11 @@ namespace {
 constexpr size_t kBlockBytes =
     16 << 10;  // gathered pixels that meet each weight panel in turn: a third of the L1 cache
 constexpr int64_t kBlockTiles = 8;
+constexpr int64_t kMaxInteger = (1 << 15) - 1;
+constexpr int64_t kMaxSum = (int64_t{1} << 31) - 2;
 constexpr int64_t kPanelsPerChunk = 4;  // threads share an image by 64 channels, a whole word of output bits
 
-// The product loop that both convolutions share; T is float or uint64_t.
+// The product loop that all convolutions share; T is float, uint64_t or int16_t.
 template <class T>
 class Product {
  public:
@@ -166,7 +171,7 @@ class Product {
   Buffer<T> weights_;  // [group][panel][tap][16], zero beyond the last channel
 };
 
-// Checks what both convolutions have in common; returns input channels per group.
+// Checks what all convolutions have in common; returns input channels per group.
 int64_t group_depth(const OpSpec& spec, const Shape& input, const Window& window) {
   require(spec.channels >= 1 && spec.channels <= kMaxExtent && spec.groups >= 1 && spec.groups <= kMaxExtent,
           "channels or groups are out of range");
@@ -198,6 +203,47 @@ class PerChannel {
  private:
   int64_t group_channels_, padded_, case_size_;
   Buffer<T> values_;
+};
+
+// What codes stand for: multiplier * code + offset, in an int16.
+struct IntegerGrid {
+  int64_t multiplier, offset, largest;  // largest: of the absolute values
+
+  IntegerGrid(int64_t multiplier, int64_t offset, int64_t bits) : multiplier(multiplier), offset(offset) {
+    require(bits >= 1 && bits <= 8, "codes must have 1 to 8 bits");
+    require(multiplier >= 1 && multiplier <= kMaxInteger && offset >= -kMaxInteger && offset <= kMaxInteger,
+            "a grid is out of range");
+    largest = std::max(std::abs(offset), std::abs(integer((1 << bits) - 1)));
+    require(largest <= kMaxInteger, "a grid is out of range");
+  }
+
+  int64_t integer(int64_t code) const { return multiplier * code + offset; }
+};
+
+// The weight's codes as the integers that they stand for, checked: |multiplier * code + offset| <= kMaxInteger.
+class WeightCodes {
+ public:
+  WeightCodes(const OpSpec& spec, int64_t terms)
+      : grid_(spec.weight_multiplier, spec.weight_offset, spec.weight_width),
+        width_(spec.weight_width),
+        words_(ceil_div(terms * width_, 64)),
+        codes_(tensor<uint64_t>(spec, "weight_codes", {spec.channels, words_})) {}
+
+  int64_t largest() const { return grid_.largest; }
+
+  // The integer of output channel o's weight number n. Its code may cross into the next word.
+  int64_t at(int64_t o, int64_t n) const {
+    const int64_t bit = n * width_, shift = bit % 64;
+    const uint64_t* word = codes_.data() + o * words_ + bit / 64;
+    uint64_t code = word[0] >> shift;
+    if (shift + width_ > 64) code |= word[1] << (64 - shift);
+    return grid_.integer(static_cast<int64_t>(code & ((uint64_t{1} << width_) - 1)));
+  }
+
+ private:
+  IntegerGrid grid_;
+  int64_t width_, words_;
+  std::span<const uint64_t> codes_;
 };
 
 // sum * scale + bias into (pixel, channel). A missing bias is -0, which leaves every float as it is.
@@ -235,6 +281,10 @@ constexpr auto kNoBegin = [](int64_t, int64_t, int64_t, int64_t) {};
 
 // --- float -----------------------------------------------------------------------------------------------------------
 
+bool has_float_weight(const OpSpec& spec) {
+  return !has_tensor(spec, "weight_bits") && !has_tensor(spec, "weight_codes");
+}
+
 class Conv2d final : public Op {
  public:
   Conv2d(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
@@ -242,7 +292,7 @@ class Conv2d final : public Op {
         kernels_(kernels),
         input_(input),
         product_(make_product(spec, input, window)),
-        epilogue_(spec, has_tensor(spec, "weight_bits") ? "weight_scale" : nullptr) {}
+        epilogue_(spec, has_float_weight(spec) ? nullptr : "weight_scale") {}
 
   int64_t scratch_bytes() const override { return product_.planes_bytes(); }
   int64_t thread_scratch_bytes() const override { return product_.block_bytes(); }
@@ -264,7 +314,12 @@ class Conv2d final : public Op {
   static Product<float> make_product(const OpSpec& spec, const Shape& input, const Window& window) {
     const int64_t depth = group_depth(spec, input, window), taps = spec.kernel[0] * spec.kernel[1],
                   words = ceil_div(depth, 64);
-    if (!has_tensor(spec, "weight_bits")) {
+    if (has_tensor(spec, "weight_codes")) {
+      const WeightCodes codes(spec, taps * depth);
+      return {spec, input, window, depth,
+              [&](int64_t o, int64_t tap, int64_t d) { return static_cast<float>(codes.at(o, tap * depth + d)); }};
+    }
+    if (has_float_weight(spec)) {
       const auto weight = tensor<float>(spec, "weight", {spec.channels, spec.kernel[0], spec.kernel[1], depth});
       return {spec, input, window, depth,
               [&](int64_t o, int64_t tap, int64_t d) { return weight[(o * taps + tap) * depth + d]; }};
@@ -514,6 +569,100 @@ class BinaryConv2dCodes final : public BinaryConv2d {
   Thresholds<int32_t> thresholds_;
 };
 
+// --- codes of any grid
+// ------------------------------------------------------------------------------------------------
+
+// Codes become the integers that they stand for when the planes are filled, so that the border's zeros add nothing to a
+// sum, whatever the grid.
+class QuantConv2d final : public Op {
+ public:
+  QuantConv2d(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
+      : Op({window.height, window.width, spec.channels,
+            has_tensor(spec, "thresholds") ? static_cast<int>(spec.bits) : 0}),
+        kernels_(kernels),
+        input_(input),
+        grid_(spec.input_multiplier, spec.input_offset, input.bits),
+        product_(make_product(spec, input, window, grid_)) {
+    if (has_tensor(spec, "thresholds"))
+      thresholds_.emplace(spec, spec.channels);
+    else
+      epilogue_.emplace(spec, "scale");
+  }
+
+  int64_t scratch_bytes() const override { return product_.planes_bytes(); }
+  int64_t thread_scratch_bytes() const override { return product_.block_bytes(); }
+
+  void run(const Call& call) const override {
+    fill_planes(call);
+    // The bits of one pixel are joined to words piece by piece.
+    const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
+      if (output().bits != 1) return;
+      const int64_t words = output().words();
+      for (int64_t p = first; p < first + count; ++p)
+        std::fill(call.result<uint64_t>() + p * words + channel / 64,
+                  call.result<uint64_t>() + p * words + ceil_div(end, 64), 0);
+    };
+    product_.run(
+        call, clear, [&](const IntegerTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
+          int32_t sums[kTilePixels][kTileChannels];
+          kernels_.integer_sums(tile, sums);
+          if (thresholds_)
+            put_codes(call, sums, pixel, tile.count, group, panel);
+          else
+            epilogue_->emit(call.result<float>(), pixel, tile.count, group, panel, [&](const FloatOutput& out) {
+              for (int p = 0; p < tile.count; ++p)
+                for (int c = 0; c < kTileChannels; ++c)
+                  out.output[p * out.stride + c] = static_cast<float>(sums[p][c]) * out.scale[c] + out.bias[c];
+            });
+        });
+  }
+
+ private:
+  static Product<int16_t> make_product(const OpSpec& spec, const Shape& input, const Window& window,
+                                       const IntegerGrid& grid) {
+    const int64_t depth = group_depth(spec, input, window), terms = spec.kernel[0] * spec.kernel[1] * depth;
+    const WeightCodes codes(spec, terms);
+    require(terms * grid.largest * codes.largest() <= kMaxSum, "a sum may overflow an int32");
+    return {spec, input, window, depth,
+            [&](int64_t o, int64_t tap, int64_t d) { return static_cast<int16_t>(codes.at(o, tap * depth + d)); }};
+  }
+
+  void fill_planes(const Call& call) const {
+    product_.fill_planes(call, input_, [&](int64_t row, int16_t* line, int64_t plane_size) {
+      const int64_t first = row * input_.width;
+      for (int64_t i = 0; i < input_.width; ++i)
+        for (int64_t c = 0; c < input_.channels; ++c)
+          line[c * plane_size + i] = static_cast<int16_t>(grid_.integer(code_at(call, first + i, c)));
+    });
+  }
+
+  int64_t code_at(const Call& call, int64_t pixel, int64_t channel) const {
+    if (input_.bits != 1) return call.input<uint8_t>()[pixel * input_.channels + channel];
+    return call.input<uint64_t>()[pixel * input_.words() + channel / 64] >> channel % 64 & 1;
+  }
+
+  void put_codes(const Call& call, const int32_t (*sums)[kTileChannels], int64_t pixel, int count, int64_t group,
+                 int64_t panel) const {
+    const int64_t inside = panel * kTileChannels, first = group * product_.group_channels() + inside;
+    const int64_t end = first + std::min<int64_t>(kTileChannels, product_.group_channels() - inside);
+    for (int p = 0; p < count; ++p)
+      for (int64_t c = first; c < end; ++c) {
+        const uint8_t code = thresholds_->code(sums[p][c - first], c);
+        if (output().bits == 1)
+          call.result<uint64_t>()[(pixel + p) * output().words() + c / 64] |= uint64_t{code} << c % 64;
+        else
+          call.result<uint8_t>()[(pixel + p) * output().channels + c] = code;
+      }
+  }
+
+  const Kernels& kernels_;
+  Shape input_;
+  IntegerGrid grid_;
+  Product<int16_t> product_;
+  std::optional<Thresholds<int32_t>> thresholds_;  // for codes
+  std::optional<FloatEpilogue> epilogue_;          // for floats
+};
+
 }  // namespace
 
 std::unique_ptr<Op> make_conv2d(const OpSpec& spec, const Shape& input, const Kernels& kernels) {
@@ -527,6 +676,11 @@ std::unique_ptr<Op> make_binary_conv2d(const OpSpec& spec, const Shape& input, c
   if (!has_tensor(spec, "thresholds")) return std::make_unique<BinaryConv2dFloat>(spec, input, window, kernels);
   if (spec.bits == 1) return std::make_unique<BinaryConv2dBits>(spec, input, window, kernels);
   return std::make_unique<BinaryConv2dCodes>(spec, input, window, kernels);
+}
+
+std::unique_ptr<Op> make_quant_conv2d(const OpSpec& spec, const Shape& input, const Kernels& kernels) {
+  require(!input.is_float(), "quant_conv2d needs codes as input");
+  return std::make_unique<QuantConv2d>(spec, input, Window(spec, input), kernels);
 }
 
 }  // namespace lowbit

@@ -20,6 +20,7 @@ std::unique_ptr<Op> make_op(const OpSpec& spec, Inputs inputs, const Kernels& ke
   require(inputs.size() == (spec.op == "add" ? 2 : 1), "the op has the wrong number of inputs");
   if (spec.op == "conv2d") return make_conv2d(spec, inputs[0], kernels);
   if (spec.op == "binary_conv2d") return make_binary_conv2d(spec, inputs[0], kernels);
+  if (spec.op == "quant_conv2d") return make_quant_conv2d(spec, inputs[0], kernels);
   if (spec.op == "threshold") return make_threshold(spec, inputs[0], kernels);
   if (spec.op == "max_pool" || spec.op == "avg_pool") return make_pool(spec, inputs[0]);
   if (spec.op == "affine" || spec.op == "relu" || spec.op == "hardtanh" || spec.op == "add")

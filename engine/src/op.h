@@ -73,6 +73,7 @@ using Inputs = std::span<const Shape>;
 
 std::unique_ptr<Op> make_conv2d(const OpSpec&, const Shape& input, const Kernels&);
 std::unique_ptr<Op> make_binary_conv2d(const OpSpec&, const Shape& input, const Kernels&);
+std::unique_ptr<Op> make_quant_conv2d(const OpSpec&, const Shape& input, const Kernels&);
 std::unique_ptr<Op> make_threshold(const OpSpec&, const Shape& input, const Kernels&);
 std::unique_ptr<Op> make_pool(const OpSpec&, const Shape& input);
 std::unique_ptr<Op> make_elementwise(const OpSpec&, Inputs inputs);

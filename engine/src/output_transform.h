@@ -1,6 +1,7 @@
 // From sums to codes by thresholds.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "op.h"
@@ -24,10 +25,12 @@ class Thresholds {
   bool falling(int64_t channel) const { return falling_[channel] != 0; }
   const T* of(int64_t channel) const { return values_.data() + channel * levels(); }
 
+  // They are ordered, so those that v passes come first.
   uint8_t code(T v, int64_t channel) const {
-    int passed = 0;
-    for (const T *t = of(channel), *end = t + levels(); t != end; ++t) passed += falling(channel) ? v <= *t : v >= *t;
-    return static_cast<uint8_t>(passed);
+    const T *first = of(channel), *end = first + levels();
+    const bool falls = falling(channel);
+    const T* stop = std::partition_point(first, end, [&](T t) { return falls ? v <= t : v >= t; });
+    return static_cast<uint8_t>(stop - first);
   }
 
  private:

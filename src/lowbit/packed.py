@@ -38,7 +38,11 @@ MAX_VALUE = 1 << 24
 MAX_VALUES = 1 << 27
 """Most elements of all values of one image together."""
 MAX_TAPS = 1 << 24
-"""Most products in one sum, so that every accumulator fits an int32."""
+"""Most products in one sum, so that every accumulator of bits fits an int32."""
+MAX_INTEGER = (1 << 15) - 1
+"""Largest absolute value of an integer that a code stands for: the engine keeps them as int16."""
+MAX_SUM = (1 << 31) - 2
+"""Largest absolute value of a sum: it fits an int32, whose ends are left to thresholds that no sum reaches."""
 
 Array = npt.NDArray[Any]
 Op = dict[str, Any]
@@ -272,9 +276,11 @@ def _check_description(model: PackedModel, output: Value) -> None:
 
 
 _GEOMETRY = ("kernel", "stride", "padding")
+_WEIGHT_GRID = ("weight_width", "weight_multiplier", "weight_offset")
 _ATTRIBUTES: Mapping[str, Sequence[str]] = {
     "conv2d": (*_GEOMETRY, "dilation", "groups", "channels"),
     "binary_conv2d": (*_GEOMETRY, "dilation", "groups", "channels"),
+    "quant_conv2d": (*_GEOMETRY, "dilation", "groups", "channels", "input_multiplier", "input_offset", *_WEIGHT_GRID),
     "threshold": ("bits",),
     "max_pool": _GEOMETRY,
     "avg_pool": (*_GEOMETRY, "count_include_pad"),
@@ -318,8 +324,10 @@ class _Checker:
     def check(self) -> Value:
         kind = self.op["op"]
         wanted = {"op", "inputs", "source", *_ATTRIBUTES[kind]}
-        if kind == "binary_conv2d" and "thresholds" in self.tensors:
+        if kind in ("binary_conv2d", "quant_conv2d") and "thresholds" in self.tensors:
             wanted.add("bits")
+        if kind == "conv2d" and "weight_codes" in self.tensors:
+            wanted.update(_WEIGHT_GRID)
         _check_keys(self.name, self.op, wanted)
         inputs = self._inputs(2 if kind == "add" else 1)
         value: Value = getattr(self, f"_{kind}")(*inputs)
@@ -337,7 +345,7 @@ class _Checker:
 
     def _need(self, value: Value, kind: str, bits: int | None = None) -> None:
         if value.kind != kind or (bits is not None and value.bits != bits):
-            wanted = "float32" if kind == "float" else f"{bits}-bit codes"
+            wanted = "float32" if kind == "float" else "codes" if bits is None else f"{bits}-bit codes"
             raise LowbitError(f"{self.name} needs {wanted} as input, not {value}")
 
     def _pair(self, name: str, low: int) -> tuple[int, int]:
@@ -391,6 +399,25 @@ class _Checker:
         if tail and np.any(bits[..., -1] >> np.uint64(tail)):
             raise LowbitError(f"{self.name}: tensor 'weight_bits' has bits set beyond its {depth} channels")
 
+    def _weight_codes(self, channels: int, terms: int) -> int:
+        """Check packed codes, ``terms`` to a channel; returns the largest absolute value of their integers."""
+        width = _integer(f"{self.name}, weight_width,", self.op["weight_width"], 1, 8)
+        words = self._tensor("weight_codes", np.uint64, channels, -(-terms * width // WORD_BITS))
+        tail = terms * width % WORD_BITS
+        if tail and np.any(words[:, -1] >> np.uint64(tail)):
+            raise LowbitError(f"{self.name}: tensor 'weight_codes' has bits set beyond its {terms} codes")
+        return self._largest_integer("weight", width)
+
+    def _largest_integer(self, which: str, bits: int) -> int:
+        """The largest absolute value of ``multiplier * code + offset`` over codes of ``bits`` bits."""
+        what = f"{self.name}, {which}"
+        multiplier = _integer(f"{what}_multiplier,", self.op[f"{which}_multiplier"], 1, MAX_INTEGER)
+        offset = _integer(f"{what}_offset,", self.op[f"{which}_offset"], -MAX_INTEGER, MAX_INTEGER)
+        largest = max(abs(offset), abs(multiplier * ((1 << bits) - 1) + offset))
+        if largest > MAX_INTEGER:
+            raise LowbitError(f"{self.name}: an integer of the {which}'s grid passes {MAX_INTEGER}")
+        return largest
+
     def _falling(self, channels: int) -> npt.NDArray[np.bool_]:
         falling = self._tensor("falling", np.uint8, channels)
         if falling.max() > 1:
@@ -429,6 +456,9 @@ class _Checker:
         if "weight_bits" in self.tensors:
             self._weight_bits(channels, kernel, depth)
             self._floats("weight_scale", channels)
+        elif "weight_codes" in self.tensors:
+            self._weight_codes(channels, math.prod(kernel) * depth)
+            self._floats("weight_scale", channels)
         else:
             self._floats("weight", channels, *kernel, depth)
         if "bias" in self.tensors:
@@ -439,6 +469,19 @@ class _Checker:
         self._need(value, "codes", 1)
         height, width, channels, depth, kernel = self._convolution(value)
         self._weight_bits(channels, kernel, depth)
+        return self._transformed(height, width, channels)
+
+    def _quant_conv2d(self, value: Value) -> Value:
+        self._need(value, "codes")
+        height, width, channels, depth, kernel = self._convolution(value)
+        terms = math.prod(kernel) * depth
+        largest = terms * self._weight_codes(channels, terms) * self._largest_integer("input", value.bits)
+        if largest > MAX_SUM:
+            raise LowbitError(f"{self.name}: a sum can reach {largest}, more than {MAX_SUM}, which fits an int32")
+        return self._transformed(height, width, channels)
+
+    def _transformed(self, height: int, width: int, channels: int) -> Value:
+        """What sums become: codes by thresholds, or floats by scale and bias."""
         if "thresholds" in self.tensors:
             return Value("codes", height, width, channels, self._thresholds(np.int32, channels))
         self._floats("scale", channels)
@@ -496,5 +539,5 @@ def _cost(op: Op, tensors: Mapping[str, Array], source: Value, value: Value) -> 
     if "channels" not in op:
         return OpCost(stored, stored, 0)
     weights = op["channels"] * math.prod(op["kernel"]) * (source.channels // op["groups"])
-    bits = tensors["weight_bits"].nbytes if "weight_bits" in tensors else weights * 4
-    return OpCost(stored, stored - bits + weights * 4, weights * value.height * value.width)
+    packed = sum(tensors[name].nbytes for name in ("weight", "weight_bits", "weight_codes") if name in tensors)
+    return OpCost(stored, stored - packed + weights * 4, weights * value.height * value.width)

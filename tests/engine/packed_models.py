@@ -30,6 +30,12 @@ def window(kernel, stride=(1, 1), padding=(0, 0), dilation=None):
     return attributes if dilation is None else {**attributes, "dilation": list(dilation)}
 
 
+def coded(rng, channels, kernel, depth, width, multiplier=1, offset=0):
+    """(attributes, tensors) of random weights of ``width`` bits on a grid, ``depth`` channels to a group."""
+    grid = {"weight_width": width, "weight_multiplier": multiplier, "weight_offset": offset}
+    return grid, {"weight_codes": words(rng, channels, depth=kernel * kernel * depth * width)}
+
+
 class Builder:
     """Collects ops and tensors; each method appends an op and returns the number of its value."""
 
@@ -69,4 +75,27 @@ def vgg(rng, rows=(64, 64, "M", 128, 128, "M"), size=32, classes=10):
     tensors = {"weight_bits": words(rng, classes, size, size, depth=channels)}
     tensors |= {"scale": rng.uniform(0.01, 0.1, classes).astype(np.float32), "bias": np.zeros(classes, np.float32)}
     net.op("binary_conv2d", tensors=tensors, groups=1, channels=classes, **whole)
+    return net.model
+
+
+def quant_net(rng, size=6, classes=3):
+    """A random net on codes of 8, 3, 1 and 2 bits: an affine image, odd levels, ternary weights, a pool on codes."""
+    net, same = Builder((3, size, size)), window((3, 3), padding=(1, 1), dilation=(1, 1))
+    image = {"thresholds": np.sort(rng.normal(0, 1, (3, 255)), axis=1).astype(np.float32)}
+    net.op("threshold", tensors={**image, "falling": np.zeros(3, np.uint8)}, bits=8)
+    rows = ((5, 8, (1, -128), 3, (2, -7)), (9, 3, (1, 0), 1, (1, -1)), (7, 1, (2, -1), 2, (1, -1)))
+    channels = 3
+    for out, bits_in, (multiplier, offset), width, (weight_multiplier, weight_offset) in rows:
+        grid, tensors = coded(rng, out, 3, channels, width, weight_multiplier, weight_offset)
+        bits = {8: 3, 3: 1, 1: 2}[bits_in]
+        tensors |= thresholds(rng, np.int32, out, bits, 8.0 * 2**bits_in)
+        grid |= {"input_multiplier": multiplier, "input_offset": offset}
+        net.op("quant_conv2d", tensors=tensors, groups=1, channels=out, bits=bits, **grid, **same)
+        channels = out
+    net.op("max_pool", tensors={"falling": rng.integers(0, 2, channels, dtype=np.uint8)}, **window((2, 2), (2, 2)))
+    size //= 2
+    grid, tensors = coded(rng, classes, size, channels, 4, 1, -8)
+    tensors |= {"scale": rng.uniform(0.01, 0.1, classes).astype(np.float32), "bias": np.ones(classes, np.float32)}
+    grid |= {"input_multiplier": 1, "input_offset": 0}
+    net.op("quant_conv2d", tensors=tensors, groups=1, channels=classes, **grid, **window((size,) * 2, dilation=(1, 1)))
     return net.model

@@ -58,13 +58,36 @@ def codes(values, thresholds, falling):
 def conv2d(op, tensors, x):
     if "weight_bits" in tensors:
         sums = convolve(op, x, unpack(tensors["weight_bits"], x.shape[3] // op["groups"])) * tensors["weight_scale"]
+    elif "weight_codes" in tensors:
+        weight = weight_integers(op, tensors["weight_codes"], x.shape[3] // op["groups"])
+        sums = convolve(op, x, weight) * tensors["weight_scale"]
     else:
         sums = convolve(op, x, tensors["weight"])
     return (sums + tensors.get("bias", 0)).astype(np.float32)
 
 
 def binary_conv2d(op, tensors, x):
-    sums = convolve(op, 2.0 * x - 1.0, unpack(tensors["weight_bits"], x.shape[3] // op["groups"])).astype(np.int64)
+    return transformed(tensors, convolve(op, 2.0 * x - 1.0, unpack(tensors["weight_bits"], x.shape[3] // op["groups"])))
+
+
+def quant_conv2d(op, tensors, x):
+    integers = op["input_multiplier"] * x.astype(np.int64) + op["input_offset"]
+    weight = weight_integers(op, tensors["weight_codes"], x.shape[3] // op["groups"])
+    return transformed(tensors, convolve(op, integers, weight))
+
+
+def weight_integers(op, words, depth):
+    """Packed codes (O, W) to the integers that they stand for, (O, kh, kw, depth)."""
+    width, (kh, kw) = op["weight_width"], op["kernel"]
+    bits = (words[..., None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    bits = bits.reshape(len(words), -1)[:, : kh * kw * depth * width].reshape(len(words), kh, kw, depth, width)
+    codes = (bits.astype(np.int64) << np.arange(width)).sum(axis=-1)
+    return op["weight_multiplier"] * codes + op["weight_offset"]
+
+
+def transformed(tensors, sums):
+    """Sums, exact in float64, to codes or floats."""
+    sums = sums.astype(np.int64)
     if "thresholds" in tensors:
         return codes(sums, tensors["thresholds"], tensors["falling"])
     y = sums.astype(np.float32) * tensors["scale"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import reference
-from packed_models import Builder, thresholds, vgg, window, words
+from packed_models import Builder, coded, quant_net, thresholds, vgg, window, words
 
+from lowbit import _engine
+from lowbit.errors import LowbitError
 from lowbit.runtime import Engine
 
 # size, channels in, channels out, groups, kernel, stride, padding, dilation, batch
@@ -63,6 +65,39 @@ def layer(case, seed, kind):
     return net.model, 1, rng.integers(0, 2, x.shape, dtype=np.uint8)
 
 
+def coded_layer(case, seed, bits_in, width, kind):
+    """A model of one convolution of codes whose grids are drawn at random, and its input as run_op takes it."""
+    size, c_in, c_out, groups, kernel, stride, padding, dilation, batch = CASES[case]
+    rng = np.random.default_rng(seed)
+    shape, depth = window((kernel, kernel), (stride,) * 2, (padding,) * 2, (dilation,) * 2), c_in // groups
+    largest = [2**bits - 1 for bits in (bits_in, width)]
+    grids = [
+        [(1, 0), (1, -int(rng.integers(0, top + 1))), (2, -top), (3, int(rng.integers(-top, top)))][rng.integers(4)]
+        for top in largest
+    ]
+    grid, tensors = coded(rng, c_out, kernel, depth, width, *grids[1])
+    attributes = {"groups": groups, "channels": c_out, **shape, **grid}
+    attributes |= {"input_multiplier": grids[0][0], "input_offset": grids[0][1]}
+    net = Builder((c_in, size, size))
+    net.op("threshold", tensors=thresholds(rng, np.float32, c_in, bits_in, 1.0), bits=bits_in)
+    x = rng.integers(0, 2**bits_in, (batch, size, size, c_in), dtype=np.uint8)
+    if kind.startswith("scale"):
+        names = ("scale", "bias") if "bias" in kind else ("scale",)
+        tensors |= {name: rng.normal(size=c_out).astype(np.float32) for name in names}
+        net.op("quant_conv2d", tensors=tensors, **attributes)
+        return net.model, x
+    # Thresholds where the sums are.
+    scaled = {**tensors, "scale": np.ones(c_out, np.float32)}
+    sums = reference.run_op({"op": "quant_conv2d", **attributes}, scaled, [x if batch else np.zeros((1, *x.shape[1:]))])
+    tensors |= thresholds(rng, np.int32, c_out, int(kind), float(sums.std()) + 1.0)
+    middle = np.rint(sums.mean()).astype(np.int32)
+    inside = np.abs(tensors["thresholds"].astype(np.int64)) < 2**30
+    tensors["thresholds"][inside] += middle
+    net.op("quant_conv2d", tensors=tensors, bits=int(kind), **attributes)
+    net.op("relu", inputs=[0])  # the output must be float32
+    return net.model, x
+
+
 def close(left, right):
     """Float results: relative to the largest, as both sum in another order."""
     return np.allclose(left, right, rtol=1e-5, atol=1e-5 * max(1.0, float(np.abs(right).max(initial=0))))
@@ -79,6 +114,67 @@ def test_binary_convolution_equals_the_reference(isa, case, kind):
         result = engine.run_op(index, [x])
         assert result.dtype == expected.dtype
         np.testing.assert_array_equal(result, expected)
+
+
+def check_coded_layer(isa, *layer):
+    model, x = coded_layer(*layer)
+    expected = reference.run_op(model.ops[1], model.op_tensors(1), [x])
+    for threads in (1, 2):
+        engine = Engine(model, threads=threads)
+        assert engine.isa == isa
+        result = engine.run_op(1, [x])
+        assert result.dtype == expected.dtype
+        np.testing.assert_array_equal(result, expected)
+    return expected
+
+
+@pytest.mark.parametrize("kind", ["1", "3", "scale and bias"])
+@pytest.mark.parametrize("bits", [(1, 2), (2, 1), (5, 8)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_convolution_of_codes_equals_the_reference(isa, case, bits, kind):
+    check_coded_layer(isa, case, sum(bits), *bits, kind)
+
+
+@pytest.mark.parametrize("kind", ["1", "2", "8", "scale"])
+@pytest.mark.parametrize("width", range(1, 9))
+@pytest.mark.parametrize("bits_in", range(1, 9))
+def test_convolution_of_codes_of_every_width(isa, bits_in, width, kind):
+    case = ["odd channels", "groups within words", "stride and dilation", "wide padding"][(bits_in + width) % 4]
+    expected = check_coded_layer(isa, case, 10 * bits_in + width, bits_in, width, kind)
+    assert len(np.unique(expected)) > 1
+
+
+def test_sums_may_fill_an_int32(isa):
+    """Two products of 32767 * 32767 lie just inside the range; one more is refused."""
+    largest, x = 2**15 - 1, np.ones((1, 1, 1, 3), np.uint8)
+    for channels in (2, 3):
+        net = Builder((channels, 1, 1))
+        net.op("threshold", tensors=thresholds(np.random.default_rng(0), np.float32, channels, 1, 1.0), bits=1)
+        tensors = {"weight_codes": np.array([[0], [2**channels - 1]], np.uint64), "scale": np.ones(2, np.float32)}
+        grid = {"weight_width": 1, "weight_multiplier": largest, "weight_offset": -largest}
+        grid |= {"input_multiplier": largest, "input_offset": 0}
+        net.op("quant_conv2d", tensors=tensors, groups=1, channels=2, **grid, **window((1, 1), dilation=(1, 1)))
+        if channels == 2:
+            expected = [np.float32(-2 * largest**2), 0]
+            np.testing.assert_array_equal(Engine(net.model).run_op(1, [x[..., :2]]).flatten(), expected)
+        else:
+            with pytest.raises(LowbitError, match="a sum can reach"):
+                Engine(net.model)
+            with pytest.raises(ValueError, match="overflow"):
+                _engine.Engine([3, 1, 1], net.model.ops, [net.model.op_tensors(i) for i in range(2)], 1)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 8])
+@pytest.mark.parametrize("case", ["odd channels", "groups within words", "wide padding"])
+def test_float_convolution_with_coded_weights_is_close_to_the_reference(isa, case, width):
+    size, c_in, c_out, groups, kernel, stride, padding, dilation, batch = CASES[case]
+    rng = np.random.default_rng(width)
+    grid, tensors = coded(rng, c_out, kernel, c_in // groups, width, 2, -(2**width - 1))
+    tensors |= {name: rng.normal(size=c_out).astype(np.float32) for name in ("weight_scale", "bias")}
+    net, shape = Builder((c_in, size, size)), window((kernel,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2)
+    net.op("conv2d", tensors=tensors, groups=groups, channels=c_out, **grid, **shape)
+    x = rng.normal(size=(batch, size, size, c_in)).astype(np.float32)
+    assert close(Engine(net.model).run_op(0, [x]), reference.run_op(net.model.ops[0], tensors, [x]))
 
 
 @pytest.mark.parametrize("kind", ["float", "float input, binary weights"])
@@ -185,6 +281,16 @@ def test_network_gives_the_same_bits_for_every_batch_and_thread_count(isa, rows,
     for batch in (1, 3, 16):
         np.testing.assert_array_equal(engine(x[:batch]), whole[:batch])
     assert engine(x[:0]).shape == (0, 10)
+
+
+def test_network_of_codes_equals_the_reference_for_every_batch_and_thread_count(isa):
+    rng = np.random.default_rng(9)
+    model = quant_net(rng, size=9)
+    x = rng.normal(size=(70, 3, 9, 9)).astype(np.float32)
+    expected = reference.run(model, x)[-1][:, 0, 0]
+    for engine in (Engine(model), Engine(model, threads=2)):
+        for batch in (70, 1, 3, 0):
+            np.testing.assert_array_equal(engine(x[:batch]), expected[:batch])
 
 
 def test_network_equals_the_reference_op_by_op(isa):

@@ -27,6 +27,7 @@ struct OpSpec {
   std::vector<int64_t> inputs;
   std::array<int64_t, 2> kernel{1, 1}, stride{1, 1}, padding{0, 0}, dilation{1, 1};
   int64_t groups = 1, channels = 0, bits = 0;
+  int64_t input_multiplier = 0, input_offset = 0, weight_width = 0, weight_multiplier = 0, weight_offset = 0;
   bool count_include_pad = false;
   double min = 0, max = 0;
   std::map<std::string, Tensor> tensors;

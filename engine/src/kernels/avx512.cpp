@@ -92,6 +92,23 @@ void multiply(const FloatTile& tile, const FloatOutput& out) {
   for (int p = 0; p < P; ++p) _mm512_storeu_ps(out.output + p * out.stride, scaled(sums[p], out));
 }
 
+template <int P>
+void multiply_integers(const IntegerTile& tile, int32_t (*result)[kTileChannels]) {
+  __m512i sums[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) sums[p] = _mm512_setzero_si512();
+  const int16_t* x = tile.pixels;
+  const int16_t* w = tile.weights;
+  for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
+    const __m512i weights = _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+      sums[p] = _mm512_add_epi32(sums[p], _mm512_mullo_epi32(_mm512_set1_epi32(x[p]), weights));
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) _mm512_storeu_si512(result[p], sums[p]);
+}
+
 // One instance of a kernel per number of pixels in the tile.
 #define LOWBIT_BY_COUNT(kernel, tile, ...) \
   switch ((tile).count) {                  \
@@ -127,6 +144,10 @@ void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const Fl
 
 void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_COUNT(multiply, tile, out) }
 
+void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
+  LOWBIT_BY_COUNT(multiply_integers, tile, sums)
+}
+
 void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
   for (size_t first = 0; first < channels; first += 64) {
     uint64_t word = 0;
@@ -144,7 +165,7 @@ void float_bits(const float* x, const float* thresholds, const uint32_t* flips, 
 
 }  // namespace
 
-const Kernels kAvx512Kernels{"avx512", binary_counts, binary_bits, binary_floats, float_tile, float_bits};
+const Kernels kAvx512Kernels{"avx512", binary_counts, binary_bits, binary_floats, float_tile, integer_sums, float_bits};
 
 }  // namespace lowbit
 

@@ -23,6 +23,7 @@ struct Tile {
 
 using BinaryTile = Tile<uint64_t>;  // depth in 64-bit words
 using FloatTile = Tile<float>;
+using IntegerTile = Tile<int16_t>;  // what codes stand for: multiplier * code + offset, and 0 outside the image
 
 // Where a tile's floats go: y = sum * scale + bias, each one rounding; pixel p's channels start at output + p * stride.
 struct FloatOutput {
@@ -46,6 +47,9 @@ struct Kernels {
 
   // sum = sum of products, in the order of depth: the same bits wherever the pixel lies in its tile.
   void (*float_tile)(const FloatTile&, const FloatOutput&);
+
+  // sums[p][c] = sum of products, which fits an int32.
+  void (*integer_sums)(const IntegerTile&, int32_t (*sums)[kTileChannels]);
 
   // Bit c of words = x[c] >= thresholds[c], both with their sign flipped (bit 31 of flips[c] set) where the channel
   // falls; thresholds come flipped already. Tail bits are zero.

@@ -45,6 +45,17 @@ void float_tile(const FloatTile& tile, const FloatOutput& out) {
   }
 }
 
+void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
+  for (int p = 0; p < tile.count; ++p) {
+    int32_t of_pixel[kTileChannels] = {};
+    for (size_t k = 0; k < tile.depth; ++k) {
+      const int32_t x = tile.pixels[k * tile.count + p];
+      for (int c = 0; c < kTileChannels; ++c) of_pixel[c] += x * tile.weights[k * kTileChannels + c];
+    }
+    for (int c = 0; c < kTileChannels; ++c) sums[p][c] = of_pixel[c];
+  }
+}
+
 void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
   for (size_t first = 0; first < channels; first += 64) {
     uint64_t word = 0;
@@ -58,6 +69,6 @@ void float_bits(const float* x, const float* thresholds, const uint32_t* flips, 
 
 }  // namespace
 
-const Kernels kScalarKernels{"scalar", binary_counts, binary_bits, binary_floats, float_tile, float_bits};
+const Kernels kScalarKernels{"scalar", binary_counts, binary_bits, binary_floats, float_tile, integer_sums, float_bits};
 
 }  // namespace lowbit

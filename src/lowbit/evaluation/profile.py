@@ -69,7 +69,7 @@ def profile_packed(model: PackedModel) -> dict[str, Any]:
             {
                 "name": op["source"],
                 "kind": op["op"],
-                "bits_w": 1 if f"{index}.weight_bits" in model.tensors else FLOAT_BITS,
+                "bits_w": 1 if f"{index}.weight_bits" in model.tensors else op.get("weight_width", FLOAT_BITS),
                 "bits_a": FLOAT_BITS if source.kind == "float" else source.bits,
                 "macs": cost.macs,
                 "bytes": cost.bytes,
