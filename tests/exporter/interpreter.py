@@ -35,17 +35,23 @@ class Interpreter:
         if "weight_bits" in tensors:
             weight = signs(tensors["weight_bits"], x.shape[-1] // op["groups"])
             y = convolve(op, x, weight) * tensors["weight_scale"]
+        elif "weight_codes" in tensors:
+            weight = weight_integers(op, tensors["weight_codes"], x.shape[-1] // op["groups"])
+            y = convolve(op, x, weight) * tensors["weight_scale"]
         else:
             y = convolve(op, x, tensors["weight"])
         return (y + tensors.get("bias", np.float32(0))).astype(np.float32)
 
     def binary_conv2d(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
         assert x.dtype == np.uint8
-        sums = convolve(op, x.astype(np.int64) * 2 - 1, signs(tensors["weight_bits"], x.shape[-1] // op["groups"]))
-        if "thresholds" in tensors:
-            return codes(tensors, sums.astype(np.int64))
-        y = sums.astype(np.float32) * tensors["scale"]
-        return y + tensors["bias"] if "bias" in tensors else y
+        weight = signs(tensors["weight_bits"], x.shape[-1] // op["groups"])
+        return transformed(tensors, convolve(op, x.astype(np.int64) * 2 - 1, weight))
+
+    def quant_conv2d(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+        assert x.dtype == np.uint8
+        weight = weight_integers(op, tensors["weight_codes"], x.shape[-1] // op["groups"])
+        integers = x.astype(np.int64) * op["input_multiplier"] + op["input_offset"]
+        return transformed(tensors, convolve(op, integers, weight))
 
     def threshold(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
         return codes(tensors, x)
@@ -81,6 +87,22 @@ def codes(tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     rising = (x[..., None] >= thresholds).sum(axis=-1)
     falling = (x[..., None] <= thresholds).sum(axis=-1)
     return np.where(tensors["falling"] == 1, falling, rising).astype(np.uint8)
+
+
+def transformed(tensors: dict[str, np.ndarray], sums: np.ndarray) -> np.ndarray:
+    """Sums to codes by thresholds, or to floats by scale and bias."""
+    if "thresholds" in tensors:
+        return codes(tensors, sums.astype(np.int64))
+    y = sums.astype(np.float32) * tensors["scale"]
+    return y + tensors["bias"] if "bias" in tensors else y
+
+
+def weight_integers(op: dict[str, Any], words: np.ndarray, channels: int) -> np.ndarray:
+    """(O, kh, kw, C): the code of each weight, taken from its row of bits as one long number."""
+    shape, width = (*op["kernel"], channels), op["weight_width"]
+    rows = [sum(int(word) << 64 * place for place, word in enumerate(row)) for row in words]
+    codes = [[row >> width * n & (1 << width) - 1 for n in range(int(np.prod(shape)))] for row in rows]
+    return np.array(codes, np.int64).reshape(len(words), *shape) * op["weight_multiplier"] + op["weight_offset"]
 
 
 def signs(words: np.ndarray, channels: int) -> np.ndarray:

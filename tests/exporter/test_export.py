@@ -5,15 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from interpreter import Interpreter
+from checks import checked, ops
 from nets import Plain, Residual, Shared, awkward_, chain, quantized
 from torch import Tensor, nn
 
 import lowbit
 from lowbit import methods, models
 from lowbit.errors import UsageError
-from lowbit.exporter.verify import VerifyReport, verify
-from lowbit.layers import QuantConv2d
 from lowbit.preprocessing import Preprocessing
 
 IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -24,20 +22,6 @@ SMALL = {
     **{f"vgg{n}": {"width": 0.05} for n in (11, 13, 16, 19)},
     "vgg_small": {"width": 0.07},
 }
-
-
-def checked(model: nn.Module, images: Tensor) -> tuple[lowbit.exporter.Export, VerifyReport]:
-    """Export ``model`` and verify it with the interpreter, then with the engine: every code and every sum equal."""
-    exported = lowbit.export(model, images)
-    for runner in (Interpreter(exported.packed), lowbit.Engine(exported.packed)):
-        report = verify(model, exported.packed, images, engine=runner)
-        assert report.passed, report
-        assert all(check.different == 0 for check in report.layers if check.exact)
-    return exported, report
-
-
-def ops(exported: lowbit.exporter.Export) -> list[str]:
-    return [op["op"] for op in exported.packed.ops]
 
 
 @pytest.mark.parametrize("method", list(methods.registry))
@@ -283,26 +267,6 @@ def test_float_weights_behind_quantized_activations_are_refused() -> None:
     model = chain()
     model[2].weight_quantizer = None
     with pytest.raises(UsageError, match="'2' has quantized activations and float weights"):
-        lowbit.export(model, IMAGES)
-
-
-def test_grids_other_than_binary_are_refused() -> None:
-    from lowbit.quantizers.base import Grid, Quantizer
-
-    class TwoBits(Quantizer):
-        bits, signed = 2, False
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.decode(*self.encode(x))
-
-        def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
-            return x.round().clamp(0, 3).to(torch.uint8), Grid(2, 1, 0, torch.ones(()))
-
-    model = chain()
-    layer = model[2]
-    assert isinstance(layer, QuantConv2d)
-    layer.activation_quantizer = TwoBits()
-    with pytest.raises(UsageError, match=r"'2' has a grid of 2 bits, 1 \* code \+ 0"):
         lowbit.export(model, IMAGES)
 
 

@@ -35,7 +35,7 @@ def affine(x: Tensor) -> Tensor:
     return x * SLOPES + SHIFTS
 
 
-@pytest.mark.parametrize("levels", [1, 3, 15])
+@pytest.mark.parametrize("levels", [1, 3, 15, 255])
 @pytest.mark.parametrize("search", ["every sum", "bisection"])
 def test_integer_thresholds_give_the_code_of_every_sum(
     levels: int, search: str, monkeypatch: pytest.MonkeyPatch
@@ -51,8 +51,9 @@ def test_integer_thresholds_give_the_code_of_every_sum(
     assert found.falling.tolist() == [0, 1, 0, 0, 1, 0, 0]
 
 
-def test_both_searches_agree_beyond_the_exhaustive_limit() -> None:
-    chain = levels_of(lambda x: affine(x * 1e-2), len(SLOPES), 3)
+@pytest.mark.parametrize("levels", [3, 255])
+def test_both_searches_agree_beyond_the_exhaustive_limit(levels: int) -> None:
+    chain = levels_of(lambda x: affine(x * 1e-2), len(SLOPES), levels)
     largest = thresholds.EXHAUSTIVE // 2 - 1
     every, bisected = find(chain, sums(largest)), find(chain, sums(largest + 10))
     assert every == bisected

@@ -17,7 +17,7 @@ from lowbit.errors import UsageError
 from lowbit.exporter.capture import LAYERS, POINTWISE, Graph, Step, as_pair, capture
 from lowbit.exporter.thresholds import Chain, Thresholds, find, floats, sums
 from lowbit.layers import QuantizedLayer
-from lowbit.packed import WORD_BITS, PackedModel
+from lowbit.packed import MAX_INTEGER, MAX_SUM, WORD_BITS, PackedModel
 from lowbit.preprocessing import Preprocessing
 from lowbit.quantizers.base import Grid, Quantizer
 
@@ -60,9 +60,9 @@ def export(
 ) -> Export:
     """Pack ``model``, as it computes in ``eval()``, for the engine. The model is left as it was.
 
-    Layers whose weights and activations are both binary become integer ops; what lies between them (scale, bias, batch
-    norm, ReLU, max-pool) becomes thresholds that give the very codes of the torch model on this machine. All else stays
-    float32.
+    Layers whose weights and activations both lie on integer grids become integer ops; what lies between them (scale,
+    bias, batch norm, ReLU, max-pool) becomes thresholds that give the very codes of the torch model on this machine.
+    All else stays float32.
 
     Args:
         model: made by `lowbit.models.create`, or any module of the layers that the packed file knows.
@@ -149,7 +149,8 @@ class _Lowering:
 
     def _find_readers(self) -> None:
         for step in self.graph.steps[1:]:
-            if _is_binary(step):
+            if _is_quantized(step):
+                _largest_sum(step)
                 self.readings[step] = _trace_back(step)
             elif not _is_between(step):
                 for value in step.inputs:
@@ -162,7 +163,8 @@ class _Lowering:
         for reading in self.readings.values():
             readers[reading.root].append(reading)
         for root, readings in readers.items():
-            if _is_binary(root) and root not in self.float_readers and len({r.layer.inputs[0] for r in readings}) == 1:
+            alone = root not in self.float_readers and len({r.layer.inputs[0] for r in readings}) == 1
+            if alone and _is_quantized(root):
                 found = [_thresholds(reading, from_sums=True) for reading in readings]
                 if all(thresholds == found[0] for thresholds in found):
                     self.fused[root] = readings[0]
@@ -173,15 +175,10 @@ class _Lowering:
     def _layer_to_codes(self, step: Step) -> None:
         reading = self.fused[step]
         thresholds = self.thresholds[reading.layer]
-        self._note(step, True, "1-bit weights and activations; sums become codes")
-        attributes, tensors = _convolution(step, _weight_codes(step)[0])
-        value = self._op(
-            "binary_conv2d",
-            step,
-            [self._read_codes(step)],
-            {**attributes, "bits": 1},
-            {**tensors, **_stored(thresholds)},
-        )
+        self._note(step, True, f"{_widths(step)}; sums become codes")
+        name, attributes, tensors = _integer_op(step)
+        attributes["bits"] = _activation_grid(reading.layer).bits
+        value = self._op(name, step, [self._read_codes(step)], attributes, tensors | _stored(thresholds))
         self._finish_codes(reading, thresholds, value)
 
     def _read_codes(self, layer: Step) -> int:
@@ -190,7 +187,8 @@ class _Lowering:
         for present, value in self.codes[layer.inputs[0]]:
             if present == thresholds:
                 return value
-        value = self._op("threshold", layer, [self._float(reading.root)], {"bits": 1}, _stored(thresholds))
+        bits = {"bits": _activation_grid(layer).bits}
+        value = self._op("threshold", layer, [self._float(reading.root)], bits, _stored(thresholds))
         return self._finish_codes(reading, thresholds, value)
 
     def _finish_codes(self, reading: _Reading, thresholds: Thresholds, value: int) -> int:
@@ -214,23 +212,27 @@ class _Lowering:
     def _layer_to_float(self, step: Step) -> int:
         module = step.module
         assert isinstance(module, nn.Conv2d | nn.Linear)
-        if _is_binary(step):
-            codes, _ = _weight_codes(step)
-            attributes, tensors = _convolution(step, codes)
+        if _is_quantized(step):
+            name, attributes, tensors = _integer_op(step)
             readers = list(dict.fromkeys(self.float_readers[step])) or ["several quantizers"]
-            self._note(
-                step, True, f"1-bit weights and activations; sums become float32, read by {' and '.join(readers)}"
-            )
+            self._note(step, True, f"{_widths(step)}; sums become float32, read by {' and '.join(readers)}")
             tensors["scale"] = _scale(step).numpy()
-            return self._op("binary_conv2d", step, [self._read_codes(step)], attributes, tensors | _bias(module))
+            return self._op(name, step, [self._read_codes(step)], attributes, tensors | _bias(module))
         source = self._float(step.inputs[0])
         if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None:
             codes, grid = _weight_codes(step)
-            attributes, tensors = _convolution(step, codes)
+            attributes, weight = _convolution(step, codes)
+            if _is_binary(grid):
+                tensors = {"weight_bits": _words(weight)}
+            else:
+                attributes |= _weight_grid(grid)
+                tensors = {"weight_codes": _code_words(weight, grid.bits)}
             tensors["weight_scale"] = _per_channel(grid.scale, module).numpy()
-            self._note(step, True, "1-bit weights; activations stay float32, for it has no quantizer for them")
+            note = f"{grid.bits}-bit weights; activations stay float32, for it has no quantizer for them"
+            self._note(step, True, note)
         else:
-            attributes, tensors = _convolution(step, None)
+            attributes, weight = _convolution(step, module.weight.detach())
+            tensors = {"weight": weight}
             self._note(step, False, "float32: not quantized")
         return self._op("conv2d", step, [source], attributes, tensors | _bias(module))
 
@@ -261,7 +263,7 @@ def _is_between(step: Step) -> bool:
     return type(step.module) in (*POINTWISE, nn.MaxPool2d)
 
 
-def _is_binary(step: Step) -> bool:
+def _is_quantized(step: Step) -> bool:
     """Whether a step is a layer that computes on codes.
 
     Raises:
@@ -298,7 +300,7 @@ def _kind(step: Step) -> str:
 
 def _thresholds(reading: _Reading, from_sums: bool) -> Thresholds:
     """The thresholds of the codes that a layer reads, from the sums of the layer before it or from a float value."""
-    _activation_grid(reading.layer)
+    levels = (1 << _activation_grid(reading.layer).bits) - 1
     root, channels = reading.root, reading.root.shape[0]
     scale = _scale(root) if from_sums else None
     bias = getattr(root.module, "bias", None) if from_sums else None
@@ -322,12 +324,24 @@ def _thresholds(reading: _Reading, from_sums: bool) -> Thresholds:
         codes, _ = quantizer.encode(shaped(value, reading.layer.rank))
         return [*traces, codes.reshape(-1, channels)]
 
-    chain = Chain(run, channels, 1, f"what '{reading.layer.source}' reads of '{root.source}'")
-    return find(chain, sums(_terms(root)) if from_sums else floats())
+    chain = Chain(run, channels, levels, f"what '{reading.layer.source}' reads of '{root.source}'")
+    return find(chain, sums(_largest_sum(root)) if from_sums else floats())
 
 
-def _terms(step: Step) -> int:
-    return cast(QuantizedLayer, step.module).weight[0].numel()
+def _largest_sum(step: Step) -> int:
+    """What the sums of a quantized layer cannot pass; asked of every such layer before anything is searched.
+
+    Raises:
+        UsageError: it is more than an int32 holds.
+    """
+    terms = cast(QuantizedLayer, step.module).weight[0].numel()
+    largest = terms * _activation_grid(step).magnitude * _weight_codes(step)[1].magnitude
+    if largest > MAX_SUM:
+        raise UsageError(
+            f"'{step.source}' has sums up to {largest}, more than 32 bits hold; "
+            "give its weights or its activations fewer bits"
+        )
+    return largest
 
 
 def _activation_grid(step: Step) -> Grid:
@@ -335,33 +349,69 @@ def _activation_grid(step: Step) -> Grid:
     quantizer = cast(QuantizedLayer, step.module).activation_quantizer
     assert quantizer is not None
     shape = (1, *step.inputs[0].shape)
-    grids = [_binary_grid(step, quantizer, torch.full(shape, value)) for value in (0.0, -1.0, 3.0)]
-    if any(grid.scale.numel() != 1 or not torch.equal(grid.scale, grids[0].scale) for grid in grids):
+    first, *others = (_integer_grid(step, quantizer, torch.full(shape, value)) for value in (0.0, -1.0, 3.0))
+    if first.scale.numel() != 1 or not all(_equal(first, grid) for grid in others):
         raise UsageError(
             f"'{step.source}' scales its activations by channel or by the data; only one fixed scale can be lowered"
         )
-    return grids[0]
+    return first
 
 
 def _weight_codes(step: Step) -> tuple[Tensor, Grid]:
     module = cast(QuantizedLayer, step.module)
     assert module.weight_quantizer is not None
-    return module.weight_quantizer.encode(module.weight)[0], _binary_grid(step, module.weight_quantizer, module.weight)
+    return module.weight_quantizer.encode(module.weight)[0], _integer_grid(step, module.weight_quantizer, module.weight)
 
 
-def _binary_grid(step: Step, quantizer: Quantizer, x: Tensor) -> Grid:
+def _integer_grid(step: Step, quantizer: Quantizer, x: Tensor) -> Grid:
     with torch.no_grad():
         grid = quantizer.encode(x)[1]
-    if (grid.bits, grid.multiplier, grid.offset) != (1, 2, -1):
+    if getattr(grid, "levels", None) is not None:
         raise UsageError(
-            f"'{step.source}' has a grid of {grid.bits} bits, {grid.multiplier} * code + {grid.offset}; "
-            "the packed file computes with 1 bit, 2 * code - 1, only"
+            f"'{step.source}' has a grid that is a table of levels ({type(quantizer).__name__}); "
+            "the packed file computes with integers only, so use a uniform grid"
+        )
+    if not 1 <= grid.bits <= 8 or grid.multiplier < 1 or grid.magnitude > MAX_INTEGER:
+        raise UsageError(
+            f"'{step.source}' has a grid of {grid.bits} bits, {grid.multiplier} * code + {grid.offset}; the packed "
+            f"file takes 1 to 8 bits, a multiplier of at least 1 and integers up to {MAX_INTEGER}"
         )
     return grid
 
 
+def _equal(left: Grid, right: Grid) -> bool:
+    shape, other = ((grid.bits, grid.multiplier, grid.offset) for grid in (left, right))
+    return shape == other and torch.equal(left.scale, right.scale)
+
+
+def _is_binary(grid: Grid) -> bool:
+    """Whether codes stand for -1 and +1."""
+    return (grid.bits, grid.multiplier, grid.offset) == (1, 2, -1)
+
+
+def _integer_op(step: Step) -> tuple[str, dict[str, Any], dict[str, Array]]:
+    """Op, attributes and weight of a layer that computes on codes."""
+    of_input, (codes, of_weight) = _activation_grid(step), _weight_codes(step)
+    attributes, weight = _convolution(step, codes)
+    if _is_binary(of_input) and _is_binary(of_weight):
+        return "binary_conv2d", attributes, {"weight_bits": _words(weight)}
+    grids = {"input_multiplier": of_input.multiplier, "input_offset": of_input.offset, **_weight_grid(of_weight)}
+    return "quant_conv2d", attributes | grids, {"weight_codes": _code_words(weight, of_weight.bits)}
+
+
+def _weight_grid(grid: Grid) -> dict[str, int]:
+    return {"weight_width": grid.bits, "weight_multiplier": grid.multiplier, "weight_offset": grid.offset}
+
+
+def _widths(step: Step) -> str:
+    of_weight, of_input = _weight_codes(step)[1].bits, _activation_grid(step).bits
+    if of_weight == of_input:
+        return f"{of_weight}-bit weights and activations"
+    return f"{of_weight}-bit weights, {of_input}-bit activations"
+
+
 def _scale(step: Step) -> Tensor:
-    """What the sums of a binary layer are multiplied by, (O,) float32: the product of both grids' scales."""
+    """What the sums of a quantized layer are multiplied by, (O,) float32: the product of both grids' scales."""
     module = step.module
     assert isinstance(module, nn.Conv2d | nn.Linear)
     return _per_channel(_activation_grid(step).scale * _weight_codes(step)[1].scale, module)
@@ -371,15 +421,13 @@ def _per_channel(scale: Tensor, module: nn.Conv2d | nn.Linear) -> Tensor:
     return scale.detach().reshape(-1).expand(module.weight.shape[0]).clone()
 
 
-def _convolution(step: Step, codes: Tensor | None) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Attributes and weight of a convolution; a dense layer is one whose kernel is the whole map that it reads.
+def _convolution(step: Step, weight: Tensor) -> tuple[dict[str, Any], Array]:
+    """Attributes of a convolution, and its weight, or the weight's codes, channels last.
 
-    Args:
-        codes: of the weight, 0 or 1; None stores the float weight.
+    A dense layer is a convolution whose kernel is the whole map that it reads.
     """
     module = step.module
     assert isinstance(module, nn.Conv2d | nn.Linear)
-    weight = module.weight.detach() if codes is None else codes
     if isinstance(module, nn.Conv2d):
         geometry = (module.stride, _padding(step.source, module), module.dilation, module.groups)
     else:
@@ -391,15 +439,20 @@ def _convolution(step: Step, codes: Tensor | None) -> tuple[dict[str, Any], dict
         "groups": geometry[3],
         "channels": weight.shape[0],
     }
-    array = np.ascontiguousarray(weight.permute(0, 2, 3, 1).numpy())
-    return attributes, {"weight": array} if codes is None else {"weight_bits": _words(array)}
+    return attributes, np.ascontiguousarray(weight.permute(0, 2, 3, 1).numpy())
 
 
 def _words(codes: Array) -> Array:
-    """Codes (O, kh, kw, C), 0 or 1, as words (O, kh, kw, ceil(C / 64)): LSB first, zeros in the tail."""
+    """Bits (..., n) as words (..., ceil(n / 64)): LSB first, zeros in the tail."""
     spare = -codes.shape[-1] % WORD_BITS
-    padded = np.pad(codes.astype(np.uint8), [(0, 0)] * 3 + [(0, spare)])
+    padded = np.pad(codes.astype(np.uint8), [(0, 0)] * (codes.ndim - 1) + [(0, spare)])
     return np.packbits(padded, axis=-1, bitorder="little").view("<u8").astype(np.uint64)
+
+
+def _code_words(codes: Array, width: int) -> Array:
+    """Codes (O, ...) of ``width`` bits as words (O, n): channel by channel, no gaps, LSB first, zeros in the tail."""
+    bits = np.unpackbits(codes.astype(np.uint8)[..., None], axis=-1, count=width, bitorder="little")
+    return _words(bits.reshape(len(codes), -1))
 
 
 def _padding(name: str, module: nn.Conv2d) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Where a code changes: found by running the model's own modules, never by re-implementing them.
 
-Between a number (the exact sum of a binary layer, or a float32 value) and the code that the next quantizer makes of
+Between a number (the exact sum of a quantized layer, or a float32 value) and the code that the next quantizer makes of
 it lies a chain of pointwise modules: scale, bias, batch norm, ReLU. Each channel's code is a step function of the
 number. As long as it only rises or only falls it is given by ``2^bits - 1`` thresholds, and finding them is a search,
 not algebra: no rounding of the chain can be missed.
@@ -147,15 +147,17 @@ def find(chain: Chain, domain: Domain) -> Thresholds:
 
 def _try_all(chain: Chain, domain: Domain) -> tuple[Tensor, list[Tensor]]:
     """Run every number of the domain: for each channel and level the first key past the step, and the slopes."""
-    reached = torch.zeros(chain.channels, chain.levels, dtype=torch.int64)
+    found = torch.zeros(chain.channels * (chain.levels + 1), dtype=torch.int64)
+    channel = torch.arange(chain.channels) * (chain.levels + 1)
     slopes = _Slopes(chain.name)
     rows = max(1, _ELEMENTS // chain.channels)
     for start in range(domain.lowest, domain.highest + 1, rows):
         keys = torch.arange(start, min(start + rows, domain.highest + 1))
         traces = chain.run(domain.values(keys)[:, None].expand(-1, chain.channels).contiguous())
         slopes.add(traces)
-        for level in range(chain.levels):
-            reached[:, level] += (traces[-1] > level).sum(dim=0)
+        found += torch.bincount((traces[-1] + channel).flatten(), minlength=len(found))
+    # How many numbers have a code of at least 1, 2, ...
+    reached = found.reshape(chain.channels, -1).flip(1).cumsum(1).flip(1)[:, 1:]
     rising = slopes.total[-1][:, None] >= 0
     return torch.where(rising, domain.highest + 1 - reached, domain.lowest + reached), slopes.total
 
@@ -190,7 +192,9 @@ def _bisect(chain: Chain, domain: Domain) -> tuple[Tensor, list[Tensor]]:
     slopes = _Slopes(chain.name)
     traces = chain.run(domain.values(keys))
     slopes.add(traces)
-    expected = ((keys[:, None] >= first) == rising).sum(dim=1)
+    # The number of steps at or below each key; where codes fall, they are the levels that are lost.
+    steps = torch.searchsorted(first.T.contiguous().sort(dim=1).values, keys.T.contiguous(), right=True).T
+    expected = steps.where(rising, chain.levels - steps)
     if not torch.equal(expected, traces[-1].long()):
         slopes.refuse((expected != traces[-1]).any(dim=0), "code")
     return first.T, slopes.total

@@ -1,6 +1,6 @@
 """Check a packed model against the torch model, layer by layer. Shares nothing with what wrote the packed file.
 
-Every binary layer of the engine is given the codes that the torch model's own activation quantizer makes, so a
+Every integer layer of the engine is given the codes that the torch model's own activation quantizer makes, so a
 difference is found where it arises and does not spread:
 
 - What an integer op gives (codes, or its sums as float32) must be equal, all of it.
@@ -34,6 +34,7 @@ TOLERANCE = 1e-5
 
 Array = npt.NDArray[Any]
 
+_INTEGER = {"binary_conv2d", "quant_conv2d"}
 # Ops whose float result is exact when their input is: they select, or round once as torch does.
 _EXACT = {"threshold", "max_pool", "relu", "hardtanh"}
 
@@ -77,7 +78,7 @@ class VerifyReport:
         layers: the comparisons, in the order of computation.
         images: how many were run.
         logit_error: largest difference of a logit from the float64 reference, over the largest logit of its image,
-            when every binary layer is given torch's own codes.
+            when every integer layer is given torch's own codes.
         end_to_end_error: the same when the engine runs alone, from image to logits, over the images in which no code
             differs; elsewhere one code, though excused, may change much.
         agreement: images to which torch and the engine alone give the same class.
@@ -208,7 +209,7 @@ class _Comparison:
         calls: Counter[str] = Counter()
         for index, op in enumerate(self.packed.ops):
             sources, given = op["inputs"], [values[number] for number in op["inputs"]]
-            if op["op"] != "binary_conv2d":
+            if op["op"] not in _INTEGER:
                 values.append(self.engine.run_op(index, given))
                 exact.append(op["op"] in _EXACT and exact[sources[0]])
                 continue
