@@ -366,7 +366,7 @@ def _weight_codes(step: Step) -> tuple[Tensor, Grid]:
 def _integer_grid(step: Step, quantizer: Quantizer, x: Tensor) -> Grid:
     with torch.no_grad():
         grid = quantizer.encode(x)[1]
-    if getattr(grid, "levels", None) is not None:
+    if grid.levels is not None:
         raise UsageError(
             f"'{step.source}' has a grid that is a table of levels ({type(quantizer).__name__}); "
             "the packed file computes with integers only, so use a uniform grid"
