@@ -30,8 +30,7 @@ def twn(per: Literal["layer", "filter"] = "layer") -> Method:
         per: one threshold and one alpha for the ``layer``, as in the authors' Caffe code, or for each output
             ``filter``.
 
-    Source: Li, Zhang and Liu 2016, "Ternary Weight Networks", arXiv 1605.04711, section 2. The paper reports 92.56 % on
-    CIFAR-10 with a VGG-7.
+    Source: Li, Zhang and Liu 2016, "Ternary Weight Networks", arXiv 1605.04711, section 2.
     """
     return Method(
         name="twn",
