@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import LowbitError
-from lowbit.files import write_whole as write_whole
+from lowbit.files import write_whole
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -14,9 +14,10 @@ from string import Template
 from typing import Any
 
 from lowbit.errors import LowbitError, UsageError
+from lowbit.files import write_whole
 from lowbit.report import tables
 from lowbit.report.gather import SCORES, Entry, gather
-from lowbit.runs import Run, write_whole
+from lowbit.runs import Run
 
 
 def compare(runs: Sequence[Run], output: str | Path, title: str = "Comparison of runs") -> Path:
