@@ -12,6 +12,7 @@ from torch import nn
 import lowbit
 
 README = Path(__file__).parent.parent / "README.md"
+CIFAR10 = README.parent / "results" / "cifar10"
 
 
 def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,10 +62,42 @@ def test_the_figures_of_the_readme_are_those_of_its_files(method: str, name: str
     assert f"| {' | '.join(cells)} |" in README.read_text()
 
 
-@pytest.mark.parametrize(("method", "name"), [("float", "float"), ("xnor_net", "XNOR-Net")])
-def test_the_accuracies_of_the_readme_are_those_of_its_files(method: str, name: str) -> None:
-    run = README.parent / "results" / "cifar10" / method
-    evaluation, config = (json.loads((run / f"{file}.json").read_text()) for file in ("evaluation", "config"))
+@pytest.mark.parametrize(
+    ("run", "method", "name"),
+    [
+        ("float", "float", "float"),
+        ("xnor_net", "xnor_net", "XNOR-Net"),
+        ("xnor_net_from_float", "xnor_net", "XNOR-Net, from float"),
+    ],
+)
+def test_the_accuracies_of_the_readme_are_those_of_its_files(run: str, method: str, name: str) -> None:
+    evaluation, config = (json.loads((CIFAR10 / run / f"{file}.json").read_text()) for file in ("evaluation", "config"))
     assert (config["model"]["name"], config["method"]["name"], config["epochs"]) == ("vgg16", method, 10)
+    assert (config["init_from"] is not None) == name.endswith("from float")
     accuracy = f"{100 * evaluation['accuracy']:.2f} % ({evaluation['correct']:,} of {evaluation['total']:,})"
     assert f"| {name} | {accuracy} | {evaluation['loss']:.4f} |" in README.read_text()
+
+
+def test_the_packed_vgg16_of_the_readme_is_that_of_its_files() -> None:
+    packed, trained, float_twin = (
+        json.loads((CIFAR10 / file).read_text())
+        for file in (
+            "xnor_net_from_float.lowbit.evaluation.json",
+            "xnor_net_from_float/evaluation.json",
+            "float/evaluation.json",
+        )
+    )
+    bench = json.loads((CIFAR10 / "xnor_net_from_float.bench.json").read_text())
+    assert packed["predictions"] == trained["predictions"]
+    assert not bench["disturbed"]
+    assert (bench["threads"], bench["batch"]) == (1, 1)
+    engine, *peers = bench["rows"]
+    torch_row = min(peers, key=lambda row: float(row["milliseconds"]))
+    small, large = packed["profile"]["weight_bytes"], float_twin["profile"]["weight_bytes"]
+    text = README.read_text()
+    assert f"classifies the same {packed['correct']:,} images" in text
+    assert f"take {small:,} bytes where the float network has {large:,}: {large / small:.1f} times fewer" in text
+    assert (
+        f"takes {engine['milliseconds']:.3f} ms on one thread, and {torch_row['milliseconds']:.3f} ms in torch" in text
+    )
+    assert f"{torch_row['ratio']:.1f} times as long" in text
