@@ -100,6 +100,7 @@ def _quantized(method: Method) -> str:
         ("gradients", _bits(method.bits_g)),
         ("first layer", "stays float" if method.skip_first else f"weights as above; it reads its {_input(method)}"),
         ("last layer", "stays float" if method.skip_last else "as above"),
+        ("layers of shortcuts", "stay float" if method.skip_shortcuts else "as above"),
         ("block", f"`{method.block}`: {block}"),
         ("latent weights, after each step", "changed in place (see above)" if method.projection else "left alone"),
         ("loss", method.loss.replace("_", " ")),

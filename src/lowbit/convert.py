@@ -10,7 +10,7 @@ from torch import nn
 
 from lowbit import methods
 from lowbit.errors import UsageError
-from lowbit.layers import project_, quantized_twin
+from lowbit.layers import Shortcut, project_, quantized_twin
 from lowbit.layers.quantized import is_quantizable, is_subclass
 from lowbit.methods import Method
 
@@ -44,9 +44,9 @@ def quantize_(
 
     Parameters, hooks and names stay, so an optimizer or a state dict made before still fits; the method's projection
     is applied once to the latent weights. A layer that stands under several names stays one layer, reported under its
-    first name. The method says whether the first and the last layer stay float. A first layer that does not reads its
-    input through the method's quantizer for inputs, or as it is where the method has none; one whose full name an
-    override gives is a layer like any other.
+    first name. The method says whether the first layer, the last one and those of shortcuts (`lowbit.layers.Shortcut`)
+    stay float. A first layer that does not reads its input through the method's quantizer for inputs, or as it is where
+    the method has none; one whose full name an override gives is a layer like any other.
 
     Args:
         model: any module; its layers are visited in the order of ``named_modules()``, which is taken for the order of
@@ -76,7 +76,11 @@ def quantize_(
     for pattern in overrides:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in everything):
             raise UsageError(f"override '{pattern}' matches no layer; layers: {', '.join(everything)}")
-    choices = [_choose(aliases, i, len(names), method, overrides) for i, aliases in enumerate(names.values())]
+    in_shortcuts = {layer for way in model.modules() if isinstance(way, Shortcut) for layer in way.modules()}
+    choices = [
+        _choose(aliases, i, len(names), layer in in_shortcuts, method, overrides)
+        for i, (layer, aliases) in enumerate(names.items())
+    ]
     reports: list[LayerReport] = []
     for (layer, aliases), (chosen, note) in zip(names.items(), choices, strict=True):
         reads_input = not reports and not any(name in overrides for name in aliases)
@@ -109,15 +113,23 @@ def quantize_(
 
 
 def _choose(
-    aliases: Sequence[str], index: int, count: int, method: Method, overrides: Mapping[str, str | Method | None]
+    aliases: Sequence[str],
+    index: int,
+    count: int,
+    in_shortcut: bool,
+    method: Method,
+    overrides: Mapping[str, str | Method | None],
 ) -> tuple[Method, str]:
     """The method of layer ``index`` of ``count``, and why it is not the model's own."""
     matches = [pattern for pattern in overrides if any(fnmatch.fnmatchcase(name, pattern) for name in aliases)]
     if matches:
         override = overrides[matches[-1]]
         return resolve_method("float" if override is None else override), f"by override '{matches[-1]}'"
-    if index == 0 and method.skip_first:
-        return resolve_method("float"), "first layer"
-    if index == count - 1 and method.skip_last:
-        return resolve_method("float"), "last layer"
+    for left_out, kind in (
+        (method.skip_first and index == 0, "first layer"),
+        (method.skip_last and index == count - 1, "last layer"),
+        (method.skip_shortcuts and in_shortcut, "shortcut"),
+    ):
+        if left_out:
+            return resolve_method("float"), kind
     return method, ""

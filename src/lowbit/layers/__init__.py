@@ -4,6 +4,7 @@ from lowbit.layers.calibration import calibrate
 from lowbit.layers.folding import fold_batch_norms_
 from lowbit.layers.phases import start_epoch
 from lowbit.layers.quantized import QuantConv1d, QuantConv2d, QuantConv3d, QuantizedLayer, QuantLinear, quantized_twin
+from lowbit.layers.residual import Residual, Shortcut
 from lowbit.layers.rules import attach_rules, named_quantized_layers, project_, quantized_layers
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "QuantConv3d",
     "QuantLinear",
     "QuantizedLayer",
+    "Residual",
+    "Shortcut",
     "attach_rules",
     "calibrate",
     "fold_batch_norms_",

@@ -106,6 +106,7 @@ def affine(
         block="conv_act" if fold else "conv_bn_act",
         skip_first=ends == "float",
         skip_last=ends == "float",
+        skip_shortcuts=False,
         weight=weight,
         activation=activation,
         input=partial(AffineActivation, PIXEL_BITS, observer, percentile),

@@ -65,6 +65,7 @@ class Method:
             None leaves gradients in float.
         block: name of the block in ``layers.blocks`` whose order the paper uses.
         skip_first, skip_last: leave the first and last layer in float.
+        skip_shortcuts: leave the layers of shortcuts (`lowbit.layers.Shortcut`) in float.
         projection: changes a latent weight in place after each optimizer step, outside autograd.
         update: moves a latent weight in place of the optimizer, given weight, gradient and learning rate.
         initialise: sets a latent weight that `lowbit.models.create` has made, in place of the model's own values.
@@ -94,6 +95,7 @@ class Method:
     bits_g: int = 32
     skip_first: bool = True
     skip_last: bool = True
+    skip_shortcuts: bool = True
     projection: Callable[[Tensor], None] | None = None
     update: Callable[[Tensor, Tensor, float], None] | None = None
     initialise: Callable[[Tensor], None] | None = None

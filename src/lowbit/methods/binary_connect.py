@@ -37,6 +37,7 @@ def binary_connect(stochastic: bool = False) -> Method:
         weight=lambda: SignQuantizer(stochastic),
         skip_first=False,
         skip_last=False,
+        skip_shortcuts=False,
         projection=clip_latent,
         loss="squared_hinge",
         recipe=Recipe(

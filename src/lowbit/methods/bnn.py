@@ -36,6 +36,7 @@ def bnn(stochastic: bool = False) -> Method:
         activation=lambda: SignQuantizer(stochastic),
         skip_first=False,
         skip_last=False,
+        skip_shortcuts=False,
         projection=clip_latent,
         loss="squared_hinge",
         recipe=Recipe(

@@ -102,6 +102,7 @@ def fixed_point(
         activation=partial(FixedPointActivation, bits_a, format, rounding),
         skip_first=False,
         skip_last=False,
+        skip_shortcuts=False,
         phases=None if remedy == "none" else partial(set_phase, remedy=remedy, top_layers=top_layers),
         recipe=Recipe(
             optimizer="adamw",

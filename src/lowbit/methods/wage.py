@@ -93,6 +93,7 @@ def wage(bits_w: int = 2, bits_a: int = 8, bits_g: int = 8, bits_e: int = 8) -> 
         gradient=partial(quantize_error, bits=bits_e),
         skip_first=False,
         skip_last=False,
+        skip_shortcuts=False,
         projection=partial(to_grid, bits=bits_g),
         update=partial(update, bits=bits_g),
         initialise=partial(initialise, bits_w=bits_w, bits_g=bits_g),

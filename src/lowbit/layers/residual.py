@@ -1,0 +1,52 @@
+"""Residual units: a branch of blocks beside a shortcut, and their sum."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Shortcut(nn.Sequential):
+    """The way past the branch of a `Residual`; without modules it is the identity.
+
+    Methods may leave its layers in float (`lowbit.methods.Method.skip_shortcuts`).
+    """
+
+
+class Residual(nn.Module):
+    r"""$\mathrm{act}(\mathrm{branch}(x) + \mathrm{shortcut}(x))$, a sum of floats.
+
+    The activation that ends the branch is taken out of its last block and stands behind the sum. So the order of the
+    blocks says which unit this is: blocks that end with an activation (conv-bn-act) give the unit of 2015. Blocks that
+    end with a convolution (bn-act-conv) give the pre-activation unit of 2016, and those that end with a batch norm
+    (conv-bn, whose activation is the quantizer of the next layer) the unit of Bi-Real Net: in both the sum goes on as
+    it is.
+
+    Args:
+        branch: blocks of `lowbit.layers.blocks`, in order.
+        shortcut: gives the shape that the branch gives. The activation that ends its last block is dropped.
+
+    Source: He, Zhang, Ren and Sun 2015, "Deep Residual Learning for Image Recognition", arXiv 1512.03385, figure 2,
+    and 2016, "Identity Mappings in Deep Residual Networks", arXiv 1603.05027; Liu et al. 2018, "Bi-Real Net", arXiv
+    1808.00278.
+    """
+
+    def __init__(self, branch: nn.Sequential, shortcut: Shortcut) -> None:
+        super().__init__()
+        self.branch = branch
+        self.shortcut = shortcut
+        self.act = _take_activation(branch)
+        _take_activation(shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor = self.act(self.branch(x) + self.shortcut(x))
+        return total
+
+
+def _take_activation(way: nn.Sequential) -> nn.Module:
+    """What ends the last block of ``way``, taken out of it, if that is an activation; else the identity."""
+    names = list(dict(way[-1].named_children())) if len(way) else []
+    if names[-1:] != ["act"]:
+        return nn.Identity()
+    act: nn.Module = way[-1].act
+    del way[-1].act
+    return act
