@@ -21,6 +21,9 @@ SMALL = {
     "nin": {"width": 0.1},
     **{f"vgg{n}": {"width": 0.05} for n in (11, 13, 16, 19)},
     "vgg_small": {"width": 0.07},
+    "resnet18": {"width": 0.05, "image_size": 8},
+    "resnet20": {"width": 0.2, "image_size": 9, "shortcut": "conv"},
+    "resnet34": {"width": 0.03, "image_size": 8},
 }
 
 
@@ -28,8 +31,9 @@ SMALL = {
 @pytest.mark.parametrize("method", list(methods.registry))
 @pytest.mark.parametrize("name", list(models.registry))
 def test_every_model_with_every_method(name: str, method: str) -> None:
-    model = awkward_(models.create(name, method=method, **SMALL.get(name, {})))
-    exported, report = checked(model, torch.randn(3, 3, 32, 32))
+    options = {"image_size": 32, **SMALL.get(name, {})}
+    model = awkward_(models.create(name, method=method, **options))
+    exported, report = checked(model, torch.randn(3, 3, options["image_size"], options["image_size"]))
     quantized_layers = {n for n, m in model.named_modules() if getattr(m, "activation_quantizer", None) is not None}
     assert {check.layer for check in report.layers} == quantized_layers
     assert [part.name for part in exported.parts if part.kind.startswith("QuantConv") and not part.packed] == []
