@@ -28,6 +28,11 @@ PARAMETERS: dict[str, tuple[dict[str, Any], int, int]] = {
     "nin": ({}, 966_986 + 2 * 1_408, 9),
     # Caffe's LeNet for 28x28 grey images has 431,080; batch norm adds 2 per channel.
     "lenet": ({"in_channels": 1, "image_size": 28}, 431_080 + 2 * 570, 4),
+    # torchvision's, for ImageNet.
+    "resnet18": ({"num_classes": 1000, "image_size": 224}, 11_689_512, 21),
+    "resnet34": ({"num_classes": 1000, "image_size": 224}, 21_797_672, 37),
+    # The usual ResNet-20 has 269,722 with zeros as padding; here the shortcuts have a convolution and a batch norm.
+    "resnet20": ({}, 269_722 + 16 * 32 + 32 * 64 + 2 * (32 + 64), 22),
 }
 TINY: dict[str, Any] = {"width": 1 / 32}
 
