@@ -44,9 +44,8 @@ class Residual(nn.Module):
 
 def _take_activation(way: nn.Sequential) -> nn.Module:
     """What ends the last block of ``way``, taken out of it, if that is an activation; else the identity."""
-    names = list(dict(way[-1].named_children())) if len(way) else []
-    if names[-1:] != ["act"]:
+    if not len(way) or [name for name, _ in way[-1].named_children()][-1:] != ["act"]:
         return nn.Identity()
-    act: nn.Module = way[-1].act
+    act = way[-1].get_submodule("act")
     del way[-1].act
     return act

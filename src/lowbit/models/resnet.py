@@ -44,9 +44,7 @@ def _resnet(
         stem = "imagenet" if image_size > LARGEST_FOR_CIFAR_STEM else "cifar"
     smallest = 2 ** (len(row) - 1) * (4 if stem == "imagenet" else 1)
     if image_size < smallest:
-        raise UsageError(
-            f"this ResNet needs images of at least {smallest}x{smallest}, not {image_size}x{image_size}"
-        )
+        raise UsageError(f"this ResNet needs images of at least {smallest}x{smallest}, not {image_size}x{image_size}")
     stages = [(max(1, round(channels * width)), pairs) for channels, pairs in row]
     channels, side = stages[0][0], image_size
     parts: OrderedDict[str, nn.Module] = OrderedDict()
