@@ -13,6 +13,7 @@ from nets import Plain, chain, quantized
 from torch import nn
 
 import lowbit
+from lowbit import models
 from lowbit.errors import UsageError
 from lowbit.exporter import bench as module
 from lowbit.exporter.bench import BenchResult, Row, bench, interleaved_medians, torch_runner
@@ -64,6 +65,23 @@ def test_the_twin_of_a_net_with_k_maps_or_tables_is_the_plain_float_net() -> Non
         layer.k_map, layer.activation_quantizer = False, HalfWave(2, "lloyd_max")
     result = bench(lowbit.export(plain, IMAGES).packed, against=["torch"])
     assert len(result.rows) == 3
+
+
+@pytest.mark.parametrize("method", ["float", "xnor_net", "bnn", "dorefa", "twn"])
+def test_the_twin_of_a_residual_net_has_the_layers_of_the_float_net(method: str) -> None:
+    """One batch norm to a convolution, though codes are also made of sums of what was normalised before."""
+
+    def counts(model: nn.Module) -> dict[str, int]:
+        kinds = {"conv": nn.Conv2d, "norm": nn.BatchNorm2d, "pool": nn.MaxPool2d}
+        return {name: sum(isinstance(m, kind) for m in model.modules()) for name, kind in kinds.items()}
+
+    images = torch.randn(1, 3, 33, 33)
+    options = {"width": 1 / 32, "image_size": 33, "stem": "imagenet"}
+    packed = lowbit.export(models.create("resnet18", method=method, **options).eval(), images).packed
+    found, wanted = counts(module._twin(packed)), counts(models.create("resnet18", **options))
+    # That of the last layer.
+    wanted["norm"] += method == "bnn"
+    assert found == wanted
 
 
 def test_unknown_and_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

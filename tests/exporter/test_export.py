@@ -110,6 +110,35 @@ def test_a_network_of_shortcuts() -> None:
     )
 
 
+@pytest.mark.parametrize("shortcut", ["block", "conv"])
+def test_a_residual_net_after_folding_and_calibration(shortcut: str) -> None:
+    """Sums are made in float, and named after the units; all that convolutions read is codes."""
+    options = {"width": 1 / 4, "image_size": 9, "shortcut": shortcut}
+    trained = awkward_(models.create("resnet20", **options))
+    images = torch.randn(6, 3, 9, 9)
+    expected = trained(images)
+    lowbit.fold_batch_norms_(trained)
+    model = models.create("resnet20", method="affine", method_options={"fold": True}, **options).eval()
+    missing, unexpected = model.load_state_dict(trained.state_dict(), strict=False)
+    assert all("observer" in name for name in missing)
+    assert not unexpected
+    lowbit.calibrate(model, [images])
+    exported, _ = checked(model, images)
+    found = lowbit.Engine(exported.packed)(images.numpy())
+    assert np.abs(found - expected.detach().numpy()).max() < 0.1 * expected.abs().max()
+    assert not {"conv2d", "affine"} & set(ops(exported))
+    sums = [op["source"] for op in exported.packed.ops if op["op"] == "add"]
+    units = 3 if shortcut == "block" else 6
+    assert sums == [f"stage{stage}.{unit}" for stage in (1, 2, 3) for unit in range(units)]
+
+
+def test_codes_behind_a_pool_that_a_shortcut_reads_too() -> None:
+    """They come of what the pool gives, which is made in float anyway; what no shortcut reads stays a pool of codes."""
+    options = {"width": 1 / 16, "image_size": 33, "stem": "imagenet"}
+    exported, _ = checked(awkward_(models.create("resnet18", method="bnn", **options)), torch.randn(2, 3, 33, 33))
+    assert ops(exported)[:6] == ["conv2d", "max_pool", "affine", "threshold", "binary_conv2d", "binary_conv2d"]
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_one_result_read_by_two_quantized_layers(alike: bool) -> None:
     exported, _ = checked(quantized(Shared(alike)), IMAGES)

@@ -1,8 +1,8 @@
 """Time the engine beside float32 twins of the same architecture in other runtimes, interleaved in one run.
 
-A twin is built from the packed graph itself: the same convolutions with random weights, and a batch norm and ReLU
-wherever codes are made, without K maps, which only codes need. It takes the time of the float network of that
-architecture; its outputs mean nothing.
+A twin is built from the packed graph itself: the same convolutions with random weights, and wherever codes are made a
+batch norm and a ReLU, unless what becomes codes has been through one, without K maps, which only codes need. It takes
+the time of the float network of that architecture; its outputs mean nothing.
 
 Taking turns does not make a busy machine fair: a call of 1 ms fits between two interruptions, one of 90 ms does not. So
 the processor time of each call is kept beside its wall time, and the result says when they differ.
@@ -225,8 +225,9 @@ def _twin(packed: PackedModel) -> nn.Module:
     def as_pair(pair: list[int]) -> tuple[int, int]:
         return pair[0], pair[1]
 
-    def norm_and_relu(channels: int) -> nn.Module:
-        return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
+    def norm_and_relu(channels: int, done: frozenset[str] = frozenset()) -> nn.Module:
+        parts = {"affine": nn.BatchNorm2d(channels), "relu": nn.ReLU()}
+        return nn.Sequential(*(part for op, part in parts.items() if op not in done))
 
     def convolution(op: dict[str, Any], tensors: dict[str, Any], channels: int) -> nn.Module:
         stride, padding, dilation = (as_pair(op[key]) for key in ("stride", "padding", "dilation"))
@@ -237,7 +238,25 @@ def _twin(packed: PackedModel) -> nn.Module:
         nn.init.kaiming_normal_(conv.weight)
         return conv
 
-    def made(op: dict[str, Any], tensors: dict[str, Any], channels: int) -> nn.Module:
+    def passed() -> list[frozenset[str]]:
+        """Which of "affine" and "relu" each value has been through since a convolution; the input needs neither."""
+        result = [frozenset({"affine", "relu"})]
+        for op in packed.ops:
+            before = result[op["inputs"][0]]
+            match op["op"]:
+                case "affine":
+                    result.append(frozenset({"affine"}))
+                case "relu":
+                    result.append(before | {"relu"})
+                case "add":
+                    result.append(before & result[op["inputs"][1]] - {"relu"})
+                case "max_pool" | "avg_pool" | "hardtanh" | "multiply":
+                    result.append(before)
+                case _:
+                    result.append(frozenset())
+        return result
+
+    def made(op: dict[str, Any], tensors: dict[str, Any], channels: int, done: frozenset[str]) -> nn.Module:
         match op["op"]:
             case "conv2d" | "table_conv2d":
                 return convolution(op, tensors, channels)
@@ -245,7 +264,7 @@ def _twin(packed: PackedModel) -> nn.Module:
                 conv = convolution(op, tensors, channels)
                 return nn.Sequential(conv, norm_and_relu(op["channels"])) if "thresholds" in tensors else conv
             case "threshold":
-                return norm_and_relu(channels)
+                return norm_and_relu(channels, done)
             case "affine":
                 return nn.BatchNorm2d(channels)
             case "max_pool":
@@ -282,8 +301,9 @@ def _twin(packed: PackedModel) -> nn.Module:
                 if index + 1 in needed:
                     needed.update(reads[index])
             self.steps = [(index, reads[index]) for index in reads if index + 1 in needed]
+            done = passed()
             self.ops = nn.ModuleList(
-                made(packed.ops[index], packed.op_tensors(index), values[inputs[0]].channels)
+                made(packed.ops[index], packed.op_tensors(index), values[inputs[0]].channels, done[inputs[0]])
                 for index, inputs in self.steps
             )
 

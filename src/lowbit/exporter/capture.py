@@ -56,7 +56,8 @@ class Step:
     """One thing that the model computes.
 
     Attributes:
-        source: name of the torch module, or of the call where a function was called.
+        source: name of the torch module; where a function was called, of the call, or for an addition of the module
+            that adds.
         shape: (C, H, W) of the result; a dense layer's is (features, 1, 1), and flattening does not change it.
         module: what computes it; None for the model's input and for an addition of two inputs.
         inputs: the steps that it reads.
@@ -242,7 +243,7 @@ class _Reader:
         if len(tensors) != 2 or len(shapes) != 1 or node.kwargs:
             raise UsageError(f"the addition '{node.name}'{_owner(node)} must be of two tensors of one shape")
         inputs = [self.values[tensor] for tensor in tensors]
-        return self._append(Step(node.name, inputs[0].shape, None, inputs))
+        return self._append(Step(_path(node) or node.name, inputs[0].shape, None, inputs))
 
     def _view(self, node: fx.Node, argument: fx.Node, name: str) -> Step:
         source, shape = self.values[argument], _tensor_shape(node) or ()
@@ -326,9 +327,13 @@ def _map_shape(node: fx.Node, name: str) -> Shape:
 
 def _owner(node: fx.Node) -> str:
     """Where in the model a function is called: ``, in 'name'``, or nothing at the top."""
+    return f", in '{_path(node)}'" if _path(node) else ""
+
+
+def _path(node: fx.Node) -> str:
+    """The name of the module that calls a function; nothing at the top."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    path = stack[-1][0] if stack else ""
-    return f", in '{path}'" if path else ""
+    return str(stack[-1][0]) if stack else ""
 
 
 def _needed(steps: list[Step], output: Step) -> Iterator[Step]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -155,17 +155,20 @@ class _Lowering:
         )
 
     def _find_readers(self) -> None:
+        layers, read_as_float = [], {self.graph.output: ["the output"]}
         for step in self.graph.steps[1:]:
             if is_quantized(step):
+                layers.append(step)
                 if is_integer(step):
                     largest_sum(step)
-                self.readings[step] = _trace_back(step)
                 if has_k_map(step):
-                    self.float_readers[_root(step.inputs[0])].append(f"the K map of '{step.source}'")
+                    read_as_float.setdefault(step.inputs[0], []).append(f"the K map of '{step.source}'")
             elif not _is_between(step):
                 for value in step.inputs:
-                    self.float_readers[_root(value)].append(f"'{step.source}'")
-        self.float_readers[_root(self.graph.output)].append("the output")
+                    read_as_float.setdefault(value, []).append(f"'{step.source}'")
+        for value, readers in read_as_float.items():
+            self.float_readers[_root(value)] += readers
+        self.readings = {layer: _trace_back(layer, read_as_float) for layer in layers}
 
     def _find_thresholds(self) -> None:
         """Codes come of a layer's sums if all that reads it are layers with the same codes; else of its float value."""
@@ -287,10 +290,14 @@ def _root(step: Step) -> Step:
     return step
 
 
-def _trace_back(layer: Step) -> _Reading:
+def _trace_back(layer: Step, read_as_float: Container[Step]) -> _Reading:
+    """From a layer to the sums that its codes can come of, or else to the nearest value that is made in float anyway:
+    behind a stem's max-pool, where a shortcut begins, it has a quarter of the numbers.
+    """
     between: list[Step] = []
     (step,) = layer.inputs
-    while _is_between(step):
+    from_sums = is_quantized(_root(step))
+    while _is_between(step) and (from_sums or step not in read_as_float):
         between.append(step)
         (step,) = step.inputs
     return _Reading(layer, step, tuple(reversed(between)))
