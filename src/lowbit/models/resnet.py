@@ -78,9 +78,9 @@ def _conv(channels: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 def _shortcut(block: Block, first: nn.Conv2d, around: Around, side: int) -> Shortcut:
     """The way past convolutions of which ``first`` reads maps of ``side`` x ``side``."""
     channels, out, stride = first.in_channels, first.out_channels, first.stride[0]
-    if stride == 1 and channels == out:
+    if stride == 1:
         return Shortcut()
-    if around == "block" or stride == 1:
+    if around == "block":
         return Shortcut(block(_conv(channels, out, 1, stride)))
     # A row and a column of padding, which no mean counts, give an odd side the convolution's half: rounded up.
     pool = nn.AvgPool2d(2, padding=side % 2, count_include_pad=False)
