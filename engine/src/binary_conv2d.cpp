@@ -146,6 +146,8 @@ class BinaryConv2dFloat final : public BinaryConv2d {
   BinaryConv2dFloat(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
       : BinaryConv2d(spec, input, window, kernels, 0), bases_(base_table()), epilogue_(spec, "scale") {}
 
+  const char* kernel() const override { return "binary_floats"; }
+
   void run(const Call& call) const override {
     fill_planes(call);
     product_.run(call, kNoBegin,
@@ -183,6 +185,8 @@ class BinaryConv2dBits final : public BinaryConv2d {
     }
   }
 
+  const char* kernel() const override { return "binary_bits"; }
+
   void run(const Call& call) const override {
     fill_planes(call);
     const int64_t words = output().words();
@@ -216,6 +220,8 @@ class BinaryConv2dCodes final : public BinaryConv2d {
       : BinaryConv2d(spec, input, window, kernels, static_cast<int>(spec.bits)),
         bases_(base_table()),
         thresholds_(spec, spec.channels) {}
+
+  const char* kernel() const override { return "binary_counts"; }
 
   void run(const Call& call) const override {
     fill_planes(call);

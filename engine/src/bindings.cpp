@@ -140,6 +140,11 @@ class PyEngine {
   }
 
   std::string isa() const { return std::string(engine_.isa()); }
+  std::vector<std::string> kernels() const {
+    std::vector<std::string> names;
+    for (size_t index = 0; index < engine_.op_count(); ++index) names.emplace_back(engine_.op_kernel(index));
+    return names;
+  }
   int threads() const { return engine_.threads(); }
 
  private:
@@ -162,12 +167,14 @@ class PyEngine {
 
 NB_MODULE(_engine, m) {
   m.doc() = "The native engine of lowbit; use lowbit.Engine.";
-  m.def("available_isas", &lowbit::available_isas, "Names that LOWBIT_ISA may take here, the best first.");
+  m.def("built_isas", &lowbit::built_isas, "The instruction sets of this build, the best first.");
+  m.def("available_isas", &lowbit::available_isas, "Those that this CPU runs, the best first: what LOWBIT_ISA may be.");
   nb::class_<PyEngine>(m, "Engine")
       .def(nb::init<const std::vector<int64_t>&, const nb::list&, const nb::list&, int>(), "input_shape"_a, "ops"_a,
            "tensors"_a, "threads"_a)
       .def("run", &PyEngine::run, "images"_a, "seconds"_a = nb::none())
       .def("run_op", &PyEngine::run_op, "index"_a, "inputs"_a)
       .def_prop_ro("isa", &PyEngine::isa)
+      .def_prop_ro("kernels", &PyEngine::kernels)
       .def_prop_ro("threads", &PyEngine::threads);
 }

@@ -21,6 +21,7 @@ class Conv2d final : public Op {
 
   int64_t scratch_bytes() const override { return product_.planes_bytes(); }
   int64_t thread_scratch_bytes() const override { return product_.block_bytes(); }
+  const char* kernel() const override { return "float_tile"; }
 
   void run(const Call& call) const override {
     product_.fill_planes(call, input_, [&](int64_t row, float* line, int64_t plane_size) {

@@ -23,6 +23,8 @@ class ThresholdBits final : public Op {
     }
   }
 
+  const char* kernel() const override { return "float_bits"; }
+
   void run(const Call& call) const override {
     const int64_t channels = output().channels, words = output().words(), width = output().width;
     call.pool.run(static_cast<size_t>(call.batch * output().height), [&](size_t row, int) {

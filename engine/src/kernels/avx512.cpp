@@ -1,172 +1,100 @@
-// AVX-512 with VPOPCNTDQ: xor, vpopcntq and add on 8 channels at a time, one activation word broadcast to all of them.
-// 8 pixels x 16 channels make 16 independent accumulators, so no latency shows and nothing is summed across lanes.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12's header leaves lanes undefined on purpose and then warns
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
+// AVX-512 without VPOPCNTDQ (Skylake-X and later): words are added up in carry-save form, whose full adder is two
+// ternary-logic instructions, so that only one word in eight is counted, byte by byte with vpshufb.
+// The method is Harley and Seal's, as in Mula, Kurz and Lemire, "Faster Population Counts Using AVX2 Instructions", The
+// Computer Journal 61(1), 2018, arXiv 1611.07612.
+#include "kernels/by_count.h"
 #include "kernels/kernels.h"
+#include "kernels/pairs.h"
 #include "kernels/target.h"
 
-LOWBIT_TARGET_OPEN("avx512f,avx512dq,avx512bw,avx512vl,avx512vpopcntdq,fma")
+LOWBIT_TARGET_OPEN("avx512f,avx512dq,avx512bw,avx512vl,fma")
 
 namespace lowbit {
 namespace {
 
-// The xor of pixel words with the weights of channels 0..7 (low) and 8..15 (high), counted.
+// The number of ones in each byte, from a table by nibbles.
+__m512i byte_counts(__m512i bits) {
+  const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m512i nibble = _mm512_set1_epi8(15);
+  return _mm512_add_epi8(_mm512_shuffle_epi8(table, _mm512_and_si512(bits, nibble)),
+                         _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bits, 4), nibble)));
+}
+
+__m512i sum_bytes(__m512i bytes) { return _mm512_sad_epu8(bytes, _mm512_setzero_si512()); }
+
+// Adds two words, bit by bit, to sum; returns what they carry.
+__m512i carry(__m512i& sum, __m512i a, __m512i b) {
+  const __m512i carried = _mm512_ternarylogic_epi64(sum, a, b, 0xe8);
+  sum = _mm512_ternarylogic_epi64(sum, a, b, 0x96);
+  return carried;
+}
+
+// Word k of a pixel, of P in the tile, against 8 channels.
+template <int P>
+__m512i difference(const uint64_t* x, const uint64_t* w, int k) {
+  return _mm512_xor_si512(_mm512_set1_epi64(static_cast<long long>(x[k * P])),
+                          _mm512_loadu_si512(w + k * kTileChannels));
+}
+
+// Adds words k to k + 3 to ones and twos; returns what they carry.
+template <int P>
+[[gnu::always_inline]] inline __m512i four(const uint64_t* x, const uint64_t* w, int k, __m512i& ones, __m512i& twos) {
+  const __m512i left = carry(ones, difference<P>(x, w, k), difference<P>(x, w, k + 1));
+  const __m512i right = carry(ones, difference<P>(x, w, k + 2), difference<P>(x, w, k + 3));
+  return carry(twos, left, right);
+}
+
+// The count of a multiple of 4 words in 64-bit lanes.
+template <int P>
+__m512i count_fours(const uint64_t* x, const uint64_t* w, size_t words) {
+  __m512i ones = _mm512_setzero_si512(), twos = ones, fours = ones, eights = ones;
+  for (; words >= 8; words -= 8, x += 8 * P, w += 8 * kTileChannels) {
+    const __m512i left = four<P>(x, w, 0, ones, twos), right = four<P>(x, w, 4, ones, twos);
+    eights = _mm512_add_epi64(eights, sum_bytes(byte_counts(carry(fours, left, right))));
+  }
+  __m512i bytes = byte_counts(fours);
+  if (words != 0) bytes = _mm512_add_epi8(bytes, byte_counts(four<P>(x, w, 0, ones, twos)));
+  bytes = _mm512_add_epi8(_mm512_add_epi8(bytes, bytes), byte_counts(twos));
+  bytes = _mm512_add_epi8(_mm512_add_epi8(bytes, bytes), byte_counts(ones));
+  return _mm512_add_epi64(sum_bytes(bytes), _mm512_slli_epi64(eights, 3));
+}
+
 template <int P>
 struct Counts {
   __m512i low[P], high[P];
 
   explicit Counts(const BinaryTile& tile) {
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) low[p] = high[p] = _mm512_setzero_si512();
     const uint64_t* x = tile.pixels;
     const uint64_t* w = tile.weights;
-    for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
-      const __m512i w_low = _mm512_loadu_si512(w), w_high = _mm512_loadu_si512(w + 8);
+    const size_t single = tile.depth < 8 ? tile.depth : tile.depth % 4;
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) low[p] = high[p] = _mm512_setzero_si512();
+    for (size_t k = 0; k < single; ++k, x += P, w += kTileChannels) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-        const __m512i word = _mm512_set1_epi64(static_cast<long long>(x[p]));
-        low[p] = _mm512_add_epi64(low[p], _mm512_popcnt_epi64(_mm512_xor_si512(word, w_low)));
-        high[p] = _mm512_add_epi64(high[p], _mm512_popcnt_epi64(_mm512_xor_si512(word, w_high)));
+        low[p] = _mm512_add_epi8(low[p], byte_counts(difference<P>(x + p, w, 0)));
+        high[p] = _mm512_add_epi8(high[p], byte_counts(difference<P>(x + p, w + 8, 0)));
       }
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      low[p] = sum_bytes(low[p]);
+      high[p] = sum_bytes(high[p]);
+    }
+    if (single == tile.depth) return;
+    for (int p = 0; p < P; ++p) {
+      low[p] = _mm512_add_epi64(low[p], count_fours<P>(x + p, w, tile.depth - single));
+      high[p] = _mm512_add_epi64(high[p], count_fours<P>(x + p, w + 8, tile.depth - single));
     }
   }
 };
 
-__m512 scaled(__m512 sums, const FloatOutput& out) {
-  return _mm512_add_ps(_mm512_mul_ps(sums, _mm512_loadu_ps(out.scale)), _mm512_loadu_ps(out.bias));
-}
-
-template <int P>
-void store_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
-  const Counts<P> sums(tile);
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts[p]), _mm512_cvtepi64_epi32(sums.low[p]));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts[p] + 8), _mm512_cvtepi64_epi32(sums.high[p]));
-  }
-}
-
-template <int P>
-void store_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
-  const Counts<P> sums(tile);
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) {
-    const unsigned low = _mm512_cmple_epi64_mask(sums.low[p], _mm512_loadu_si512(limits[p]));
-    const unsigned high = _mm512_cmple_epi64_mask(sums.high[p], _mm512_loadu_si512(limits[p] + 8));
-    bits[p] = static_cast<uint16_t>((low | high << 8) ^ falling);
-  }
-}
-
-__m256 dot(__m512i counts, const int64_t* base) {
-  return _mm512_cvtepi64_ps(_mm512_sub_epi64(_mm512_loadu_si512(base), _mm512_add_epi64(counts, counts)));
-}
-
-template <int P>
-void store_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
-  const Counts<P> sums(tile);
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) {
-    const __m512 low = _mm512_castps256_ps512(dot(sums.low[p], bases[p]));
-    const __m512 dots = _mm512_insertf32x8(low, dot(sums.high[p], bases[p] + 8), 1);
-    _mm512_storeu_ps(out.output + p * out.stride, scaled(dots, out));
-  }
-}
-
-template <int P>
-void multiply(const FloatTile& tile, const FloatOutput& out) {
-  __m512 sums[P];
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) sums[p] = _mm512_setzero_ps();
-  const float* x = tile.pixels;
-  const float* w = tile.weights;
-  for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
-    const __m512 weights = _mm512_loadu_ps(w);
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) sums[p] = _mm512_fmadd_ps(_mm512_set1_ps(x[p]), weights, sums[p]);
-  }
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) _mm512_storeu_ps(out.output + p * out.stride, scaled(sums[p], out));
-}
-
-template <int P>
-void multiply_integers(const IntegerTile& tile, int32_t (*result)[kTileChannels]) {
-  __m512i sums[P];
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) sums[p] = _mm512_setzero_si512();
-  const int16_t* x = tile.pixels;
-  const int16_t* w = tile.weights;
-  for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
-    const __m512i weights = _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p)
-      sums[p] = _mm512_add_epi32(sums[p], _mm512_mullo_epi32(_mm512_set1_epi32(x[p]), weights));
-  }
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) _mm512_storeu_si512(result[p], sums[p]);
-}
-
-// One instance of a kernel per number of pixels in the tile.
-#define LOWBIT_BY_COUNT(kernel, tile, ...) \
-  switch ((tile).count) {                  \
-    case 1:                                \
-      return kernel<1>(tile, __VA_ARGS__); \
-    case 2:                                \
-      return kernel<2>(tile, __VA_ARGS__); \
-    case 3:                                \
-      return kernel<3>(tile, __VA_ARGS__); \
-    case 4:                                \
-      return kernel<4>(tile, __VA_ARGS__); \
-    case 5:                                \
-      return kernel<5>(tile, __VA_ARGS__); \
-    case 6:                                \
-      return kernel<6>(tile, __VA_ARGS__); \
-    case 7:                                \
-      return kernel<7>(tile, __VA_ARGS__); \
-    default:                               \
-      return kernel<8>(tile, __VA_ARGS__); \
-  }
-
-void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
-  LOWBIT_BY_COUNT(store_counts, tile, counts)
-}
-
-void binary_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
-  LOWBIT_BY_COUNT(store_bits, tile, limits, falling, bits)
-}
-
-void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
-  LOWBIT_BY_COUNT(store_floats, tile, bases, out)
-}
-
-void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_COUNT(multiply, tile, out) }
-
-void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
-  LOWBIT_BY_COUNT(multiply_integers, tile, sums)
-}
-
-void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
-  for (size_t first = 0; first < channels; first += 64) {
-    uint64_t word = 0;
-    for (size_t c = first; c < channels && c < first + 64; c += 16) {
-      const size_t left = channels - c;
-      const auto lanes = static_cast<__mmask16>(left < 16 ? (1u << left) - 1 : 0xffffu);
-      const __m512 flipped = _mm512_xor_ps(_mm512_maskz_loadu_ps(lanes, x + c),
-                                           _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(lanes, flips + c)));
-      const __m512 limits = _mm512_maskz_loadu_ps(lanes, thresholds + c);
-      word |= static_cast<uint64_t>(_mm512_mask_cmp_ps_mask(lanes, flipped, limits, _CMP_GE_OQ)) << (c - first);
-    }
-    *words++ = word;
-  }
-}
-
 }  // namespace
-
-const Kernels kAvx512Kernels{"avx512", binary_counts, binary_bits, binary_floats, float_tile, integer_sums, float_bits};
-
 }  // namespace lowbit
+
+#include "kernels/avx512.h"
+
+const lowbit::Kernels lowbit::kAvx512Kernels{"avx512",   binary_counts, binary_bits, binary_floats,
+                                             float_tile, integer_sums,  float_bits};
 
 LOWBIT_TARGET_CLOSE

@@ -42,13 +42,14 @@ struct Kernels {
   // Bit c of bits[p] = (count <= limits[p][c]) xor bit c of falling.
   void (*binary_bits)(const BinaryTile&, const int64_t* const* limits, uint16_t falling, uint16_t* bits);
 
-  // sum = bases[p][c] - 2 * count.
+  // sum = bases[p][c] - 2 * count, which fits an int32.
   void (*binary_floats)(const BinaryTile&, const int64_t* const* bases, const FloatOutput&);
 
-  // sum = sum of products, in the order of depth: the same bits wherever the pixel lies in its tile.
+  // sum = sum of products, in the order of depth: the same bits wherever the pixel lies in its tile. Every instruction
+  // set but scalar fuses a product with its sum into one rounding.
   void (*float_tile)(const FloatTile&, const FloatOutput&);
 
-  // sums[p][c] = sum of products, which fits an int32.
+  // sums[p][c] = sum of products; the sum of their absolute values fits an int32, and none is -2^15.
   void (*integer_sums)(const IntegerTile&, int32_t (*sums)[kTileChannels]);
 
   // Bit c of words = x[c] >= thresholds[c], both with their sign flipped (bit 31 of flips[c] set) where the channel
@@ -57,8 +58,17 @@ struct Kernels {
 };
 
 extern const Kernels kScalarKernels;
+#ifdef LOWBIT_AVX2
+extern const Kernels kAvx2Kernels;
+#endif
 #ifdef LOWBIT_AVX512
 extern const Kernels kAvx512Kernels;
+#endif
+#ifdef LOWBIT_AVX512_VPOPCNTDQ
+extern const Kernels kAvx512VpopcntdqKernels;
+#endif
+#ifdef LOWBIT_NEON
+extern const Kernels kNeonKernels;
 #endif
 
 }  // namespace lowbit

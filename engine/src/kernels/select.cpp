@@ -8,33 +8,54 @@
 namespace lowbit {
 namespace {
 
-std::vector<const Kernels*> runnable() {
-  std::vector<const Kernels*> tables;
+struct Built {
+  const Kernels* kernels;
+  bool runs;  // on this CPU
+};
+
+// The best first.
+std::vector<Built> built() {
+  std::vector<Built> tables;
 #ifdef LOWBIT_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vpopcntdq"))
-    tables.push_back(&kAvx512Kernels);
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#ifdef LOWBIT_AVX512_VPOPCNTDQ
+  tables.push_back({&kAvx512VpopcntdqKernels, avx512 && __builtin_cpu_supports("avx512vpopcntdq")});
 #endif
-  tables.push_back(&kScalarKernels);
+  tables.push_back({&kAvx512Kernels, avx512});
+#endif
+#ifdef LOWBIT_AVX2
+  tables.push_back({&kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+#endif
+#ifdef LOWBIT_NEON
+  tables.push_back({&kNeonKernels, true});
+#endif
+  tables.push_back({&kScalarKernels, true});
   return tables;
 }
 
 }  // namespace
 
 const Kernels& select_kernels(std::string_view isa) {
-  const auto tables = runnable();
-  if (isa.empty()) return *tables.front();
   std::string names;
-  for (const Kernels* table : tables) {
-    if (isa == table->isa) return *table;
-    names += (names.empty() ? "" : ", ") + std::string(table->isa);
+  for (const auto& [kernels, runs] : built()) {
+    if (!runs) continue;
+    if (isa.empty() || isa == kernels->isa) return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->isa);
   }
   throw std::invalid_argument("LOWBIT_ISA is '" + std::string(isa) + "', but this build and CPU have only: " + names);
 }
 
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (const Built& table : built()) names.emplace_back(table.kernels->isa);
+  return names;
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const Kernels* table : runnable()) names.emplace_back(table->isa);
+  for (const Built& table : built())
+    if (table.runs) names.emplace_back(table.kernels->isa);
   return names;
 }
 

@@ -1,0 +1,230 @@
+// AVX2 with FMA: xor and a byte-wise count by vpshufb on 4 channels at a time, one activation word broadcast to all of
+// them. Long sums are added up in carry-save form, so that only one word in eight is counted; see avx512.cpp.
+#include "kernels/by_count.h"
+#include "kernels/kernels.h"
+#include "kernels/pairs.h"
+#include "kernels/target.h"
+
+LOWBIT_TARGET_OPEN("avx2,fma")
+
+namespace lowbit {
+namespace {
+
+constexpr size_t kFewest = 24;  // words from which carry-save adders gain; 31 would fit a byte uncarried
+
+__m256i load(const void* data) { return _mm256_loadu_si256(static_cast<const __m256i*>(data)); }
+
+// The number of ones in each byte, from a table by nibbles.
+__m256i byte_counts(__m256i bits) {
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m256i nibble = _mm256_set1_epi8(15);
+  return _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(bits, nibble)),
+                         _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble)));
+}
+
+__m256i sum_bytes(__m256i bytes) { return _mm256_sad_epu8(bytes, _mm256_setzero_si256()); }
+
+// Adds two words, bit by bit, to sum; returns what they carry.
+__m256i carry(__m256i& sum, __m256i a, __m256i b) {
+  const __m256i differ = _mm256_xor_si256(a, b);
+  const __m256i carried = _mm256_or_si256(_mm256_and_si256(a, b), _mm256_and_si256(differ, sum));
+  sum = _mm256_xor_si256(sum, differ);
+  return carried;
+}
+
+// Word k of a pixel, of P in the tile, against 4 channels.
+template <int P>
+__m256i difference(const uint64_t* x, const uint64_t* w, int k) {
+  return _mm256_xor_si256(_mm256_set1_epi64x(static_cast<long long>(x[k * P])), load(w + k * kTileChannels));
+}
+
+// Adds words k to k + 3 to ones and twos; returns what they carry.
+template <int P>
+[[gnu::always_inline]] inline __m256i four(const uint64_t* x, const uint64_t* w, int k, __m256i& ones, __m256i& twos) {
+  const __m256i left = carry(ones, difference<P>(x, w, k), difference<P>(x, w, k + 1));
+  const __m256i right = carry(ones, difference<P>(x, w, k + 2), difference<P>(x, w, k + 3));
+  return carry(twos, left, right);
+}
+
+// The count of a multiple of 4 words in 64-bit lanes.
+template <int P>
+__m256i count_fours(const uint64_t* x, const uint64_t* w, size_t words) {
+  __m256i ones = _mm256_setzero_si256(), twos = ones, fours = ones, eights = ones;
+  for (; words >= 8; words -= 8, x += 8 * P, w += 8 * kTileChannels) {
+    const __m256i left = four<P>(x, w, 0, ones, twos), right = four<P>(x, w, 4, ones, twos);
+    eights = _mm256_add_epi64(eights, sum_bytes(byte_counts(carry(fours, left, right))));
+  }
+  __m256i bytes = byte_counts(fours);
+  if (words != 0) bytes = _mm256_add_epi8(bytes, byte_counts(four<P>(x, w, 0, ones, twos)));
+  bytes = _mm256_add_epi8(_mm256_add_epi8(bytes, bytes), byte_counts(twos));
+  bytes = _mm256_add_epi8(_mm256_add_epi8(bytes, bytes), byte_counts(ones));
+  return _mm256_add_epi64(sum_bytes(bytes), _mm256_slli_epi64(eights, 3));
+}
+
+// How many bits of each pixel and channel differ; four channels to a vector.
+template <int P>
+struct Counts {
+  __m256i quads[P][4];
+
+  explicit Counts(const BinaryTile& tile) {
+    const size_t single = tile.depth < kFewest ? tile.depth : tile.depth % 4, rest = tile.depth - single;
+    for (int i = 0; i < 4; ++i) {
+      const uint64_t* x = tile.pixels;
+      const uint64_t* w = tile.weights + 4 * i;
+      __m256i bytes[P];
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) bytes[p] = _mm256_setzero_si256();
+      for (size_t k = 0; k < single; ++k, x += P, w += kTileChannels) {
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) bytes[p] = _mm256_add_epi8(bytes[p], byte_counts(difference<P>(x + p, w, 0)));
+      }
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) quads[p][i] = sum_bytes(bytes[p]);
+      if (rest == 0) continue;
+      for (int p = 0; p < P; ++p) quads[p][i] = _mm256_add_epi64(quads[p][i], count_fours<P>(x + p, w, rest));
+    }
+  }
+};
+
+// The low halves of 64-bit lanes: of four, then of eight.
+__m128i narrow(__m256i lanes) {
+  return _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(lanes, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6)));
+}
+
+__m256i narrow(__m256i low, __m256i high) { return _mm256_set_m128i(narrow(high), narrow(low)); }
+
+// Eight channels from `first` on.
+__m256 scaled(__m256 sums, const FloatOutput& out, int first) {
+  return _mm256_add_ps(_mm256_mul_ps(sums, _mm256_loadu_ps(out.scale + first)), _mm256_loadu_ps(out.bias + first));
+}
+
+template <int P>
+void store_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
+  const Counts<P> sums(tile);
+  for (int p = 0; p < P; ++p)
+    for (int i = 0; i < 4; ++i)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(counts[p] + 4 * i), narrow(sums.quads[p][i]));
+}
+
+template <int P>
+void store_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
+  const Counts<P> sums(tile);
+  for (int p = 0; p < P; ++p) {
+    unsigned above = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m256i greater = _mm256_cmpgt_epi64(sums.quads[p][i], load(limits[p] + 4 * i));
+      above |= static_cast<unsigned>(_mm256_movemask_pd(_mm256_castsi256_pd(greater))) << 4 * i;
+    }
+    bits[p] = static_cast<uint16_t>(~above ^ falling);
+  }
+}
+
+__m256i dot(__m256i counts, const int64_t* base) {
+  return _mm256_sub_epi64(load(base), _mm256_add_epi64(counts, counts));
+}
+
+template <int P>
+void store_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
+  const Counts<P> sums(tile);
+  for (int p = 0; p < P; ++p)
+    for (int i = 0; i < 4; i += 2) {
+      const __m256i low = dot(sums.quads[p][i], bases[p] + 4 * i);
+      const __m256i high = dot(sums.quads[p][i + 1], bases[p] + 4 * i + 4);
+      const __m256 dots = _mm256_cvtepi32_ps(narrow(low, high));
+      _mm256_storeu_ps(out.output + p * out.stride + 4 * i, scaled(dots, out, 4 * i));
+    }
+}
+
+void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
+  LOWBIT_BY_COUNT(store_counts, tile, counts)
+}
+
+void binary_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
+  LOWBIT_BY_COUNT(store_bits, tile, limits, falling, bits)
+}
+
+void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
+  LOWBIT_BY_COUNT(store_floats, tile, bases, out)
+}
+
+template <int P>
+void multiply(const FloatTile& tile, int first, const FloatOutput& out) {
+  __m256 low[P], high[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) low[p] = high[p] = _mm256_setzero_ps();
+  const float* x = tile.pixels + first;
+  const float* w = tile.weights;
+  for (size_t k = 0; k < tile.depth; ++k, x += tile.count, w += kTileChannels) {
+    const __m256 w_low = _mm256_loadu_ps(w), w_high = _mm256_loadu_ps(w + 8);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const __m256 value = _mm256_set1_ps(x[p]);
+      low[p] = _mm256_fmadd_ps(value, w_low, low[p]);
+      high[p] = _mm256_fmadd_ps(value, w_high, high[p]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) {
+    float* output = out.output + (first + p) * out.stride;
+    _mm256_storeu_ps(output, scaled(low[p], out, 0));
+    _mm256_storeu_ps(output + 8, scaled(high[p], out, 8));
+  }
+}
+
+void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_FOURS(multiply, tile, out) }
+
+template <int P>
+void multiply_integers(const IntegerTile& tile, int first, int32_t (*result)[kTileChannels]) {
+  __m256i even[P], odd[P];  // channels 0..3 and 8..11, 4..7 and 12..15: as unpacking leaves them
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) even[p] = odd[p] = _mm256_setzero_si256();
+  const int16_t* x = tile.pixels + first;
+  const int16_t* w = tile.weights;
+  for (size_t k = 0; k < tile.depth; k += 2, x += 2 * tile.count, w += 2 * kTileChannels) {
+    const int16_t* next_x = k + 1 < tile.depth ? x + tile.count : kNoRow;
+    const __m256i row = load(w), next_row = load(k + 1 < tile.depth ? w + kTileChannels : kNoRow);
+    const __m256i w_even = _mm256_unpacklo_epi16(row, next_row), w_odd = _mm256_unpackhi_epi16(row, next_row);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const __m256i both = _mm256_set1_epi32(joined(x[p], next_x[p]));
+      even[p] = _mm256_add_epi32(even[p], _mm256_madd_epi16(both, w_even));
+      odd[p] = _mm256_add_epi32(odd[p], _mm256_madd_epi16(both, w_odd));
+    }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) {
+    auto* output = reinterpret_cast<__m256i*>(result[first + p]);
+    _mm256_storeu_si256(output, _mm256_permute2x128_si256(even[p], odd[p], 0x20));
+    _mm256_storeu_si256(output + 1, _mm256_permute2x128_si256(even[p], odd[p], 0x31));
+  }
+}
+
+void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
+  LOWBIT_BY_FOURS(multiply_integers, tile, sums)
+}
+
+void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
+  const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  for (size_t first = 0; first < channels; first += 64) {
+    uint64_t word = 0;
+    for (size_t c = first; c < channels && c < first + 64; c += 8) {
+      const int left = channels - c < 8 ? static_cast<int>(channels - c) : 8;
+      const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), numbers);
+      const __m256i flip = _mm256_maskload_epi32(reinterpret_cast<const int*>(flips + c), lanes);
+      const __m256 flipped = _mm256_xor_ps(_mm256_maskload_ps(x + c, lanes), _mm256_castsi256_ps(flip));
+      const __m256 passed = _mm256_cmp_ps(flipped, _mm256_maskload_ps(thresholds + c, lanes), _CMP_GE_OQ);
+      const int bits = _mm256_movemask_ps(_mm256_and_ps(passed, _mm256_castsi256_ps(lanes)));
+      word |= static_cast<uint64_t>(bits) << (c - first);
+    }
+    *words++ = word;
+  }
+}
+
+}  // namespace
+
+const Kernels kAvx2Kernels{"avx2", binary_counts, binary_bits, binary_floats, float_tile, integer_sums, float_bits};
+
+}  // namespace lowbit
+
+LOWBIT_TARGET_CLOSE

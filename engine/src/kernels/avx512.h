@@ -1,0 +1,122 @@
+// What the AVX-512 files share: every entry of the table, from a Counts<P> that the including file has defined. Its
+// members low[P] and high[P] are the counts of P pixels for channels 0..7 and 8..15, in 64-bit lanes. Included inside
+// the target region, so that each file compiles it for its own instruction set.
+#pragma once
+
+namespace lowbit {
+namespace {
+
+__m512 scaled(__m512 sums, const FloatOutput& out) {
+  return _mm512_add_ps(_mm512_mul_ps(sums, _mm512_loadu_ps(out.scale)), _mm512_loadu_ps(out.bias));
+}
+
+template <int P>
+void store_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
+  const Counts<P> sums(tile);
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts[p]), _mm512_cvtepi64_epi32(sums.low[p]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts[p] + 8), _mm512_cvtepi64_epi32(sums.high[p]));
+  }
+}
+
+template <int P>
+void store_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
+  const Counts<P> sums(tile);
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+    const unsigned low = _mm512_cmple_epi64_mask(sums.low[p], _mm512_loadu_si512(limits[p]));
+    const unsigned high = _mm512_cmple_epi64_mask(sums.high[p], _mm512_loadu_si512(limits[p] + 8));
+    bits[p] = static_cast<uint16_t>((low | high << 8) ^ falling);
+  }
+}
+
+__m256 dot(__m512i counts, const int64_t* base) {
+  return _mm512_cvtepi64_ps(_mm512_sub_epi64(_mm512_loadu_si512(base), _mm512_add_epi64(counts, counts)));
+}
+
+template <int P>
+void store_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
+  const Counts<P> sums(tile);
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+    const __m512 low = _mm512_castps256_ps512(dot(sums.low[p], bases[p]));
+    const __m512 dots = _mm512_insertf32x8(low, dot(sums.high[p], bases[p] + 8), 1);
+    _mm512_storeu_ps(out.output + p * out.stride, scaled(dots, out));
+  }
+}
+
+template <int P>
+void multiply(const FloatTile& tile, const FloatOutput& out) {
+  __m512 sums[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) sums[p] = _mm512_setzero_ps();
+  const float* x = tile.pixels;
+  const float* w = tile.weights;
+  for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
+    const __m512 weights = _mm512_loadu_ps(w);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) sums[p] = _mm512_fmadd_ps(_mm512_set1_ps(x[p]), weights, sums[p]);
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) _mm512_storeu_ps(out.output + p * out.stride, scaled(sums[p], out));
+}
+
+__m512i widened(const int16_t* row) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+}
+
+template <int P>
+void multiply_integers(const IntegerTile& tile, int32_t (*result)[kTileChannels]) {
+  __m512i sums[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) sums[p] = _mm512_setzero_si512();
+  const int16_t* x = tile.pixels;
+  const int16_t* w = tile.weights;
+  for (size_t k = 0; k < tile.depth; k += 2, x += 2 * P, w += 2 * kTileChannels) {
+    const int16_t* next_x = k + 1 < tile.depth ? x + P : kNoRow;
+    const __m512i row = widened(w), next_row = widened(k + 1 < tile.depth ? w + kTileChannels : kNoRow);
+    const __m512i weights = _mm512_or_si512(row, _mm512_slli_epi32(next_row, 16));
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+      sums[p] = _mm512_add_epi32(sums[p], _mm512_madd_epi16(_mm512_set1_epi32(joined(x[p], next_x[p])), weights));
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) _mm512_storeu_si512(result[p], sums[p]);
+}
+
+void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
+  LOWBIT_BY_COUNT(store_counts, tile, counts)
+}
+
+void binary_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
+  LOWBIT_BY_COUNT(store_bits, tile, limits, falling, bits)
+}
+
+void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
+  LOWBIT_BY_COUNT(store_floats, tile, bases, out)
+}
+
+void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_COUNT(multiply, tile, out) }
+
+void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
+  LOWBIT_BY_COUNT(multiply_integers, tile, sums)
+}
+
+void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
+  for (size_t first = 0; first < channels; first += 64) {
+    uint64_t word = 0;
+    for (size_t c = first; c < channels && c < first + 64; c += 16) {
+      const size_t left = channels - c;
+      const auto lanes = static_cast<__mmask16>(left < 16 ? (1u << left) - 1 : 0xffffu);
+      const __m512 flipped = _mm512_xor_ps(_mm512_maskz_loadu_ps(lanes, x + c),
+                                           _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(lanes, flips + c)));
+      const __m512 limits = _mm512_maskz_loadu_ps(lanes, thresholds + c);
+      word |= static_cast<uint64_t>(_mm512_mask_cmp_ps_mask(lanes, flipped, limits, _CMP_GE_OQ)) << (c - first);
+    }
+    *words++ = word;
+  }
+}
+
+}  // namespace
+}  // namespace lowbit

@@ -1,0 +1,43 @@
+// AVX-512 with VPOPCNTDQ: xor, vpopcntq and add on 8 channels at a time, one activation word broadcast to all of them.
+// 8 pixels x 16 channels make 16 independent accumulators, so no latency shows and nothing is summed across lanes.
+#include "kernels/by_count.h"
+#include "kernels/kernels.h"
+#include "kernels/pairs.h"
+#include "kernels/target.h"
+
+LOWBIT_TARGET_OPEN("avx512f,avx512dq,avx512bw,avx512vl,avx512vpopcntdq,fma")
+
+namespace lowbit {
+namespace {
+
+// The xor of pixel words with the weights of channels 0..7 (low) and 8..15 (high), counted.
+template <int P>
+struct Counts {
+  __m512i low[P], high[P];
+
+  explicit Counts(const BinaryTile& tile) {
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) low[p] = high[p] = _mm512_setzero_si512();
+    const uint64_t* x = tile.pixels;
+    const uint64_t* w = tile.weights;
+    for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
+      const __m512i w_low = _mm512_loadu_si512(w), w_high = _mm512_loadu_si512(w + 8);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        const __m512i word = _mm512_set1_epi64(static_cast<long long>(x[p]));
+        low[p] = _mm512_add_epi64(low[p], _mm512_popcnt_epi64(_mm512_xor_si512(word, w_low)));
+        high[p] = _mm512_add_epi64(high[p], _mm512_popcnt_epi64(_mm512_xor_si512(word, w_high)));
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace lowbit
+
+#include "kernels/avx512.h"
+
+const lowbit::Kernels lowbit::kAvx512VpopcntdqKernels{"avx512_vpopcntdq", binary_counts, binary_bits, binary_floats,
+                                                      float_tile,         integer_sums,  float_bits};
+
+LOWBIT_TARGET_CLOSE

@@ -1,0 +1,41 @@
+// Chooses the instance of a kernel by the number of pixels, so that its loops over them unroll.
+#pragma once
+
+// All pixels of the tile at once.
+#define LOWBIT_BY_COUNT(kernel, tile, ...) \
+  switch ((tile).count) {                  \
+    case 1:                                \
+      return kernel<1>(tile, __VA_ARGS__); \
+    case 2:                                \
+      return kernel<2>(tile, __VA_ARGS__); \
+    case 3:                                \
+      return kernel<3>(tile, __VA_ARGS__); \
+    case 4:                                \
+      return kernel<4>(tile, __VA_ARGS__); \
+    case 5:                                \
+      return kernel<5>(tile, __VA_ARGS__); \
+    case 6:                                \
+      return kernel<6>(tile, __VA_ARGS__); \
+    case 7:                                \
+      return kernel<7>(tile, __VA_ARGS__); \
+    default:                               \
+      return kernel<8>(tile, __VA_ARGS__); \
+  }
+
+// Up to four pixels at a time, from pixel `first` on.
+#define LOWBIT_BY_FOURS(kernel, tile, ...)                \
+  for (int first = 0; first < (tile).count; first += 4) { \
+    switch ((tile).count - first) {                       \
+      case 1:                                             \
+        kernel<1>(tile, first, __VA_ARGS__);              \
+        break;                                            \
+      case 2:                                             \
+        kernel<2>(tile, first, __VA_ARGS__);              \
+        break;                                            \
+      case 3:                                             \
+        kernel<3>(tile, first, __VA_ARGS__);              \
+        break;                                            \
+      default:                                            \
+        kernel<4>(tile, first, __VA_ARGS__);              \
+    }                                                     \
+  }

@@ -1,0 +1,156 @@
+// NEON, which every aarch64 has: xor and a byte-wise count by vcnt on 2 channels at a time, one activation word
+// broadcast to both.
+#include <arm_neon.h>
+
+#include "kernels/by_count.h"
+#include "kernels/kernels.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int kPairs = kTileChannels / 2;
+constexpr size_t kMostWords = 31;  // their counts, 8 to a byte at most, fit a byte
+
+// How many bits of one pixel and each channel differ; two channels to a vector.
+struct Counts {
+  uint64x2_t pairs[kPairs];
+
+  Counts(const BinaryTile& tile, int p) {
+#pragma GCC unroll 8
+    for (uint64x2_t& pair : pairs) pair = vdupq_n_u64(0);
+    const uint64_t* x = tile.pixels + p;
+    const uint64_t* w = tile.weights;
+    for (size_t left = tile.depth; left > 0;) {
+      uint8x16_t bytes[kPairs];
+#pragma GCC unroll 8
+      for (uint8x16_t& pair : bytes) pair = vdupq_n_u8(0);
+      const size_t words = left < kMostWords ? left : kMostWords;
+      for (size_t k = 0; k < words; ++k, x += tile.count, w += kTileChannels) {
+        const uint64x2_t word = vdupq_n_u64(*x);
+#pragma GCC unroll 8
+        for (int i = 0; i < kPairs; ++i)
+          bytes[i] = vaddq_u8(bytes[i], vcntq_u8(vreinterpretq_u8_u64(veorq_u64(word, vld1q_u64(w + 2 * i)))));
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kPairs; ++i) pairs[i] = vpadalq_u32(pairs[i], vpaddlq_u16(vpaddlq_u8(bytes[i])));
+      left -= words;
+    }
+  }
+};
+
+// Four channels from `first` on.
+float32x4_t scaled(float32x4_t sums, const FloatOutput& out, int first) {
+  return vaddq_f32(vmulq_f32(sums, vld1q_f32(out.scale + first)), vld1q_f32(out.bias + first));
+}
+
+void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
+  for (int p = 0; p < tile.count; ++p) {
+    const Counts sums(tile, p);
+#pragma GCC unroll 8
+    for (int i = 0; i < kPairs; ++i) vst1_s32(counts[p] + 2 * i, vreinterpret_s32_u32(vmovn_u64(sums.pairs[i])));
+  }
+}
+
+void binary_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
+  for (int p = 0; p < tile.count; ++p) {
+    const Counts sums(tile, p);
+    unsigned below = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < kPairs; ++i) {
+      const uint64x2_t passed = vcleq_s64(vreinterpretq_s64_u64(sums.pairs[i]), vld1q_s64(limits[p] + 2 * i));
+      below |= (vgetq_lane_u64(passed, 0) & 1u) << 2 * i | (vgetq_lane_u64(passed, 1) & 2u) << 2 * i;
+    }
+    bits[p] = static_cast<uint16_t>(below ^ falling);
+  }
+}
+
+void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
+  for (int p = 0; p < tile.count; ++p) {
+    const Counts sums(tile, p);
+    int32x2_t dots[kPairs];
+#pragma GCC unroll 8
+    for (int i = 0; i < kPairs; ++i) {
+      const int64x2_t twice = vreinterpretq_s64_u64(vshlq_n_u64(sums.pairs[i], 1));
+      dots[i] = vmovn_s64(vsubq_s64(vld1q_s64(bases[p] + 2 * i), twice));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; i += 2) {
+      const float32x4_t four = vcvtq_f32_s32(vcombine_s32(dots[i], dots[i + 1]));
+      vst1q_f32(out.output + p * out.stride + 2 * i, scaled(four, out, 2 * i));
+    }
+  }
+}
+
+template <int P>
+void multiply(const FloatTile& tile, int first, const FloatOutput& out) {
+  float32x4_t sums[P][4];
+#pragma GCC unroll 4
+  for (auto& of_pixel : sums)
+    for (float32x4_t& four : of_pixel) four = vdupq_n_f32(0);
+  const float* x = tile.pixels + first;
+  const float* w = tile.weights;
+  for (size_t k = 0; k < tile.depth; ++k, x += tile.count, w += kTileChannels) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const float32x4_t weights = vld1q_f32(w + 4 * i);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) sums[p][i] = vfmaq_f32(sums[p][i], vdupq_n_f32(x[p]), weights);
+    }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+    for (int i = 0; i < 4; ++i)
+      vst1q_f32(out.output + (first + p) * out.stride + 4 * i, scaled(sums[p][i], out, 4 * i));
+}
+
+void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_FOURS(multiply, tile, out) }
+
+template <int P>
+void multiply_integers(const IntegerTile& tile, int first, int32_t (*result)[kTileChannels]) {
+  int32x4_t sums[P][4];
+#pragma GCC unroll 4
+  for (auto& of_pixel : sums)
+    for (int32x4_t& four : of_pixel) four = vdupq_n_s32(0);
+  const int16_t* x = tile.pixels + first;
+  const int16_t* w = tile.weights;
+  for (size_t k = 0; k < tile.depth; ++k, x += tile.count, w += kTileChannels) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int16x4_t weights = vld1_s16(w + 4 * i);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) sums[p][i] = vmlal_s16(sums[p][i], vdup_n_s16(x[p]), weights);
+    }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+    for (int i = 0; i < 4; ++i) vst1q_s32(result[first + p] + 4 * i, sums[p][i]);
+}
+
+void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
+  LOWBIT_BY_FOURS(multiply_integers, tile, sums)
+}
+
+void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
+  const uint32_t places[4] = {1, 2, 4, 8};
+  for (size_t first = 0; first < channels; first += 64) {
+    const size_t end = channels < first + 64 ? channels : first + 64;
+    uint64_t word = 0;
+    size_t c = first;
+    for (; c + 4 <= end; c += 4) {
+      const uint32x4_t flipped = veorq_u32(vreinterpretq_u32_f32(vld1q_f32(x + c)), vld1q_u32(flips + c));
+      const uint32x4_t passed = vcgeq_f32(vreinterpretq_f32_u32(flipped), vld1q_f32(thresholds + c));
+      word |= static_cast<uint64_t>(vaddvq_u32(vandq_u32(passed, vld1q_u32(places)))) << (c - first);
+    }
+    for (; c < end; ++c) {
+      const float flipped = flips[c] != 0 ? -x[c] : x[c];
+      word |= static_cast<uint64_t>(flipped >= thresholds[c]) << (c - first);
+    }
+    *words++ = word;
+  }
+}
+
+}  // namespace
+
+const Kernels kNeonKernels{"neon", binary_counts, binary_bits, binary_floats, float_tile, integer_sums, float_bits};
+
+}  // namespace lowbit
