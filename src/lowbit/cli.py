@@ -326,13 +326,21 @@ def inspect(packed: PackedFile, as_json: AsJson = False) -> None:
 
 @app.command()
 def bench(
-    packed: PackedFile,
+    packed: Annotated[Path | None, typer.Argument(help="A packed file that `lowbit export` made.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of everything that is timed.", min=1)] = 1,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 1,
     against: Annotated[str, typer.Option(help="Peers, between commas: torch, onnxruntime, openvino.")] = "",
+    list_kernels: Annotated[
+        bool, typer.Option("--list-kernels", help="Time nothing: list the instruction sets, and what each layer calls.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Median time per batch, beside float twins of the same architecture in other runtimes, interleaved in one run."""
+    if list_kernels:
+        _list_kernels(packed, as_json)
+        return
+    if packed is None:
+        raise UsageError("bench needs a packed file; `lowbit export RUN -o model.lowbit` makes one")
     from lowbit.exporter.bench import bench as run_bench
 
     result = run_bench(packed, threads=threads, batch=batch, against=[p for p in against.split(",") if p])
@@ -415,6 +423,30 @@ TRAINING_PACKAGES = {
     "torch",
     "torchvision",
 }
+
+
+def _list_kernels(packed: Path | None, as_json: bool) -> None:
+    from lowbit.runtime import Engine, instruction_sets
+
+    listed = {"instruction_sets": instruction_sets()}
+    if packed is not None:
+        engine = Engine(packed)
+        listed["layers"] = [
+            {
+                "op": index,
+                "kind": op["op"],
+                "source": op["source"],
+                "kernel": kernel,
+                "isa": engine.isa if kernel else "",
+            }
+            for index, (op, kernel) in enumerate(zip(engine.model.ops, engine.kernels, strict=True))
+        ]
+    if as_json:
+        print_json(listed)
+        return
+    print_rows("Instruction sets of this build", listed["instruction_sets"], False)
+    if packed is not None:
+        print_rows(f"Kernels of {packed}", listed["layers"], False)
 
 
 def _summarise(run: Run) -> None:

@@ -20,6 +20,17 @@ Floats = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 
 
+def instruction_sets() -> list[dict[str, Any]]:
+    """The engine's instruction sets, the best first: ``isa``, whether this ``cpu`` runs it, and whether an engine made
+    now would have it ``chosen``.
+
+    Raises:
+        UsageError: the environment variable ``LOWBIT_ISA`` names one that this CPU or build lacks.
+    """
+    runs, chosen = _engine.available_isas(), _chosen_isa()
+    return [{"isa": isa, "cpu": isa in runs, "chosen": isa == chosen} for isa in _engine.built_isas()]
+
+
 class Engine:
     """A packed network, ready to run on the CPU without torch.
 
@@ -39,11 +50,7 @@ class Engine:
     def __init__(self, model: str | Path | bytes | PackedModel, threads: int = 1) -> None:
         if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 256:
             raise UsageError(f"threads is {threads!r}, but must be an integer from 1 to 256")
-        isa, isas = os.environ.get("LOWBIT_ISA", ""), _engine.available_isas()
-        if isa and isa not in isas:
-            raise UsageError(
-                f"LOWBIT_ISA is '{isa}', but this CPU and build have {', '.join(isas)}; unset it or take one"
-            )
+        _chosen_isa()
         if isinstance(model, bytes):
             model = packed.parse(model)
         elif not isinstance(model, PackedModel):
@@ -76,8 +83,13 @@ class Engine:
 
     @property
     def isa(self) -> str:
-        """The instruction set whose kernels run: ``avx512`` or ``scalar``."""
+        """The instruction set whose kernels run; `instruction_sets` lists those that there are."""
         return self._native.isa
+
+    @property
+    def kernels(self) -> list[str]:
+        """The kernel that each op calls (``binary_bits``, ``float_tile``, ...), empty for an op that has none."""
+        return self._native.kernels
 
     @property
     def threads(self) -> int:
@@ -158,6 +170,13 @@ class Engine:
 
     def _flat(self, outputs: Floats) -> Floats:
         return outputs.reshape(outputs.shape[:2]) if outputs.shape[2:] == (1, 1) else outputs
+
+
+def _chosen_isa() -> str:
+    isa, isas = os.environ.get("LOWBIT_ISA", ""), _engine.available_isas()
+    if isa and isa not in isas:
+        raise UsageError(f"LOWBIT_ISA is '{isa}', but this CPU and build have {', '.join(isas)}; unset it or take one")
+    return isa or isas[0]
 
 
 def _check_value(what: str, array: Array, value: Value, batch: tuple[int, ...]) -> None:
