@@ -87,6 +87,17 @@ def test_bench_times_the_engine_and_torch(road: Path) -> None:
     assert "lowbit" in text
 
 
+def test_bench_lists_instruction_sets_and_the_kernel_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWBIT_ISA", "scalar")
+    golden = Path(__file__).parent / "golden" / "format1-codes.lowbit"
+    listed = json.loads(lowbit("bench", golden, "--list-kernels", "--json").stdout)
+    assert listed["instruction_sets"][-1] == {"isa": "scalar", "cpu": True, "chosen": True}
+    assert sum(row["chosen"] for row in listed["instruction_sets"]) == 1
+    kernels = {row["kind"]: (row["kernel"], row["isa"]) for row in listed["layers"]}
+    assert kernels["quant_conv2d"] == ("integer_sums", "scalar")
+    assert kernels["max_pool"] == ("", "")
+
+
 def test_resume_goes_on_from_the_recorded_settings(road: Path) -> None:
     lowbit("train", "--method", "bnn", *TRAIN, "--epochs", "1", "--seed", "3", "--out", road / "bnn")
     again = lowbit("train", "--resume", "--out", road / "bnn")
@@ -134,6 +145,7 @@ MISTAKES = {
         "no field 'rate'",
     ),
     "no run": (["evaluate", "nowhere"], 1, "no run folder"),
+    "nothing to bench": (["bench"], 2, "bench needs a packed file"),
     "no packed file": (["inspect", "nowhere.lowbit"], 1, "nowhere.lowbit"),
 }
 

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from packed_models import Builder, vgg, window
+from packed_models import Builder, quant_net, table_net, vgg, window
 
 from lowbit import _engine
 from lowbit.errors import LowbitError, UsageError
 from lowbit.preprocessing import Preprocessing
-from lowbit.runtime import Engine, load_image
+from lowbit.runtime import Engine, instruction_sets, load_image
 
 
 @pytest.fixture
@@ -103,6 +103,26 @@ def test_unknown_isa_is_refused(model, monkeypatch):
 def test_scalar_isa_can_be_forced(model, monkeypatch):
     monkeypatch.setenv("LOWBIT_ISA", "scalar")
     assert Engine(model).isa == "scalar"
+
+
+def test_each_op_names_the_kernel_that_it_calls(model):
+    assert Engine(model).kernels == ["float_tile", "float_bits", "binary_bits", "", "binary_floats"]
+    coded = quant_net(np.random.default_rng(5))
+    assert Engine(coded).kernels == ["", *["integer_sums"] * 3, "", "integer_sums"]
+    assert Engine(table_net(np.random.default_rng(6))).kernels[1] == "float_tile"
+
+
+def test_instruction_sets_are_those_of_the_build_and_one_is_chosen(monkeypatch):
+    listed = instruction_sets()
+    assert [row["isa"] for row in listed] == _engine.built_isas()
+    assert [row["isa"] for row in listed if row["cpu"]] == _engine.available_isas()
+    for isa in ("", "scalar"):
+        monkeypatch.setenv("LOWBIT_ISA", isa)
+        chosen = [row["isa"] for row in instruction_sets() if row["chosen"]]
+        assert chosen == [isa or _engine.available_isas()[0]]
+    monkeypatch.setenv("LOWBIT_ISA", "sse9")
+    with pytest.raises(UsageError, match="LOWBIT_ISA is 'sse9'"):
+        instruction_sets()
 
 
 def test_run_op_checks_its_inputs(model):
