@@ -1,7 +1,9 @@
 // Binary convolutions: counts of differing bits.
 #include <bit>
 #include <map>
+#include <optional>
 
+#include "binary_blocks.h"
 #include "convolution.h"
 #include "output_transform.h"
 
@@ -79,12 +81,25 @@ class BinaryConv2d : public Op {
         groups_(spec.groups),
         depth_(group_depth(spec, input, window)),
         product_(make_product(spec, input, window, depth_)),
-        cases_(spec, input, window, depth_) {}
+        cases_(spec, input, window, depth_) {
+    if (kernels.blocks != nullptr && groups_ == 1 && product_.panels() > 1) blocks_.emplace(product_, *kernels.blocks);
+  }
 
   int64_t scratch_bytes() const override { return product_.planes_bytes(); }
-  int64_t thread_scratch_bytes() const override { return product_.block_bytes(); }
+  int64_t thread_scratch_bytes() const override {
+    return std::max(product_.block_bytes(), blocks_ ? blocks_->thread_scratch_bytes() : int64_t{0});
+  }
 
  protected:
+  // Product::run or BinaryBlocks::run: blocks where there are pixels enough to fill them.
+  template <class Begin, class Emit>
+  void multiply(const Call& call, const Begin& begin, const Emit& emit) const {
+    if (blocks_ && product_.pixels(call) >= kMinBlockPixels)
+      blocks_->run(call, begin, emit);
+    else
+      product_.run(call, begin, emit);
+  }
+
   void fill_planes(const Call& call) const {
     const int64_t words = input_.words(), group_words = ceil_div(depth_, 64);
     const bool aligned = groups_ == 1 || depth_ % 64 == 0;
@@ -118,13 +133,37 @@ class BinaryConv2d : public Op {
     return rows;
   }
 
+  // What the kernels make of a tile, whether its counts are still to be made or not.
+  const int32_t (*counts_of(const BinaryTile& tile, int32_t (*own)[kTileChannels]) const)[kTileChannels] {
+    kernels_.binary_counts(tile, own);
+    return own;
+  }
+  const int32_t (*counts_of(const CountTile& tile, int32_t (*)[kTileChannels]) const)[kTileChannels] {
+    return tile.counts;
+  }
+  void to_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) const {
+    kernels_.binary_bits(tile, limits, falling, bits);
+  }
+  void to_bits(const CountTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) const {
+    kernels_.blocks->bits(tile.counts, tile.count, limits, falling, bits);
+  }
+  void to_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) const {
+    kernels_.binary_floats(tile, bases, out);
+  }
+  void to_floats(const CountTile& tile, const int64_t* const* bases, const FloatOutput& out) const {
+    kernels_.blocks->floats(tile.counts, tile.count, bases, out);
+  }
+
   const Kernels& kernels_;
   Shape input_;
   int64_t groups_, depth_;  // depth: input channels per group
   Product<uint64_t> product_;
   BorderCases cases_;
+  std::optional<BinaryBlocks> blocks_;
 
  private:
+  static constexpr int64_t kMinBlockPixels = 8;
+
   // `count` bits (at most 64) of x from bit `start` on.
   static uint64_t extract(const uint64_t* x, int64_t start, int64_t count) {
     const int64_t word = start / 64, shift = start % 64;
@@ -150,12 +189,12 @@ class BinaryConv2dFloat final : public BinaryConv2d {
 
   void run(const Call& call) const override {
     fill_planes(call);
-    product_.run(call, kNoBegin,
-                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
+    multiply(call, kNoBegin,
+                 [&](const auto& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
                    const auto bases = rows_of(bases_, tile.count, positions, group, panel);
                    epilogue_.emit(
                        call.result<float>(), pixel, tile.count, group, panel,
-                       [&](const FloatOutput& output) { kernels_.binary_floats(tile, bases.data(), output); });
+                       [&](const FloatOutput& output) { to_floats(tile, bases.data(), output); });
                  });
   }
 
@@ -194,11 +233,11 @@ class BinaryConv2dBits final : public BinaryConv2d {
     const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
       clear_bits(call, output(), first, count, channel, end);
     };
-    product_.run(call, clear,
-                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
+    multiply(call, clear,
+                 [&](const auto& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
                    const auto limits = rows_of(limits_, tile.count, positions, group, panel);
                    uint16_t bits[kTilePixels];
-                   kernels_.binary_bits(tile, limits.data(), falling_[group * product_.panels() + panel], bits);
+                   to_bits(tile, limits.data(), falling_[group * product_.panels() + panel], bits);
                    const int64_t first = group * product_.group_channels() + panel * kTileChannels, shift = first % 64;
                    for (int p = 0; p < tile.count; ++p) {
                      uint64_t* word = codes + (pixel + p) * words + first / 64;
@@ -225,10 +264,10 @@ class BinaryConv2dCodes final : public BinaryConv2d {
 
   void run(const Call& call) const override {
     fill_planes(call);
-    product_.run(call, kNoBegin,
-                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
-                   int32_t counts[kTilePixels][kTileChannels];
-                   kernels_.binary_counts(tile, counts);
+    multiply(call, kNoBegin,
+                 [&](const auto& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
+                   int32_t own[kTilePixels][kTileChannels];
+                   const auto* counts = counts_of(tile, own);
                    const auto bases = rows_of(bases_, tile.count, positions, group, panel);
                    const int64_t inside = panel * kTileChannels, first = group * product_.group_channels() + inside;
                    const int64_t wanted = std::min<int64_t>(kTileChannels, product_.group_channels() - inside);

@@ -53,6 +53,8 @@ class Product {
   int64_t planes() const { return planes_; }
   int64_t plane_size() const { return padded_height_ * padded_width_; }
   int64_t planes_bytes() const { return round_up(planes_ * plane_size() * sizeof(T), kAlignment); }
+  const std::vector<int64_t>& taps() const { return taps_; }
+  int64_t pixels(const Call& call) const { return call.batch * window_.height * window_.width; }
   int64_t block_bytes() const { return block_tiles() * kTilePixels * taps_.size() * sizeof(T); }
 
   // Fills the planes; spread(row y of an image, x) must write the planes' elements of input pixel (y, x) by put(plane,
@@ -81,8 +83,7 @@ class Product {
   // tiles, begin(first pixel, count, first channel, end channel) is called.
   template <class Begin, class Emit>
   void run(const Call& call, const Begin& begin, const Emit& emit) const {
-    const int64_t image_pixels = window_.height * window_.width;
-    const int64_t pixels = call.batch * image_pixels;
+    const int64_t pixels = this->pixels(call);
     const int64_t block = block_pixels(pixels, call.pool.size());
     const int64_t blocks = ceil_div(pixels, block);
     const bool few = groups_ == 1 && blocks < 2 * call.pool.size() && call.pool.size() > 1;
@@ -112,25 +113,9 @@ class Product {
     });
   }
 
- private:
-  T* panel(int64_t group, int64_t number) {
-    return weights_.data() + (group * panels_ + number) * taps_.size() * kTileChannels;
-  }
   const T* panel(int64_t group, int64_t number) const { return const_cast<Product*>(this)->panel(group, number); }
-
   T* planes_of(const Call& call, int64_t image) const {
     return static_cast<T*>(call.scratch) + image * (planes_bytes() / sizeof(T));
-  }
-
-  int64_t block_tiles() const {
-    return std::clamp<int64_t>(kBlockBytes / (taps_.size() * kTilePixels * sizeof(T)), 1, kBlockTiles);
-  }
-
-  // Pixels per item of work: a whole block, or less so that every thread gets some.
-  int64_t block_pixels(int64_t pixels, int threads) const {
-    if (threads == 1) return block_tiles() * kTilePixels;
-    const int64_t tiles = ceil_div(pixels, kTilePixels);
-    return std::clamp<int64_t>(tiles / (2 * threads), 1, block_tiles()) * kTilePixels;
   }
 
   // Where the input of pixels first..first+count-1 starts in the planes, and their numbers within their images.
@@ -147,6 +132,22 @@ class Product {
       y = 0;
       ++image;
     }
+  }
+
+ private:
+  T* panel(int64_t group, int64_t number) {
+    return weights_.data() + (group * panels_ + number) * taps_.size() * kTileChannels;
+  }
+
+  int64_t block_tiles() const {
+    return std::clamp<int64_t>(kBlockBytes / (taps_.size() * kTilePixels * sizeof(T)), 1, kBlockTiles);
+  }
+
+  // Pixels per item of work: a whole block, or less so that every thread gets some.
+  int64_t block_pixels(int64_t pixels, int threads) const {
+    if (threads == 1) return block_tiles() * kTilePixels;
+    const int64_t tiles = ceil_div(pixels, kTilePixels);
+    return std::clamp<int64_t>(tiles / (2 * threads), 1, block_tiles()) * kTilePixels;
   }
 
   void gather(const T* plane, const int64_t* pixels, int count, T* tile) const {

@@ -33,6 +33,32 @@ struct FloatOutput {
   ptrdiff_t stride;
 };
 
+// A binary product by blocks: pixels and channels meet 32 by 32, too many for the tiles above. Weights are laid out for
+// it when a file is loaded, pixels when they are used.
+inline constexpr int kBlockPixels = 32;
+inline constexpr int kBlockChannels = 2 * kTileChannels;
+
+struct BlockKernels {
+  // Where the words of 16 channels go. From words[16], one per channel, to masks[16].
+  void (*arrange_weights)(const uint64_t* words, uint64_t* masks);
+
+  size_t (*pixel_bytes)(size_t depth);  // of one block, what arrange_pixels writes
+
+  // Reads word k of pixel p, up to 32 of them, at plane[taps[k] + pixels[p]].
+  void (*arrange_pixels)(const uint64_t* plane, const int64_t* taps, size_t depth, const int64_t* pixels, int count,
+                         std::byte* arranged);
+
+  // counts[panel][p][c] = number of bits in which pixel p and channel c of the panel differ. The panels are an even
+  // number, masks are [panels / 2][depth][2][16], ones[panel][16] the set bits of each channel.
+  void (*count)(const std::byte* arranged, const uint64_t* masks, const int32_t* ones, size_t depth, int count,
+                int panels, int32_t (*counts)[kBlockPixels][kTileChannels]);
+
+  // As binary_bits and binary_floats, of counts that are there: up to 8 pixels.
+  void (*bits)(const int32_t (*counts)[kTileChannels], int count, const int64_t* const* limits, uint16_t falling,
+               uint16_t* bits);
+  void (*floats)(const int32_t (*counts)[kTileChannels], int count, const int64_t* const* bases, const FloatOutput&);
+};
+
 struct Kernels {
   const char* isa;
 
@@ -55,6 +81,9 @@ struct Kernels {
   // Bit c of words = x[c] >= thresholds[c], both with their sign flipped (bit 31 of flips[c] set) where the channel
   // falls; thresholds come flipped already. Tail bits are zero.
   void (*float_bits)(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words);
+
+  // For binary products of many pixels; null where the tiles are as good.
+  const BlockKernels* blocks = nullptr;
 };
 
 extern const Kernels kScalarKernels;
@@ -69,6 +98,9 @@ extern const Kernels kAvx512VpopcntdqKernels;
 #endif
 #ifdef LOWBIT_NEON
 extern const Kernels kNeonKernels;
+#endif
+#ifdef LOWBIT_AMX
+Kernels amx_kernels();  // the AVX-512 kernels, and blocks
 #endif
 
 }  // namespace lowbit

@@ -1,5 +1,10 @@
 #include "kernels/select.h"
 
+#ifdef LOWBIT_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <stdexcept>
 #include <string>
 
@@ -7,6 +12,15 @@
 
 namespace lowbit {
 namespace {
+
+#ifdef LOWBIT_AMX
+// Linux gives a process the tiles, 8 KB a thread, only when it asks for them.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+#endif
 
 struct Built {
   const Kernels* kernels;
@@ -16,6 +30,11 @@ struct Built {
 // The best first.
 std::vector<Built> built() {
   std::vector<Built> tables;
+#ifdef LOWBIT_AMX
+  static const Kernels amx = amx_kernels();
+  tables.push_back({&amx, __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512vpopcntdq") &&
+                              may_use_tiles()});
+#endif
 #ifdef LOWBIT_AVX512
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");

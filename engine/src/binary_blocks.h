@@ -1,0 +1,76 @@
+// The binary product by blocks of 32 pixels and 32 channels, where the instruction set has kernels for them.
+#pragma once
+
+#include <bit>
+
+#include "convolution.h"
+
+namespace lowbit {
+
+// Up to 8 pixels times 16 channels whose counts are there.
+struct CountTile {
+  const int32_t (*counts)[kTileChannels];
+  int count;
+};
+
+class BinaryBlocks {
+ public:
+  BinaryBlocks(const Product<uint64_t>& product, const BlockKernels& kernels)
+      : product_(product),
+        kernels_(kernels),
+        depth_(product.taps().size()),
+        panels_(round_up(product.panels(), 2)),
+        masks_(panels_ * depth_ * kTileChannels, 0),
+        ones_(panels_ * kTileChannels, 0) {
+    for (int64_t number = 0; number < product.panels(); ++number)
+      for (size_t k = 0; k < depth_; ++k) {
+        const uint64_t* words = product.panel(0, number) + k * kTileChannels;
+        kernels.arrange_weights(words, masks_.data() + ((number / 2 * depth_ + k) * 2 + number % 2) * kTileChannels);
+        for (int c = 0; c < kTileChannels; ++c) ones_[number * kTileChannels + c] += std::popcount(words[c]);
+      }
+  }
+
+  int64_t thread_scratch_bytes() const { return counts_offset() + panels_ * sizeof(Counts); }
+
+  // As Product::run, but for emit, whose first argument is a CountTile.
+  template <class Begin, class Emit>
+  void run(const Call& call, const Begin& begin, const Emit& emit) const {
+    const int64_t pixels = product_.pixels(call), blocks = ceil_div(pixels, kBlockPixels);
+    // Few blocks: threads share a block by 64 channels, a whole word of output bits.
+    const bool few = blocks < 2 * call.pool.size() && call.pool.size() > 1;
+    const int64_t chunk_panels = few ? kPanelsPerChunk : panels_, chunks = ceil_div(panels_, chunk_panels);
+    call.pool.run(static_cast<size_t>(blocks * chunks), [&](size_t item, int thread) {
+      std::byte* arranged = call.thread_scratch + thread * call.thread_bytes;
+      auto* counts = reinterpret_cast<Counts*>(arranged + counts_offset());
+      const int64_t first = item / chunks * kBlockPixels, count = std::min<int64_t>(kBlockPixels, pixels - first);
+      const int64_t panel = item % chunks * chunk_panels, end = std::min(panel + chunk_panels, panels_);
+      const int64_t channels = product_.group_channels();
+      begin(first, count, panel * kTileChannels, std::min(end * kTileChannels, channels));
+      int64_t offsets[kBlockPixels], positions[kBlockPixels];
+      product_.locate(first, count, offsets, positions);
+      const int size = static_cast<int>(count);
+      kernels_.arrange_pixels(product_.planes_of(call, 0), product_.taps().data(), depth_, offsets, size, arranged);
+      kernels_.count(arranged, masks_.data() + panel * depth_ * kTileChannels, ones_.data() + panel * kTileChannels,
+                     depth_, size, static_cast<int>(end - panel), counts);
+      for (int64_t number = panel; number < std::min(end, product_.panels()); ++number)
+        for (int64_t p = 0; p < count; p += kTilePixels) {
+          const CountTile tile{counts[number - panel] + p, static_cast<int>(std::min<int64_t>(kTilePixels, count - p))};
+          emit(tile, first + p, positions + p, 0, number);
+        }
+    });
+  }
+
+ private:
+  using Counts = int32_t[kBlockPixels][kTileChannels];  // of one panel
+
+  int64_t counts_offset() const { return round_up(static_cast<int64_t>(kernels_.pixel_bytes(depth_)), kAlignment); }
+
+  const Product<uint64_t>& product_;
+  const BlockKernels& kernels_;
+  size_t depth_;
+  int64_t panels_;
+  Buffer<uint64_t> masks_;
+  Buffer<int32_t> ones_;
+};
+
+}  // namespace lowbit

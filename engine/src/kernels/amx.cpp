@@ -1,0 +1,156 @@
+// AMX: 16 x 64 bytes times 64 x 16 bytes in one instruction, added to 16 x 16 sums. Bits stay packed in memory and
+// become bytes on their way into a tile: a pixel's set bit is -1 and others 0 (one masked move makes a row of 64), a
+// weight is 1 where its bit is set and -1 where not. The sum of products is then the pixel's ones where the weight has
+// none, less those where it has one: a tile that starts at the weight's ones ends as the number of bits that differ.
+#include "kernels/kernels.h"
+#include "kernels/target.h"
+
+LOWBIT_TARGET_OPEN("avx512f,avx512dq,avx512bw,avx512vl,amx-tile,amx-int8")
+
+namespace lowbit {
+namespace {
+
+constexpr size_t kTileBytes = 1024;
+constexpr size_t kRing = 4;   // pairs of weight tiles that are kept: they never leave the L1 cache
+constexpr size_t kAhead = 3;  // how far expanding runs ahead of multiplying, so that a tile is not read while written
+
+// Eight tiles of 16 rows x 64 bytes. The processor keeps this per thread; others in the process set their own.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Row r of a weight tile holds bits 4r to 4r+3 of each of the 16 channels: one mask of 64 bits makes the row.
+void arrange_weights(const uint64_t* words, uint64_t* masks) {
+  for (int row = 0; row < kTileChannels; ++row) {
+    uint64_t mask = 0;
+    for (int c = 0; c < kTileChannels; ++c) mask |= (words[c] >> 4 * row & 15) << 4 * c;
+    masks[row] = mask;
+  }
+}
+
+size_t pixel_bytes(size_t depth) { return 2 * depth * kTileBytes; }
+
+void arrange_pixels(const uint64_t* plane, const int64_t* taps, size_t depth, const int64_t* pixels, int count,
+                    std::byte* arranged) {
+  const __m512i set = _mm512_set1_epi8(-1);
+  for (int first = 0; first < count; first += 16) {
+    for (size_t k = 0; k < depth; ++k, arranged += kTileBytes) {
+      const uint64_t* words = plane + taps[k];
+      if (count - first >= 16) {
+#pragma GCC unroll 16
+        for (int p = 0; p < 16; ++p)
+          _mm512_store_si512(arranged + p * 64, _mm512_maskz_mov_epi8(words[pixels[first + p]], set));
+      } else {
+        for (int p = 0; p < count - first; ++p)
+          _mm512_store_si512(arranged + p * 64, _mm512_maskz_mov_epi8(words[pixels[first + p]], set));
+      }
+    }
+  }
+}
+
+// A pair of weight tiles.
+void expand(const uint64_t* masks, std::byte* tiles) {
+  const __m512i plus = _mm512_set1_epi8(1), minus = _mm512_set1_epi8(-1);
+#pragma GCC unroll 32
+  for (int row = 0; row < 32; ++row)
+    _mm512_store_si512(tiles + row * 64, _mm512_mask_blend_epi8(masks[row], minus, plus));
+}
+
+// All panels for 16 pixels or, where Both, 32.
+template <bool Both>
+void multiply(const std::byte* pixels, const uint64_t* masks, const int32_t* ones, size_t depth, int panels,
+              int32_t (*counts)[kBlockPixels][kTileChannels]) {
+  alignas(64) std::byte ring[kRing * 2 * kTileBytes];
+  const size_t pairs = depth * static_cast<size_t>(panels / 2);
+  size_t expanded = 0;
+  const auto expand_next = [&]() __attribute__((always_inline)) {
+    if (expanded == pairs) return;
+    expand(masks + expanded * 32, ring + expanded % kRing * 2 * kTileBytes);
+    ++expanded;
+  };
+  for (size_t i = 0; i < kAhead; ++i) expand_next();
+  size_t pair = 0;
+  for (int panel = 0; panel < panels; panel += 2, ones += kBlockChannels) {
+    _tile_loadd(0, ones, 0);  // a stride of 0: every row is the same
+    _tile_loadd(1, ones + kTileChannels, 0);
+    if constexpr (Both) {
+      _tile_loadd(2, ones, 0);
+      _tile_loadd(3, ones + kTileChannels, 0);
+    }
+    for (size_t k = 0; k < depth; ++k, ++pair) {
+      const std::byte* weights = ring + pair % kRing * 2 * kTileBytes;
+      _tile_loadd(4, pixels + k * kTileBytes, 64);
+      _tile_loadd(6, weights, 64);
+      _tile_dpbssd(0, 4, 6);
+      _tile_loadd(7, weights + kTileBytes, 64);
+      _tile_dpbssd(1, 4, 7);
+      if constexpr (Both) {
+        _tile_loadd(5, pixels + (depth + k) * kTileBytes, 64);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+      }
+      expand_next();
+    }
+    _tile_stored(0, counts[panel], 64);
+    _tile_stored(1, counts[panel + 1], 64);
+    if constexpr (Both) {
+      _tile_stored(2, counts[panel] + 16, 64);
+      _tile_stored(3, counts[panel + 1] + 16, 64);
+    }
+  }
+}
+
+void count(const std::byte* arranged, const uint64_t* masks, const int32_t* ones, size_t depth, int count, int panels,
+           int32_t (*counts)[kBlockPixels][kTileChannels]) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  if (count > 16)
+    multiply<true>(arranged, masks, ones, depth, panels, counts);
+  else
+    multiply<false>(arranged, masks, ones, depth, panels, counts);
+  _tile_release();
+}
+
+void bits(const int32_t (*counts)[kTileChannels], int count, const int64_t* const* limits, uint16_t falling,
+          uint16_t* bits) {
+  for (int p = 0; p < count; ++p) {
+    const __m512i row = _mm512_loadu_si512(counts[p]);
+    const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(row));
+    const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(row, 1));
+    const unsigned below = _mm512_cmple_epi64_mask(low, _mm512_loadu_si512(limits[p]));
+    const unsigned above = _mm512_cmple_epi64_mask(high, _mm512_loadu_si512(limits[p] + 8));
+    bits[p] = static_cast<uint16_t>((below | above << 8) ^ falling);
+  }
+}
+
+__m256 dot(__m256i counts, const int64_t* base) {
+  const __m512i count = _mm512_cvtepi32_epi64(counts);
+  return _mm512_cvtepi64_ps(_mm512_sub_epi64(_mm512_loadu_si512(base), _mm512_add_epi64(count, count)));
+}
+
+void floats(const int32_t (*counts)[kTileChannels], int count, const int64_t* const* bases, const FloatOutput& out) {
+  for (int p = 0; p < count; ++p) {
+    const __m512i row = _mm512_loadu_si512(counts[p]);
+    const __m512 low = _mm512_castps256_ps512(dot(_mm512_castsi512_si256(row), bases[p]));
+    const __m512 dots = _mm512_insertf32x8(low, dot(_mm512_extracti64x4_epi64(row, 1), bases[p] + 8), 1);
+    _mm512_storeu_ps(out.output + p * out.stride, _mm512_add_ps(_mm512_mul_ps(dots, _mm512_loadu_ps(out.scale)),
+                                                                _mm512_loadu_ps(out.bias)));
+  }
+}
+
+constexpr BlockKernels kBlocks{arrange_weights, pixel_bytes, arrange_pixels, count, bits, floats};
+
+}  // namespace
+}  // namespace lowbit
+
+LOWBIT_TARGET_CLOSE
+
+// Called on any CPU, so for none of its own.
+lowbit::Kernels lowbit::amx_kernels() {
+  Kernels kernels = kAvx512VpopcntdqKernels;
+  kernels.isa = "amx";
+  kernels.blocks = &kBlocks;
+  return kernels;
+}
