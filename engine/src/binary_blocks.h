@@ -7,10 +7,12 @@
 
 namespace lowbit {
 
-// Up to 8 pixels times 16 channels whose counts are there.
-struct CountTile {
-  const int32_t (*counts)[kTileChannels];
-  int count;
+// Counts that are there, [panel][pixel][channel], of some panels of up to 32 pixels.
+struct CountBlock {
+  const int32_t (*counts)[kBlockPixels][kTileChannels];
+  int64_t first_pixel, count;
+  const int64_t* positions;  // of each pixel within its image
+  int64_t first_panel, panels;
 };
 
 class BinaryBlocks {
@@ -32,9 +34,9 @@ class BinaryBlocks {
 
   int64_t thread_scratch_bytes() const { return counts_offset() + panels_ * sizeof(Counts); }
 
-  // As Product::run, but for emit, whose first argument is a CountTile.
-  template <class Begin, class Emit>
-  void run(const Call& call, const Begin& begin, const Emit& emit) const {
+  // Calls emit(CountBlock) for every block; its channels begin with a word of bits.
+  template <class Emit>
+  void run(const Call& call, const Emit& emit) const {
     const int64_t pixels = product_.pixels(call), blocks = ceil_div(pixels, kBlockPixels);
     // Few blocks: threads share a block by 64 channels, a whole word of output bits.
     const bool few = blocks < 2 * call.pool.size() && call.pool.size() > 1;
@@ -44,19 +46,13 @@ class BinaryBlocks {
       auto* counts = reinterpret_cast<Counts*>(arranged + counts_offset());
       const int64_t first = item / chunks * kBlockPixels, count = std::min<int64_t>(kBlockPixels, pixels - first);
       const int64_t panel = item % chunks * chunk_panels, end = std::min(panel + chunk_panels, panels_);
-      const int64_t channels = product_.group_channels();
-      begin(first, count, panel * kTileChannels, std::min(end * kTileChannels, channels));
       int64_t offsets[kBlockPixels], positions[kBlockPixels];
       product_.locate(first, count, offsets, positions);
       const int size = static_cast<int>(count);
       kernels_.arrange_pixels(product_.planes_of(call, 0), product_.taps().data(), depth_, offsets, size, arranged);
       kernels_.count(arranged, masks_.data() + panel * depth_ * kTileChannels, ones_.data() + panel * kTileChannels,
                      depth_, size, static_cast<int>(end - panel), counts);
-      for (int64_t number = panel; number < std::min(end, product_.panels()); ++number)
-        for (int64_t p = 0; p < count; p += kTilePixels) {
-          const CountTile tile{counts[number - panel] + p, static_cast<int>(std::min<int64_t>(kTilePixels, count - p))};
-          emit(tile, first + p, positions + p, 0, number);
-        }
+      emit(CountBlock{counts, first, count, positions, panel, std::min(end, product_.panels()) - panel});
     });
   }
 

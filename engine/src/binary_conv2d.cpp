@@ -1,5 +1,6 @@
 // Binary convolutions: counts of differing bits.
 #include <bit>
+#include <limits>
 #include <map>
 #include <optional>
 
@@ -91,13 +92,15 @@ class BinaryConv2d : public Op {
   }
 
  protected:
-  // Product::run or BinaryBlocks::run: blocks where there are pixels enough to fill them.
-  template <class Begin, class Emit>
-  void multiply(const Call& call, const Begin& begin, const Emit& emit) const {
-    if (blocks_ && product_.pixels(call) >= kMinBlockPixels)
-      blocks_->run(call, begin, emit);
-    else
-      product_.run(call, begin, emit);
+  bool by_blocks(const Call& call) const { return blocks_ && product_.pixels(call) >= kMinBlockPixels; }
+
+  // Calls emit(counts, pixels, first pixel, positions, panel) for up to 8 pixels times 16 channels of a block.
+  template <class Emit>
+  static void for_tiles(const CountBlock& block, const Emit& emit) {
+    for (int64_t panel = 0; panel < block.panels; ++panel)
+      for (int64_t p = 0; p < block.count; p += kTilePixels)
+        emit(block.counts[panel] + p, static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p)),
+             block.first_pixel + p, block.positions + p, block.first_panel + panel);
   }
 
   void fill_planes(const Call& call) const {
@@ -131,27 +134,6 @@ class BinaryConv2d : public Op {
     std::array<const int64_t*, kTilePixels> rows;
     for (int p = 0; p < count; ++p) rows[p] = table.panel(group, panel, cases_.of_position(positions[p]));
     return rows;
-  }
-
-  // What the kernels make of a tile, whether its counts are still to be made or not.
-  const int32_t (*counts_of(const BinaryTile& tile, int32_t (*own)[kTileChannels]) const)[kTileChannels] {
-    kernels_.binary_counts(tile, own);
-    return own;
-  }
-  const int32_t (*counts_of(const CountTile& tile, int32_t (*)[kTileChannels]) const)[kTileChannels] {
-    return tile.counts;
-  }
-  void to_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) const {
-    kernels_.binary_bits(tile, limits, falling, bits);
-  }
-  void to_bits(const CountTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) const {
-    kernels_.blocks->bits(tile.counts, tile.count, limits, falling, bits);
-  }
-  void to_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) const {
-    kernels_.binary_floats(tile, bases, out);
-  }
-  void to_floats(const CountTile& tile, const int64_t* const* bases, const FloatOutput& out) const {
-    kernels_.blocks->floats(tile.counts, tile.count, bases, out);
   }
 
   const Kernels& kernels_;
@@ -189,12 +171,26 @@ class BinaryConv2dFloat final : public BinaryConv2d {
 
   void run(const Call& call) const override {
     fill_planes(call);
-    multiply(call, kNoBegin,
-                 [&](const auto& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
-                   const auto bases = rows_of(bases_, tile.count, positions, group, panel);
-                   epilogue_.emit(
-                       call.result<float>(), pixel, tile.count, group, panel,
-                       [&](const FloatOutput& output) { to_floats(tile, bases.data(), output); });
+    const auto emit = [&](int count, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel,
+                          const auto& compute) {
+      const auto bases = rows_of(bases_, count, positions, group, panel);
+      epilogue_.emit(call.result<float>(), pixel, count, group, panel,
+                     [&](const FloatOutput& output) { compute(bases.data(), output); });
+    };
+    if (by_blocks(call))
+      return blocks_->run(call, [&](const CountBlock& block) {
+        for_tiles(block, [&](auto counts, int count, int64_t pixel, const int64_t* positions, int64_t panel) {
+          emit(count, pixel, positions, 0, panel, [&](const int64_t* const* bases, const FloatOutput& output) {
+            kernels_.blocks->floats(counts, count, bases, output);
+          });
+        });
+      });
+    product_.run(call, kNoBegin,
+                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
+                   emit(tile.count, pixel, positions, group, panel,
+                        [&](const int64_t* const* bases, const FloatOutput& output) {
+                          kernels_.binary_floats(tile, bases, output);
+                        });
                  });
   }
 
@@ -222,6 +218,7 @@ class BinaryConv2dBits final : public BinaryConv2d {
         limits_.at(c, number) = thresholds.falling(c) ? ((twice + 1) >> 1) - 1 : twice >> 1;
       }
     }
+    if (blocks_) prepare_blocks();
   }
 
   const char* kernel() const override { return "binary_bits"; }
@@ -230,14 +227,23 @@ class BinaryConv2dBits final : public BinaryConv2d {
     fill_planes(call);
     const int64_t words = output().words();
     auto* codes = call.result<uint64_t>();
+    if (by_blocks(call))
+      return blocks_->run(call, [&](const CountBlock& block) {
+        const int64_t first = block.first_panel * kTileChannels;
+        for (int64_t p = 0; p < block.count; ++p)
+          kernels_.blocks->bits(block.counts[0] + p, static_cast<int>(block.panels),
+                                block_limits_->panel(0, block.first_panel, cases_.of_position(block.positions[p])),
+                                block_falling_.data() + first / 64,
+                                codes + (block.first_pixel + p) * words + first / 64);
+      });
     const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
       clear_bits(call, output(), first, count, channel, end);
     };
-    multiply(call, clear,
-                 [&](const auto& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
+    product_.run(call, clear,
+                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
                    const auto limits = rows_of(limits_, tile.count, positions, group, panel);
                    uint16_t bits[kTilePixels];
-                   to_bits(tile, limits.data(), falling_[group * product_.panels() + panel], bits);
+                   kernels_.binary_bits(tile, limits.data(), falling_[group * product_.panels() + panel], bits);
                    const int64_t first = group * product_.group_channels() + panel * kTileChannels, shift = first % 64;
                    for (int p = 0; p < tile.count; ++p) {
                      uint64_t* word = codes + (pixel + p) * words + first / 64;
@@ -248,8 +254,23 @@ class BinaryConv2dBits final : public BinaryConv2d {
   }
 
  private:
+  // The same for blocks: what a count is held against fits 32 bits, as the count does.
+  void prepare_blocks() {
+    const int64_t channels = output().channels;
+    block_limits_.emplace(channels, 1, -1, cases_.size());
+    for (int64_t number = 0; number < cases_.size(); ++number)
+      for (int64_t c = 0; c < channels; ++c)
+        block_limits_->at(c, number) =
+            static_cast<int32_t>(std::clamp<int64_t>(limits_.at(c, number), -1, std::numeric_limits<int32_t>::max()));
+    block_falling_.resize(output().words());
+    for (int64_t panel = 0; panel < product_.panels(); ++panel)
+      block_falling_[panel / 4] |= static_cast<uint64_t>(falling_[panel]) << panel % 4 * kTileChannels;
+  }
+
   PerChannel<int64_t> limits_;
   std::vector<uint16_t> falling_;  // [group][panel], a bit per channel
+  std::optional<PerChannel<int32_t>> block_limits_;
+  std::vector<uint64_t> block_falling_;
 };
 
 // Codes of 2 to 8 bits out, a byte each.
@@ -264,21 +285,32 @@ class BinaryConv2dCodes final : public BinaryConv2d {
 
   void run(const Call& call) const override {
     fill_planes(call);
-    multiply(call, kNoBegin,
-                 [&](const auto& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
-                   int32_t own[kTilePixels][kTileChannels];
-                   const auto* counts = counts_of(tile, own);
-                   const auto bases = rows_of(bases_, tile.count, positions, group, panel);
-                   const int64_t inside = panel * kTileChannels, first = group * product_.group_channels() + inside;
-                   const int64_t wanted = std::min<int64_t>(kTileChannels, product_.group_channels() - inside);
-                   for (int p = 0; p < tile.count; ++p)
-                     for (int64_t c = 0; c < wanted; ++c)
-                       call.result<uint8_t>()[(pixel + p) * output().channels + first + c] =
-                           thresholds_.code(static_cast<int32_t>(bases[p][c] - 2 * counts[p][c]), first + c);
+    if (by_blocks(call))
+      return blocks_->run(call, [&](const CountBlock& block) {
+        for_tiles(block, [&](auto counts, int count, int64_t pixel, const int64_t* positions, int64_t panel) {
+          store_codes(call, counts, count, pixel, positions, 0, panel);
+        });
+      });
+    product_.run(call, kNoBegin,
+                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
+                   int32_t counts[kTilePixels][kTileChannels];
+                   kernels_.binary_counts(tile, counts);
+                   store_codes(call, counts, tile.count, pixel, positions, group, panel);
                  });
   }
 
  private:
+  void store_codes(const Call& call, const int32_t (*counts)[kTileChannels], int count, int64_t pixel,
+                   const int64_t* positions, int64_t group, int64_t panel) const {
+    const auto bases = rows_of(bases_, count, positions, group, panel);
+    const int64_t inside = panel * kTileChannels, first = group * product_.group_channels() + inside;
+    const int64_t wanted = std::min<int64_t>(kTileChannels, product_.group_channels() - inside);
+    for (int p = 0; p < count; ++p)
+      for (int64_t c = 0; c < wanted; ++c)
+        call.result<uint8_t>()[(pixel + p) * output().channels + first + c] =
+            thresholds_.code(static_cast<int32_t>(bases[p][c] - 2 * counts[p][c]), first + c);
+  }
+
   PerChannel<int64_t> bases_;
   Thresholds<int32_t> thresholds_;
 };

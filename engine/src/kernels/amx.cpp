@@ -113,15 +113,16 @@ void count(const std::byte* arranged, const uint64_t* masks, const int32_t* ones
   _tile_release();
 }
 
-void bits(const int32_t (*counts)[kTileChannels], int count, const int64_t* const* limits, uint16_t falling,
-          uint16_t* bits) {
-  for (int p = 0; p < count; ++p) {
-    const __m512i row = _mm512_loadu_si512(counts[p]);
-    const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(row));
-    const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(row, 1));
-    const unsigned below = _mm512_cmple_epi64_mask(low, _mm512_loadu_si512(limits[p]));
-    const unsigned above = _mm512_cmple_epi64_mask(high, _mm512_loadu_si512(limits[p] + 8));
-    bits[p] = static_cast<uint16_t>((below | above << 8) ^ falling);
+void bits(const int32_t (*counts)[kTileChannels], int panels, const int32_t* limits, const uint64_t* falling,
+          uint64_t* words) {
+  for (int panel = 0; panel < panels; panel += 4) {
+    uint64_t word = 0;
+    for (int i = 0; i < 4 && panel + i < panels; ++i) {
+      const int number = panel + i;
+      const __m512i row = _mm512_load_si512(counts[number * kBlockPixels]);
+      word |= uint64_t{_mm512_cmple_epi32_mask(row, _mm512_loadu_si512(limits + number * kTileChannels))} << 16 * i;
+    }
+    words[panel / 4] = word ^ falling[panel / 4];
   }
 }
 

@@ -53,9 +53,12 @@ struct BlockKernels {
   void (*count)(const std::byte* arranged, const uint64_t* masks, const int32_t* ones, size_t depth, int count,
                 int panels, int32_t (*counts)[kBlockPixels][kTileChannels]);
 
-  // As binary_bits and binary_floats, of counts that are there: up to 8 pixels.
-  void (*bits)(const int32_t (*counts)[kTileChannels], int count, const int64_t* const* limits, uint16_t falling,
-               uint16_t* bits);
+  // One pixel of the counts, `panels` of them kBlockPixels rows apart. Bit c of words = (count <= limits[c]) xor bit c
+  // of falling; limits and falling go on to the last panel, and a last word is filled up with zeros.
+  void (*bits)(const int32_t (*counts)[kTileChannels], int panels, const int32_t* limits, const uint64_t* falling,
+               uint64_t* words);
+
+  // As binary_floats, of up to 8 pixels of one panel.
   void (*floats)(const int32_t (*counts)[kTileChannels], int count, const int64_t* const* bases, const FloatOutput&);
 };
 
