@@ -6,7 +6,9 @@ import importlib
 import subprocess
 import sys
 import time
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nets import Plain, chain, quantized
@@ -16,6 +18,7 @@ import lowbit
 from lowbit import models
 from lowbit.errors import UsageError
 from lowbit.exporter import bench as module
+from lowbit.exporter import peers
 from lowbit.exporter.bench import BenchResult, Row, bench, interleaved_medians, torch_runner
 from lowbit.methods.hwgq import HalfWave
 
@@ -33,7 +36,7 @@ def test_the_engine_comes_first_and_its_peers_are_compared_with_it(make, tmp_pat
     lowbit.export(quantized(make()), IMAGES).save(path)
     before = torch.get_num_threads()
     result = bench(path, batch=2, threads=2, against=["torch"])
-    assert [row.name.split()[0] for row in result.rows] == ["lowbit", "torch", "torch"]
+    assert [row.name.split()[0] for row in result.rows] == ["lowbit", "torch", "torch", "torch"]
     assert result.rows[0].ratio == 1
     assert result.rows[1].ratio == pytest.approx(result.rows[1].milliseconds / result.rows[0].milliseconds)
     assert (result.threads, result.batch) == (2, 2)
@@ -43,7 +46,7 @@ def test_the_engine_comes_first_and_its_peers_are_compared_with_it(make, tmp_pat
 
 def test_the_twin_has_the_shape_of_the_network() -> None:
     packed = lowbit.export(chain(nn.MaxPool2d(2)), IMAGES).packed
-    twin = module._twin(packed)
+    twin = peers.float_twin(packed)
     assert twin(IMAGES).shape == (2, 4)
     assert sum(isinstance(m, nn.Conv2d) for m in twin.modules()) == 4
 
@@ -55,16 +58,36 @@ def test_the_twin_of_a_net_with_k_maps_or_tables_is_the_plain_float_net() -> Non
         return [type(m) for m in twin.modules() if not list(m.children()) and not isinstance(m, nn.Identity)]
 
     plain = chain(nn.BatchNorm2d(7))
-    expected = layers(module._twin(lowbit.export(plain, IMAGES).packed))
+    expected = layers(peers.float_twin(lowbit.export(plain, IMAGES).packed))
     for layer in (plain[2], plain[4]):
         layer.k_map = True
-    twin = module._twin(lowbit.export(plain, IMAGES).packed)
+    twin = peers.float_twin(lowbit.export(plain, IMAGES).packed)
     assert layers(twin) == expected
     assert twin(IMAGES).shape == (2, 4)
     for layer in (plain[2], plain[4]):
         layer.k_map, layer.activation_quantizer = False, HalfWave(2, "lloyd_max")
     result = bench(lowbit.export(plain, IMAGES).packed, against=["torch"])
-    assert len(result.rows) == 3
+    assert len(result.rows) == 4
+
+
+def test_every_form_of_every_peer_computes_the_twin() -> None:
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime (`pip install 'lowbit[bench]'`)")
+    pytest.importorskip("openvino", reason="needs openvino (`pip install 'lowbit[bench]'`)")
+    images = IMAGES.numpy()
+    twin = peers.float_twin(lowbit.export(chain(nn.MaxPool2d(2)), IMAGES).packed)
+    expected = twin(IMAGES).detach().numpy()
+    seen = set()
+    for peer in ("torch", "onnxruntime", "openvino"):
+        for name, call in peers.runners(peer, twin, images, 1).items():
+            outputs: Any = call()
+            outputs = np.asarray(outputs.float() if peer == "torch" else outputs[0])
+            _, _, form = name.partition(" ")[2].partition(" ")
+            error = np.abs(outputs - expected).max() / np.abs(expected).max()
+            assert error < (0.2 if "int8" in form or "bf16" in form else 1e-4), name
+            assert error > 0 or peer == "torch", name
+            seen.add((peer, form.split(",")[0]))
+    assert {(peer, "float32") for peer in ("torch", "onnxruntime", "openvino")} <= seen
+    assert {("onnxruntime", "int8"), ("openvino", "int8")} <= seen
 
 
 @pytest.mark.parametrize("method", ["float", "xnor_net", "bnn", "dorefa", "twn"])
@@ -78,7 +101,7 @@ def test_the_twin_of_a_residual_net_has_the_layers_of_the_float_net(method: str)
     images = torch.randn(1, 3, 33, 33)
     options = {"width": 1 / 32, "image_size": 33, "stem": "imagenet"}
     packed = lowbit.export(models.create("resnet18", method=method, **options).eval(), images).packed
-    found, wanted = counts(module._twin(packed)), counts(models.create("resnet18", **options))
+    found, wanted = counts(peers.float_twin(packed)), counts(models.create("resnet18", **options))
     # That of the last layer.
     wanted["norm"] += method == "bnn"
     assert found == wanted

@@ -1,0 +1,270 @@
+"""Other runtimes, with the float network of a packed graph's architecture and its 8-bit form.
+
+A twin is built from the packed graph itself: the same convolutions with random weights, and wherever codes are made a
+batch norm and a ReLU, unless what becomes codes has been through one, without K maps, which only codes need. It takes
+the time of the float network of that architecture; its outputs mean nothing. The 8-bit form is quantized statically by onnxruntime: activations as uint8,
+weights as int8 per channel, ranges from random images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lowbit.errors import UsageError
+from lowbit.packed import PackedModel
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Timed = dict[str, Callable[[], object]]
+
+CALIBRATION_IMAGES = 4
+
+_NEEDS = {
+    "torch": ("torch",),
+    "onnxruntime": ("torch", "onnx", "onnxruntime"),
+    "openvino": ("torch", "onnx", "onnxruntime", "openvino"),
+}
+
+
+def require(peer: str) -> None:
+    """Raise a `UsageError` where a peer is unknown, or what it needs is not installed."""
+    if peer not in _NEEDS:
+        raise UsageError(f"no peer is called '{peer}'; choose from {', '.join(_NEEDS)}")
+    for package in _NEEDS[peer]:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise UsageError(f"to bench against {peer}, install {package}: pip install {package}") from None
+
+
+def float_twin(packed: PackedModel) -> nn.Module:
+    """The float network of a packed graph's architecture."""
+    import torch
+    from torch import nn
+
+    def as_pair(pair: list[int]) -> tuple[int, int]:
+        return pair[0], pair[1]
+
+    def norm_and_relu(channels: int, done: frozenset[str] = frozenset()) -> nn.Module:
+        parts = {"affine": nn.BatchNorm2d(channels), "relu": nn.ReLU()}
+        return nn.Sequential(*(part for op, part in parts.items() if op not in done))
+
+    def convolution(op: dict[str, Any], tensors: dict[str, Any], channels: int) -> nn.Module:
+        stride, padding, dilation = (as_pair(op[key]) for key in ("stride", "padding", "dilation"))
+        bias = "bias" in tensors
+        conv = nn.Conv2d(
+            channels, op["channels"], as_pair(op["kernel"]), stride, padding, dilation, op["groups"], bias=bias
+        )
+        nn.init.kaiming_normal_(conv.weight)
+        return conv
+
+    def passed() -> list[frozenset[str]]:
+        """Which of "affine" and "relu" each value has been through since a convolution; the input needs neither."""
+        result = [frozenset({"affine", "relu"})]
+        for op in packed.ops:
+            before = result[op["inputs"][0]]
+            match op["op"]:
+                case "affine":
+                    result.append(frozenset({"affine"}))
+                case "relu":
+                    result.append(before | {"relu"})
+                case "add":
+                    result.append(before & result[op["inputs"][1]] - {"relu"})
+                case "max_pool" | "avg_pool" | "hardtanh" | "multiply":
+                    result.append(before)
+                case _:
+                    result.append(frozenset())
+        return result
+
+    def made(op: dict[str, Any], tensors: dict[str, Any], channels: int, done: frozenset[str]) -> nn.Module:
+        match op["op"]:
+            case "conv2d" | "table_conv2d":
+                return convolution(op, tensors, channels)
+            case "binary_conv2d" | "quant_conv2d":
+                conv = convolution(op, tensors, channels)
+                return nn.Sequential(conv, norm_and_relu(op["channels"])) if "thresholds" in tensors else conv
+            case "threshold":
+                return norm_and_relu(channels, done)
+            case "affine":
+                return nn.BatchNorm2d(channels)
+            case "max_pool":
+                return nn.MaxPool2d(as_pair(op["kernel"]), as_pair(op["stride"]), as_pair(op["padding"]))
+            case "avg_pool":
+                return nn.AvgPool2d(
+                    as_pair(op["kernel"]),
+                    as_pair(op["stride"]),
+                    as_pair(op["padding"]),
+                    count_include_pad=op["count_include_pad"],
+                )
+            case "relu":
+                return nn.ReLU()
+            case "hardtanh":
+                return nn.Hardtanh(op["min"], op["max"])
+            case "add":
+                return _Sum()
+            case "multiply":
+                return nn.Identity()
+        raise UsageError(f"op '{op['op']}' has no float twin")
+
+    class _Sum(nn.Module):
+        def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return left + right
+
+    class _Twin(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            values = packed.values()
+            # A product with a K map passes its first factor on; what only the map reads is then left out.
+            reads = {i: op["inputs"][:1] if op["op"] == "multiply" else op["inputs"] for i, op in enumerate(packed.ops)}
+            needed = {len(packed.ops)}
+            for index in reversed(reads):
+                if index + 1 in needed:
+                    needed.update(reads[index])
+            self.steps = [(index, reads[index]) for index in reads if index + 1 in needed]
+            done = passed()
+            self.ops = nn.ModuleList(
+                made(packed.ops[index], packed.op_tensors(index), values[inputs[0]].channels, done[inputs[0]])
+                for index, inputs in self.steps
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            values = {0: x}
+            for op, (index, inputs) in zip(self.ops, self.steps, strict=True):
+                values[index + 1] = op(*(values[number] for number in inputs))
+            return values[index + 1].flatten(1)
+
+    torch.manual_seed(0)
+    return _Twin().eval()
+
+
+def runners(peer: str, twin: nn.Module, images: Any, threads: int) -> Timed:
+    """Calls that run ``images`` through ``twin`` in ``peer``, by name: all the forms in which the peer may be fastest.
+
+    Args:
+        peer: a name that `require` takes.
+        twin: from `float_twin`.
+        images: float32 (N, C, H, W), of NumPy. The calls read this very buffer.
+        threads: of onnxruntime and openvino; torch's are set by the caller.
+    """
+    return _PEERS[peer](twin, images, threads)
+
+
+def _torch(twin: nn.Module, images: Any, threads: int) -> Timed:
+    import torch
+
+    contiguous, channels_last = torch.from_numpy(images), torch.from_numpy(images).to(memory_format=torch.channels_last)
+    moved = copy.deepcopy(twin).to(memory_format=torch.channels_last)
+
+    def call(model: nn.Module, x: torch.Tensor, bf16: bool = False) -> Callable[[], object]:
+        def run() -> object:
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                return model(x)
+
+        return run
+
+    name = f"torch {torch.__version__}"
+    return {
+        f"{name} float32": call(twin, contiguous),
+        f"{name} float32, channels last": call(moved, channels_last),
+        f"{name} bf16, channels last": call(moved, channels_last, bf16=True),
+    }
+
+
+def _onnxruntime(twin: nn.Module, images: Any, threads: int) -> Timed:
+    runtime: Any = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+
+    def call(model: bytes) -> Callable[[], object]:
+        session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return lambda: session.run(None, {"x": images})
+
+    name = f"onnxruntime {runtime.__version__}"
+    return {f"{name} {form}": call(model) for form, model in _onnx(twin, images).items()}
+
+
+def _openvino(twin: nn.Module, images: Any, threads: int) -> Timed:
+    openvino: Any = importlib.import_module("openvino")
+    core = openvino.Core()
+
+    def call(model: bytes, precision: str) -> Callable[[], object]:
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1}
+        request = core.compile_model(core.read_model(model, b""), "CPU", settings).create_infer_request()
+        request.set_input_tensor(openvino.Tensor(images, shared_memory=True))
+        return request.infer
+
+    name = f"openvino {openvino.__version__.split('-')[0]}"
+    calls = {}
+    # What is not int8 is float32 or bf16; a CPU without bf16 refuses it.
+    for form, model in _onnx(twin, images).items():
+        calls[f"{name} {form}"] = call(model, "f32")
+        if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            calls[f"{name} {'bf16' if form == 'float32' else f'{form} and bf16'}"] = call(model, "bf16")
+    return calls
+
+
+def _onnx(twin: nn.Module, images: Any) -> dict[str, bytes]:
+    """The twin as ONNX, in float32 and quantized to int8."""
+    import torch
+
+    quantization: Any = importlib.import_module("onnxruntime.quantization")
+    preprocess: Any = importlib.import_module("onnxruntime.quantization.shape_inference")
+    with tempfile.TemporaryDirectory() as folder:
+        plain, prepared, quantized = (str(Path(folder) / f"{name}.onnx") for name in ("plain", "prepared", "int8"))
+        torch.onnx.export(twin, (torch.from_numpy(images),), plain, input_names=["x"], dynamo=False)
+        with _quiet():  # of advice that is not the user's to take
+            preprocess.quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+            quantization.quantize_static(
+                prepared,
+                quantized,
+                _RandomImages(images.shape),
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
+        return {"float32": Path(plain).read_bytes(), "int8": Path(quantized).read_bytes()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+class _RandomImages:
+    """What onnxruntime reads its calibration data from."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.batches = self._make(shape)
+
+    @staticmethod
+    def _make(shape: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+        random = np.random.default_rng(0)
+        for _ in range(CALIBRATION_IMAGES):
+            yield {"x": random.standard_normal(shape, dtype=np.float32)}
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self.batches, None)
+
+
+_PEERS: dict[str, Callable[[Any, Any, int], Timed]] = {
+    "torch": _torch,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
