@@ -3,10 +3,12 @@
 // test_kernel_tables.py compiles it with the sanitizers: inputs are of the exact size, so that reading beyond them is
 // seen.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -52,6 +54,23 @@ struct Rows {
     for (int p = 0; p < count; ++p) values.push_back(filled<int64_t>(kTileChannels, make));
     for (const auto& row : values) rows.push_back(row.data());
   }
+};
+
+// Of the exact size, at the start of a cache line, and all zero.
+template <class T>
+class Aligned {
+ public:
+  explicit Aligned(size_t size)
+      : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {
+    std::memset(static_cast<void*>(data_), 0, size * sizeof(T));
+  }
+  ~Aligned() { ::operator delete(data_, std::align_val_t(64)); }
+  Aligned(const Aligned&) = delete;
+  Aligned& operator=(const Aligned&) = delete;
+  T* data() { return data_; }
+
+ private:
+  T* data_;
 };
 
 // What a kernel writes, and what it must leave alone: rows beyond the last pixel, and what lies between rows.
@@ -109,6 +128,62 @@ void check_binary(Comparison& comparison, size_t depth, int count) {
   }
 }
 
+// Pixels and channels by blocks, against the counts of every pixel and channel.
+void check_blocks(Comparison& comparison, size_t depth, int count, int panels) {
+  const BlockKernels& blocks = *comparison.kernels.blocks;
+  const int64_t pitch = 2 * kBlockPixels;
+  const auto plane = filled<uint64_t>(depth * pitch, [] { return random_bits(); });
+  std::vector<int64_t> taps(depth), pixels(count);
+  for (size_t k = 0; k < depth; ++k) taps[k] = static_cast<int64_t>(k) * pitch;
+  for (int64_t& pixel : pixels) pixel = integer(0, pitch - 1);
+  std::shuffle(taps.begin(), taps.end(), random_bits);
+
+  const auto weights = filled<uint64_t>(panels * depth * kTileChannels, [] { return random_bits(); });
+  Aligned<uint64_t> masks(weights.size());
+  Aligned<int32_t> ones(panels * kTileChannels);
+  for (int panel = 0; panel < panels; ++panel)
+    for (size_t k = 0; k < depth; ++k) {
+      const uint64_t* words = weights.data() + (panel * depth + k) * kTileChannels;
+      blocks.arrange_weights(words, masks.data() + ((panel / 2 * depth + k) * 2 + panel % 2) * kTileChannels);
+      for (int c = 0; c < kTileChannels; ++c) ones.data()[panel * kTileChannels + c] += std::popcount(words[c]);
+    }
+  Aligned<std::byte> arranged(blocks.pixel_bytes(depth));
+  Aligned<int32_t> counts(panels * kBlockPixels * kTileChannels);
+  blocks.arrange_pixels(plane.data(), taps.data(), depth, pixels.data(), count, arranged.data());
+  auto* found = reinterpret_cast<int32_t(*)[kBlockPixels][kTileChannels]>(counts.data());
+  blocks.count(arranged.data(), masks.data(), ones.data(), depth, count, panels, found);
+
+  for (int p = 0; p < count; ++p) {
+    Results<int32_t> expected(panels * kTileChannels), row(expected);
+    for (int o = 0; o < panels * kTileChannels; ++o) {
+      const uint64_t* words = weights.data() + o / kTileChannels * depth * kTileChannels + o % kTileChannels;
+      for (size_t k = 0; k < depth; ++k)
+        expected[o] += std::popcount(plane[taps[k] + pixels[p]] ^ words[k * kTileChannels]);
+      row[o] = found[o / kTileChannels][p][o % kTileChannels];
+    }
+    comparison.compare("blocks.count", depth, count, expected, row);
+
+    auto limits = expected;
+    for (int32_t& limit : limits) limit = integer(0, 3) == 0 ? -1 : limit + static_cast<int32_t>(integer(-1, 1));
+    const auto falling = filled<uint64_t>((panels + 3) / 4, [] { return random_bits(); });
+    Results<uint64_t> bits = falling, written(falling.size(), 77);
+    for (int o = 0; o < panels * kTileChannels; ++o)
+      bits[o / 64] ^= static_cast<uint64_t>(expected[o] <= limits[o]) << o % 64;
+    blocks.bits(found[0] + p, panels, limits.data(), falling.data(), written.data());
+    comparison.compare("blocks.bits", depth, count, bits, written);
+  }
+
+  const int tile = std::min(count, kTilePixels);
+  const Rows bases(tile, [] { return integer(-(1 << 24), 1 << 24); });
+  const auto scale = filled<float>(kTileChannels, real), bias = filled<float>(kTileChannels, real);
+  Results<float> expected(kTilePixels * kStride, 77), written = expected;
+  for (int p = 0; p < tile; ++p)
+    for (int c = 0; c < kTileChannels; ++c)
+      expected[p * kStride + c] = static_cast<float>(bases.rows[p][c] - 2 * found[0][p][c]) * scale[c] + bias[c];
+  blocks.floats(found[0], tile, bases.rows.data(), {scale.data(), bias.data(), written.data(), kStride});
+  comparison.compare("blocks.floats", depth, count, expected, written);
+}
+
 void check_integers(Comparison& comparison, size_t depth, int count) {
   const auto largest = static_cast<int64_t>(std::sqrt(INT32_MAX / static_cast<double>(depth == 0 ? 1 : depth)));
   const int64_t end = std::min<int64_t>(largest, INT16_MAX);
@@ -156,6 +231,10 @@ bool equals_scalar(const Kernels& kernels) {
       check_integers(comparison, depth, count);
       check_floats(comparison, depth, count);
     }
+  if (kernels.blocks != nullptr)
+    for (const size_t depth : {1, 2, 3, 4, 5, 9, 36, 72})
+      for (const int count : {1, 2, 7, 8, 15, 16, 17, 31, 32})
+        for (const int panels : {2, 4, 6, 10}) check_blocks(comparison, depth, count, panels);
   for (size_t channels = 1; channels <= 200; ++channels) check_float_bits(comparison, channels);
   return comparison.equal;
 }
