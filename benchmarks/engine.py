@@ -1,0 +1,291 @@
+"""The engine beside torch, onnxruntime and OpenVINO, by network, batch, threads and class of instruction sets.
+
+    python benchmarks/engine.py --out results/engine          # all of it, about ten minutes on an idle machine
+    python benchmarks/engine.py --nets conv256,vgg16 --batches 1
+
+Every network is made with random weights and random batch norms of either sign, exported, verified against torch, and
+timed in a process of its own, where engine and peers take turns. An image goes in as float32, logits come out. conv256
+is the one exception: a single binary convolution of 256 to 256 channels, 3x3, on a 14x14 map, from packed codes to
+packed codes, against a float32 or int8 convolution. Accuracy means nothing here: the networks are untrained.
+
+Writes results.json (every row with its quartiles, the machine, versions and date), table.md and plot.svg.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Name: model (None: the single convolution), its options, method, its options, the side of an image.
+NETS: dict[str, tuple[str | None, dict[str, Any], str, dict[str, Any], int]] = {
+    "conv256": (None, {}, "xnor_net", {}, 14),
+    "vgg16": ("vgg16", {}, "xnor_net", {}, 32),
+    "vgg_small": ("vgg_small", {}, "xnor_net", {}, 32),
+    "resnet18": ("resnet18", {"shortcut": "conv", "num_classes": 1000}, "xnor_net", {}, 224),
+    "vgg_small_2bit": ("vgg_small", {}, "hwgq", {"bits_a": 2}, 32),
+}
+# Class: what the engine is held to, and what oneDNN, which torch and OpenVINO stand on, is held to. onnxruntime cannot
+# be held to anything, so it runs in the first class alone.
+CLASSES = {
+    "AMX": ("amx", "DEFAULT"),
+    "AVX-512": ("avx512_vpopcntdq", "AVX512_CORE_VNNI"),
+    "AVX2": ("avx2", "AVX2"),
+}
+SECONDS, FEWEST, MOST, WARM_UP = 4.0, 7, 1000, 3
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of what is written.")] = Path("results/engine"),
+    nets: Annotated[str, typer.Option(help="Any of " + ", ".join(NETS))] = ",".join(NETS),
+    batches: Annotated[str, typer.Option(help="Images at a time.")] = "1,16",
+    classes: Annotated[str, typer.Option(help="Any of " + ", ".join(CLASSES))] = ",".join(CLASSES),
+    threads: Annotated[str, typer.Option(help="Threads of each runtime.")] = "1",
+    job: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Time all that is asked for, and write it down."""
+    if job:
+        print(json.dumps(measure(**json.loads(job))))
+        return
+    from lowbit._engine import available_isas
+    from lowbit.hardware import cpu_name, versions
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for net in nets.split(","):
+            path = Path(folder) / f"{net}.lowbit"
+            export(net, path)
+            for kind in classes.split(","):
+                isa, cap = CLASSES[kind]
+                if isa not in available_isas():
+                    print(f"{kind}: this CPU or build has no {isa}", file=sys.stderr)
+                    continue
+                for count in map(int, threads.split(",")):
+                    for batch in map(int, batches.split(",")):
+                        environment = {
+                            **os.environ,
+                            "LOWBIT_ISA": isa,
+                            "ONEDNN_MAX_CPU_ISA": cap,
+                            "OMP_NUM_THREADS": str(count),
+                        }
+                        peers = ["torch", "openvino"] + ["onnxruntime"] * (kind == next(iter(CLASSES)))
+                        of = {"path": str(path), "net": net, "batch": batch, "threads": count, "peers": peers}
+                        command = [sys.executable, __file__, "--job", json.dumps(of)]
+                        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+                        settings = {"net": net, "class": kind, "threads": count, "batch": batch}
+                        rows += [{**settings, **row} for row in json.loads(done.stdout)]
+                        print(settings, rows[-1]["date"], file=sys.stderr)
+    record = {
+        "command": "python benchmarks/engine.py " + " ".join(sys.argv[1:]),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "versions": versions("torch", "onnxruntime", "openvino", "numpy"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rows": rows,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(table(record), encoding="utf-8")
+    plot(record, out / "plot.svg")
+    print(table(record))
+
+
+def export(net: str, path: Path) -> None:
+    """Write a packed file of random weights, and verify it."""
+    import torch
+    from torch import nn
+
+    import lowbit
+    from lowbit.exporter.verify import verify
+
+    model_name, options, method, method_options, side = NETS[net]
+    torch.manual_seed(0)
+    if model_name is None:
+        # Between a first and a last layer that stay float, two binary ones: the first of them gives codes.
+        middle = (nn.BatchNorm2d(256), nn.Conv2d(256, 256, 3, padding=1, bias=False))
+        model: nn.Module = nn.Sequential(
+            nn.Conv2d(3, 256, 1), *middle, *copy.deepcopy(middle), nn.ReLU(), nn.Conv2d(256, 10, side), nn.Flatten()
+        )
+        lowbit.quantize_(model, method)
+    else:
+        model = lowbit.models.create(
+            model_name, method=method, method_options=method_options, image_size=side, **options
+        )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, spread in ((module.weight, 1.0), (module.bias, 0.3), (module.running_mean, 0.3)):
+                nn.init.normal_(tensor, 0, spread)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    images = torch.randn(2, 3, side, side)
+    packed = lowbit.export(model.eval(), images).packed
+    report = verify(model, packed, images)
+    if not report.passed:
+        raise SystemExit(f"{net}: verify failed")
+    packed.save(path)
+
+
+def measure(path: str, net: str, batch: int, threads: int, peers: list[str]) -> list[dict[str, Any]]:
+    """Rows of the engine and the peers: quartiles of milliseconds for a batch, of calls that took turns."""
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from lowbit import Engine
+    from lowbit.exporter import peers as others
+
+    torch.set_num_threads(threads)
+    engine = Engine(path, threads=threads)
+    images = np.random.default_rng(0).standard_normal((batch, *engine.input_shape), dtype=np.float32)
+    if NETS[net][0] is None:
+        twin: nn.Module = nn.Conv2d(256, 256, 3, padding=1, bias=False).eval()
+        middle = [op["op"] for op in engine.model.ops].index("binary_conv2d")
+        inputs = np.random.default_rng(0).standard_normal((batch, 256, 14, 14), dtype=np.float32)
+
+        def ours() -> float:
+            return engine.profile(images)[middle]
+    else:
+        twin, inputs = others.float_twin(engine.model), images
+
+        def ours() -> float:
+            start = time.perf_counter()
+            engine(images)
+            return time.perf_counter() - start
+
+    def clocked(call: Callable[[], object]) -> Callable[[], float]:
+        def run() -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return run
+
+    calls = {f"lowbit {engine.isa}": ours}
+    for peer in peers:
+        calls |= {name: clocked(call) for name, call in others.runners(peer, twin, inputs, threads).items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(WARM_UP):
+            call()
+    end, cpu, wall = time.perf_counter() + SECONDS, time.process_time(), time.perf_counter()
+    for turn in range(MOST):
+        if turn >= FEWEST and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            seconds[name].append(call())
+    busy = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    rows = []
+    for name, values in seconds.items():
+        low, median, high = (1e3 * quartile for quartile in statistics.quantiles(values, n=4))
+        rows.append(
+            {
+                "runtime": name,
+                "milliseconds": median,
+                "low": low,
+                "high": high,
+                "runs": len(values),
+                "processor_share": busy,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        )
+    return rows
+
+
+def table(record: dict[str, Any]) -> str:
+    """A Markdown table: the engine, the fastest form of each kind of peer, and how many times longer it takes."""
+    lines = [
+        f"`{record['command']}`, {record['cpu']}, {record['cores']} cores, {record['date'][:10]}. Milliseconds for a "
+        "batch, medians of calls that took turns, quartiles in brackets; in the columns of peers also their time over "
+        "the engine's. Untrained networks.",
+        "",
+        "| net | class | threads | batch | engine | float32 | bf16 | int8 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    keys = ("net", "class", "threads", "batch")
+    for key in dict.fromkeys(tuple(row[k] for k in keys) for row in record["rows"]):
+        rows = [row for row in record["rows"] if tuple(row[k] for k in keys) == key]
+        engine, *others = rows
+        cells = [*map(str, key), _cell(engine)]
+        for form in ("float32", "bf16", "int8"):
+            fitting = [row for row in others if _form(row) == form]
+            best = min(fitting, key=lambda row: float(row["milliseconds"]), default=None)
+            ratio = "" if best is None else f", {best['milliseconds'] / engine['milliseconds']:.2f}x, {_name(best)}"
+            cells.append("-" if best is None else _cell(best) + ratio)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return f"{row['milliseconds']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+
+
+def _form(row: dict[str, Any]) -> str:
+    """What most of the peer's products are made of: a row is named 'runtime version form'."""
+    return str(row["runtime"].split(" ", 2)[2].partition(",")[0].partition(" and ")[0])
+
+
+def _name(row: dict[str, Any]) -> str:
+    return str(row["runtime"].split()[0])
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Draw each net and batch, one thread or the fewest, as bars per class: the engine and the best of each form."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "lowbit"
+    from matplotlib import pyplot
+
+    rows = [row for row in record["rows"] if row["threads"] == min(row["threads"] for row in record["rows"])]
+    panels = list(dict.fromkeys((row["net"], row["batch"]) for row in rows))
+    kinds = list(dict.fromkeys(row["class"] for row in rows))
+    forms = {"engine": "#0072b2", "int8": "#d55e00", "bf16": "#cc79a7", "float32": "#999999"}  # Okabe and Ito
+    columns = 2
+    figure, axes = pyplot.subplots(
+        -(-len(panels) // columns), columns, figsize=(10, 1.9 * -(-len(panels) // columns)), squeeze=False
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (net, batch) in zip(axes.flat, panels, strict=False):
+        position, ticks = 0.0, []
+        for kind in kinds:
+            of = [row for row in rows if (row["net"], row["batch"], row["class"]) == (net, batch, kind)]
+            start = position
+            for form, colour in forms.items():
+                fitting = of[:1] if form == "engine" else [row for row in of[1:] if _form(row) == form]
+                if not fitting:
+                    continue
+                best = min(fitting, key=lambda row: float(row["milliseconds"]))
+                axis.barh(position, best["milliseconds"], color=colour, height=0.9)
+                axis.text(best["milliseconds"], position, f" {best['milliseconds']:.3g}", va="center", fontsize=7)
+                position += 1
+            ticks.append((start + (position - 1 - start) / 2, kind))
+            position += 0.7
+        axis.set_yticks([tick for tick, _ in ticks], [kind for _, kind in ticks], fontsize=8)
+        axis.set_xscale("log")
+        axis.invert_yaxis()
+        axis.set_title(f"{net}, batch {batch}", fontsize=9, loc="left")
+        axis.tick_params(axis="x", labelsize=7)
+        axis.margins(x=0.15)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    names = {"engine": "lowbit", "int8": "int8, best peer", "bf16": "bf16, best peer", "float32": "float32, best peer"}
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in forms.values()]
+    figure.legend(handles, [names[form] for form in forms], loc="upper center", ncols=4, fontsize=8, frameon=False)
+    figure.supxlabel("milliseconds for a batch, logarithmic: shorter is better", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    typer.run(main)
