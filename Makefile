@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find engine -type f)
 
-.PHONY: demo test check docs setup clean
+.PHONY: demo test check bench docs setup clean
 
 demo: setup
 	$(BIN)/lowbit demo
@@ -16,6 +16,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The engine beside its peers; about ten minutes, on an idle machine.
+bench: setup
+	$(BIN)/python benchmarks/engine.py
 
 # Runs the tutorial, so that its output is of this version; the site is in site/.
 docs: setup
