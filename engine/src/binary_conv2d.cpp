@@ -244,12 +244,8 @@ class BinaryConv2dBits final : public BinaryConv2d {
                    const auto limits = rows_of(limits_, tile.count, positions, group, panel);
                    uint16_t bits[kTilePixels];
                    kernels_.binary_bits(tile, limits.data(), falling_[group * product_.panels() + panel], bits);
-                   const int64_t first = group * product_.group_channels() + panel * kTileChannels, shift = first % 64;
-                   for (int p = 0; p < tile.count; ++p) {
-                     uint64_t* word = codes + (pixel + p) * words + first / 64;
-                     *word |= static_cast<uint64_t>(bits[p]) << shift;
-                     if (shift > 64 - kTileChannels && bits[p] >> (64 - shift) != 0) word[1] |= bits[p] >> (64 - shift);
-                   }
+                   const int64_t first = group * product_.group_channels() + panel * kTileChannels;
+                   for (int p = 0; p < tile.count; ++p) add_bits(codes + (pixel + p) * words, first, bits[p]);
                  });
   }
 

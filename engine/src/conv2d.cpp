@@ -1,5 +1,8 @@
 // Convolutions in float32: of floats, and of codes that stand for the levels of a table.
+#include <limits>
+
 #include "convolution.h"
+#include "output_transform.h"
 
 namespace lowbit {
 namespace {
@@ -24,6 +27,41 @@ class Conv2d final : public Op {
   const char* kernel() const override { return "float_tile"; }
 
   void run(const Call& call) const override {
+    fill_planes(call);
+    product_.run(call, kNoBegin,
+                 [&](const FloatTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
+                   epilogue_.emit(call.result<float>(), pixel, tile.count, group, panel,
+                                  [&](const FloatOutput& output) { kernels_.float_tile(tile, output); });
+                 });
+  }
+
+  bool joins(const Op& next) const override { return dynamic_cast<const ThresholdBits*>(&next) != nullptr; }
+
+  void run_joined(const Op& next, const Call& call) const override {
+    const auto& threshold = dynamic_cast<const ThresholdBits&>(next);
+    fill_planes(call);
+    const int64_t words = next.output().words(), group_channels = product_.group_channels();
+    const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
+      clear_bits(call, next.output(), first, count, channel, end);
+    };
+    product_.run(call, clear,
+                 [&](const FloatTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
+                   const int64_t inside = panel * kTileChannels, first = group * group_channels + inside;
+                   const int64_t wanted = std::min<int64_t>(kTileChannels, group_channels - inside);
+                   float thresholds[kTileChannels];
+                   uint32_t flips[kTileChannels] = {};
+                   std::fill_n(thresholds, kTileChannels, std::numeric_limits<float>::quiet_NaN());
+                   std::copy_n(threshold.limits() + first, wanted, thresholds);
+                   std::copy_n(threshold.flips() + first, wanted, flips);
+                   uint16_t bits[kTilePixels];
+                   kernels_.float_tile_bits(tile, epilogue_.tile(nullptr, group, panel), {thresholds, flips}, bits);
+                   for (int p = 0; p < tile.count; ++p)
+                     add_bits(call.result<uint64_t>() + (pixel + p) * words, first, bits[p]);
+                 });
+  }
+
+ private:
+  void fill_planes(const Call& call) const {
     product_.fill_planes(call, input_, [&](int64_t row, float* line, int64_t plane_size) {
       const int64_t first = row * input_.width;
       const auto fill = [&](const auto& value) {
@@ -35,14 +73,8 @@ class Conv2d final : public Op {
       else
         fill([&](int64_t pixel, int64_t c) { return levels_[code_at(call, input_, pixel, c)]; });
     });
-    product_.run(call, kNoBegin,
-                 [&](const FloatTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
-                   epilogue_.emit(call.result<float>(), pixel, tile.count, group, panel,
-                                  [&](const FloatOutput& output) { kernels_.float_tile(tile, output); });
-                 });
   }
 
- private:
   static std::vector<float> levels(const OpSpec& spec, const Shape& input) {
     if (input.is_float()) return {};
     const auto table = tensor<float>(spec, "levels", {int64_t{1} << input.bits});

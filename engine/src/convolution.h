@@ -258,6 +258,11 @@ class FloatEpilogue {
     }
   }
 
+  // A tile of its own: [pixel][16], spare channels included.
+  FloatOutput tile(float* values, int64_t group, int64_t panel) const {
+    return {scale_.panel(group, panel), bias_.panel(group, panel), values, kTileChannels};
+  }
+
   // Calls compute(FloatOutput) for the tile at (pixel, group, panel); a panel that is not full goes by way of a copy.
   template <class Compute>
   void emit(float* output, int64_t pixel, int count, int64_t group, int64_t panel, const Compute& compute) const {
@@ -265,9 +270,9 @@ class FloatEpilogue {
     float* target = output + pixel * channels_ + group * group_channels_ + inside;
     const float *scale = scale_.panel(group, panel), *bias = bias_.panel(group, panel);
     if (wanted == kTileChannels) return compute(FloatOutput{scale, bias, target, channels_});
-    float tile[kTilePixels * kTileChannels];
-    compute(FloatOutput{scale, bias, tile, kTileChannels});
-    for (int p = 0; p < count; ++p) std::copy_n(tile + p * kTileChannels, wanted, target + p * channels_);
+    float values[kTilePixels * kTileChannels];
+    compute(tile(values, group, panel));
+    for (int p = 0; p < count; ++p) std::copy_n(values + p * kTileChannels, wanted, target + p * channels_);
   }
 
  private:
@@ -289,6 +294,14 @@ inline void clear_bits(const Call& call, const Shape& output, int64_t first, int
     uint64_t* words = call.result<uint64_t>() + p * output.words();
     std::fill(words + channel / 64, words + ceil_div(end, 64), 0);
   }
+}
+
+// Adds up to 16 bits of a pixel, of which the first is `channel`, to words that were cleared.
+inline void add_bits(uint64_t* words, int64_t channel, uint64_t bits) {
+  const int64_t shift = channel % 64;
+  words += channel / 64;
+  *words |= bits << shift;
+  if (shift > 64 - kTileChannels && bits >> (64 - shift) != 0) words[1] |= bits >> (64 - shift);
 }
 
 inline constexpr auto kNoBegin = [](int64_t, int64_t, int64_t, int64_t) {};

@@ -92,6 +92,7 @@ struct Engine::State {
   std::vector<Shape> shapes;  // of values
   std::vector<std::vector<size_t>> inputs;
   std::vector<std::unique_ptr<Op>> ops;
+  std::vector<bool> joined;  // whether op i writes what op i + 1 makes of its output
   std::vector<Block> values, scratch;
   int64_t image_bytes = 0;  // of the arena
   size_t thread_bytes = 0;
@@ -128,12 +129,22 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
   require(s.shapes.back().is_float(), "the output must be float32");
 
   const size_t count = s.ops.size();
+  std::vector<int> readers(count + 1);
+  for (const auto& inputs : s.inputs)
+    for (const size_t v : inputs) ++readers[v];
+  for (size_t i = 0; i < count; ++i)
+    s.joined.push_back(i + 1 < count && readers[i + 1] == 1 && s.inputs[i + 1].front() == i + 1 &&
+                       s.ops[i]->joins(*s.ops[i + 1]));
   for (size_t v = 0; v <= count; ++v)
     s.values.push_back({round_up(s.shapes[v].bytes(), kAlignment), 0, v == 0 ? 0 : v - 1,
                         v == count ? count
                         : v == 0   ? 0
                                    : v - 1});
   for (size_t i = 0; i < count; ++i) {
+    if (s.joined[i]) {
+      s.values[i + 1].bytes = 0;
+      s.values[i + 2].first = i;
+    }
     for (const size_t v : s.inputs[i]) s.values[v].last = std::max(s.values[v].last, i);
     s.scratch.push_back({round_up(s.ops[i]->scratch_bytes(), kAlignment), 0, i, i});
     s.thread_bytes = std::max<size_t>(s.thread_bytes, round_up(s.ops[i]->thread_scratch_bytes(), kAlignment));
@@ -165,9 +176,15 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
       const auto start = Clock::now();
       std::array<const void*, 2> inputs{};
       for (size_t k = 0; k < s.inputs[i].size(); ++k) inputs[k] = s.at(s.values[s.inputs[i][k]], count);
-      s.ops[i]->run({inputs, s.at(s.values[i + 1], count), s.at(s.scratch[i], count), s.thread_scratch.data(),
-                     s.thread_bytes, count, s.pool});
+      const bool joined = s.joined[i];
+      const Call call{inputs, s.at(s.values[i + 1 + joined], count), s.at(s.scratch[i], count), s.thread_scratch.data(),
+                      s.thread_bytes, count, s.pool};
+      if (joined)
+        s.ops[i]->run_joined(*s.ops[i + 1], call);
+      else
+        s.ops[i]->run(call);
       if (seconds != nullptr) seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
+      i += joined;
     }
     const auto* results = reinterpret_cast<const float*>(s.at(s.values.back(), count));
     for (int64_t n = 0; n < count; ++n)

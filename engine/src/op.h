@@ -66,6 +66,10 @@ class Op {
   virtual const char* kernel() const { return ""; }           // the entry of the kernel table that it calls, if any
   virtual void run(const Call& call) const = 0;
 
+  // Whether this op can write what `next` makes of its output, at once, without that output being anywhere.
+  virtual bool joins(const Op&) const { return false; }
+  virtual void run_joined(const Op&, const Call&) const {}
+
  private:
   Shape output_;
 };

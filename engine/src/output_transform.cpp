@@ -10,36 +10,6 @@ Shape codes_like(const Shape& input, int64_t bits) {
   return {input.height, input.width, input.channels, static_cast<int>(bits)};
 }
 
-// Float to 1-bit codes, written as words. v <= t is -v >= -t, also for NaN and zeros, so falling channels flip both
-// signs.
-class ThresholdBits final : public Op {
- public:
-  ThresholdBits(const OpSpec& spec, const Shape& input, const Kernels& kernels)
-      : Op(codes_like(input, 1)), kernels_(kernels), limits_(input.channels), flips_(input.channels) {
-    const Thresholds<float> thresholds(spec, input.channels);
-    for (int64_t c = 0; c < input.channels; ++c) {
-      flips_[c] = thresholds.falling(c) ? 0x80000000u : 0u;
-      limits_[c] = std::bit_cast<float>(std::bit_cast<uint32_t>(*thresholds.of(c)) ^ flips_[c]);
-    }
-  }
-
-  const char* kernel() const override { return "float_bits"; }
-
-  void run(const Call& call) const override {
-    const int64_t channels = output().channels, words = output().words(), width = output().width;
-    call.pool.run(static_cast<size_t>(call.batch * output().height), [&](size_t row, int) {
-      for (int64_t pixel = row * width, end = pixel + width; pixel < end; ++pixel)
-        kernels_.float_bits(call.input<float>() + pixel * channels, limits_.data(), flips_.data(), channels,
-                            call.result<uint64_t>() + pixel * words);
-    });
-  }
-
- private:
-  const Kernels& kernels_;
-  Buffer<float> limits_;
-  Buffer<uint32_t> flips_;
-};
-
 class ThresholdCodes final : public Op {
  public:
   ThresholdCodes(const OpSpec& spec, const Shape& input)
@@ -59,6 +29,24 @@ class ThresholdCodes final : public Op {
 };
 
 }  // namespace
+
+ThresholdBits::ThresholdBits(const OpSpec& spec, const Shape& input, const Kernels& kernels)
+    : Op(codes_like(input, 1)), kernels_(kernels), limits_(input.channels), flips_(input.channels) {
+  const Thresholds<float> thresholds(spec, input.channels);
+  for (int64_t c = 0; c < input.channels; ++c) {
+    flips_[c] = thresholds.falling(c) ? 0x80000000u : 0u;
+    limits_[c] = std::bit_cast<float>(std::bit_cast<uint32_t>(*thresholds.of(c)) ^ flips_[c]);
+  }
+}
+
+void ThresholdBits::run(const Call& call) const {
+  const int64_t channels = output().channels, words = output().words(), width = output().width;
+  call.pool.run(static_cast<size_t>(call.batch * output().height), [&](size_t row, int) {
+    for (int64_t pixel = row * width, end = pixel + width; pixel < end; ++pixel)
+      kernels_.float_bits(call.input<float>() + pixel * channels, limits_.data(), flips_.data(), channels,
+                          call.result<uint64_t>() + pixel * words);
+  });
+}
 
 std::unique_ptr<Op> make_threshold(const OpSpec& spec, const Shape& input, const Kernels& kernels) {
   if (spec.bits == 1) return std::make_unique<ThresholdBits>(spec, input, kernels);

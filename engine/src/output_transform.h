@@ -39,4 +39,22 @@ class Thresholds {
   std::vector<uint8_t> falling_;
 };
 
+// Float to 1-bit codes, written as words. v <= t is -v >= -t, also for NaN and zeros, so falling channels flip both
+// signs.
+class ThresholdBits final : public Op {
+ public:
+  ThresholdBits(const OpSpec& spec, const Shape& input, const Kernels& kernels);
+
+  const char* kernel() const override { return "float_bits"; }
+  void run(const Call& call) const override;
+
+  const float* limits() const { return limits_.data(); }
+  const uint32_t* flips() const { return flips_.data(); }
+
+ private:
+  const Kernels& kernels_;
+  Buffer<float> limits_;
+  Buffer<uint32_t> flips_;
+};
+
 }  // namespace lowbit

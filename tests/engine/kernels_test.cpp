@@ -210,6 +210,25 @@ void check_floats(Comparison& comparison, size_t depth, int count) {
     }
   comparison.kernels.float_tile(data.tile, {scale.data(), bias.data(), found.data(), kStride});
   comparison.compare("float_tile", depth, count, expected, found);
+
+  auto thresholds = filled<float>(kTileChannels, real);
+  const auto flips = filled<uint32_t>(kTileChannels, [] { return integer(0, 1) ? 0x80000000u : 0u; });
+  for (int c = 0; c < kTileChannels; ++c)
+    if (const int64_t kind = integer(0, 3); kind == 0)
+      thresholds[c] = std::numeric_limits<float>::quiet_NaN();
+    else if (kind == 1)
+      thresholds[c] = flips[c] != 0 ? -expected[c] : expected[c];  // just passed
+  Results<uint16_t> bits(kTilePixels, 77), written = bits;
+  for (int p = 0; p < count; ++p) {
+    bits[p] = 0;
+    for (int c = 0; c < kTileChannels; ++c) {
+      const float value = expected[p * kStride + c];
+      bits[p] |= static_cast<uint16_t>(((flips[c] != 0 ? -value : value) >= thresholds[c]) << c);
+    }
+  }
+  comparison.kernels.float_tile_bits(data.tile, {scale.data(), bias.data(), nullptr, 0}, {thresholds.data(), flips.data()},
+                                     written.data());
+  comparison.compare("float_tile_bits", depth, count, bits, written);
 }
 
 void check_float_bits(Comparison& comparison, size_t channels) {

@@ -149,27 +149,55 @@ void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const Fl
 }
 
 template <int P>
-void multiply(const FloatTile& tile, int first, const FloatOutput& out) {
+struct FloatSums {
   __m256 low[P], high[P];
+
+  FloatSums(const FloatTile& tile, int first) {
 #pragma GCC unroll 4
-  for (int p = 0; p < P; ++p) low[p] = high[p] = _mm256_setzero_ps();
-  const float* x = tile.pixels + first;
-  const float* w = tile.weights;
-  for (size_t k = 0; k < tile.depth; ++k, x += tile.count, w += kTileChannels) {
-    const __m256 w_low = _mm256_loadu_ps(w), w_high = _mm256_loadu_ps(w + 8);
+    for (int p = 0; p < P; ++p) low[p] = high[p] = _mm256_setzero_ps();
+    const float* x = tile.pixels + first;
+    const float* w = tile.weights;
+    for (size_t k = 0; k < tile.depth; ++k, x += tile.count, w += kTileChannels) {
+      const __m256 w_low = _mm256_loadu_ps(w), w_high = _mm256_loadu_ps(w + 8);
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      const __m256 value = _mm256_set1_ps(x[p]);
-      low[p] = _mm256_fmadd_ps(value, w_low, low[p]);
-      high[p] = _mm256_fmadd_ps(value, w_high, high[p]);
+      for (int p = 0; p < P; ++p) {
+        const __m256 value = _mm256_set1_ps(x[p]);
+        low[p] = _mm256_fmadd_ps(value, w_low, low[p]);
+        high[p] = _mm256_fmadd_ps(value, w_high, high[p]);
+      }
     }
   }
+};
+
+template <int P>
+void multiply(const FloatTile& tile, int first, const FloatOutput& out) {
+  const FloatSums<P> sums(tile, first);
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {
     float* output = out.output + (first + p) * out.stride;
-    _mm256_storeu_ps(output, scaled(low[p], out, 0));
-    _mm256_storeu_ps(output + 8, scaled(high[p], out, 8));
+    _mm256_storeu_ps(output, scaled(sums.low[p], out, 0));
+    _mm256_storeu_ps(output + 8, scaled(sums.high[p], out, 8));
   }
+}
+
+int passed(__m256 values, const FloatLimits& limits, int first) {
+  const __m256 flips = _mm256_loadu_ps(reinterpret_cast<const float*>(limits.flips) + first);
+  return _mm256_movemask_ps(
+      _mm256_cmp_ps(_mm256_xor_ps(values, flips), _mm256_loadu_ps(limits.thresholds + first), _CMP_GE_OQ));
+}
+
+template <int P>
+void multiply_to_bits(const FloatTile& tile, int first, const FloatOutput& out, const FloatLimits& limits,
+                      uint16_t* bits) {
+  const FloatSums<P> sums(tile, first);
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+    bits[first + p] = static_cast<uint16_t>(passed(scaled(sums.low[p], out, 0), limits, 0) |
+                                            passed(scaled(sums.high[p], out, 8), limits, 8) << 8);
+}
+
+void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint16_t* bits) {
+  LOWBIT_BY_FOURS(multiply_to_bits, tile, out, limits, bits)
 }
 
 void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_FOURS(multiply, tile, out) }
@@ -223,7 +251,7 @@ void float_bits(const float* x, const float* thresholds, const uint32_t* flips, 
 
 }  // namespace
 
-const Kernels kAvx2Kernels{"avx2", binary_counts, binary_bits, binary_floats, float_tile, integer_sums, float_bits};
+const Kernels kAvx2Kernels{"avx2", binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums, float_bits};
 
 }  // namespace lowbit
 

@@ -47,19 +47,38 @@ void store_floats(const BinaryTile& tile, const int64_t* const* bases, const Flo
 }
 
 template <int P>
-void multiply(const FloatTile& tile, const FloatOutput& out) {
-  __m512 sums[P];
+struct FloatSums {
+  __m512 of[P];
+
+  explicit FloatSums(const FloatTile& tile) {
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) sums[p] = _mm512_setzero_ps();
-  const float* x = tile.pixels;
-  const float* w = tile.weights;
-  for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
-    const __m512 weights = _mm512_loadu_ps(w);
+    for (int p = 0; p < P; ++p) of[p] = _mm512_setzero_ps();
+    const float* x = tile.pixels;
+    const float* w = tile.weights;
+    for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
+      const __m512 weights = _mm512_loadu_ps(w);
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) sums[p] = _mm512_fmadd_ps(_mm512_set1_ps(x[p]), weights, sums[p]);
+      for (int p = 0; p < P; ++p) of[p] = _mm512_fmadd_ps(_mm512_set1_ps(x[p]), weights, of[p]);
+    }
   }
+};
+
+template <int P>
+void multiply(const FloatTile& tile, const FloatOutput& out) {
+  const FloatSums<P> sums(tile);
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) _mm512_storeu_ps(out.output + p * out.stride, scaled(sums[p], out));
+  for (int p = 0; p < P; ++p) _mm512_storeu_ps(out.output + p * out.stride, scaled(sums.of[p], out));
+}
+
+template <int P>
+void multiply_to_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint16_t* bits) {
+  const FloatSums<P> sums(tile);
+  const __m512 flips = _mm512_castsi512_ps(_mm512_loadu_si512(limits.flips));
+  const __m512 thresholds = _mm512_loadu_ps(limits.thresholds);
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p)
+    bits[p] = static_cast<uint16_t>(
+        _mm512_cmp_ps_mask(_mm512_xor_ps(scaled(sums.of[p], out), flips), thresholds, _CMP_GE_OQ));
 }
 
 __m512i widened(const int16_t* row) {
@@ -98,6 +117,10 @@ void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const Fl
 }
 
 void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_COUNT(multiply, tile, out) }
+
+void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint16_t* bits) {
+  LOWBIT_BY_COUNT(multiply_to_bits, tile, out, limits, bits)
+}
 
 void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
   LOWBIT_BY_COUNT(multiply_integers, tile, sums)

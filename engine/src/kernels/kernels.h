@@ -62,6 +62,13 @@ struct BlockKernels {
   void (*floats)(const int32_t (*counts)[kTileChannels], int count, const int64_t* const* bases, const FloatOutput&);
 };
 
+// What 16 channels are held against: x >= thresholds, both with their sign flipped (bit 31 of flips set) where the
+// channel falls; thresholds come flipped already, and are NaN for spare channels.
+struct FloatLimits {
+  const float* thresholds;
+  const uint32_t* flips;
+};
+
 struct Kernels {
   const char* isa;
 
@@ -78,11 +85,13 @@ struct Kernels {
   // set but scalar fuses a product with its sum into one rounding.
   void (*float_tile)(const FloatTile&, const FloatOutput&);
 
+  // Bit c of bits[p] = what float_tile would write for pixel p and channel c passes its limit; no float is written.
+  void (*float_tile_bits)(const FloatTile&, const FloatOutput&, const FloatLimits&, uint16_t* bits);
+
   // sums[p][c] = sum of products; the sum of their absolute values fits an int32, and none is -2^15.
   void (*integer_sums)(const IntegerTile&, int32_t (*sums)[kTileChannels]);
 
-  // Bit c of words = x[c] >= thresholds[c], both with their sign flipped (bit 31 of flips[c] set) where the channel
-  // falls; thresholds come flipped already. Tail bits are zero.
+  // Bit c of words = x[c] passes its limit, as above. Tail bits are zero.
   void (*float_bits)(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words);
 
   // For binary products of many pixels; null where the tiles are as good.

@@ -82,25 +82,57 @@ void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const Fl
 }
 
 template <int P>
-void multiply(const FloatTile& tile, int first, const FloatOutput& out) {
-  float32x4_t sums[P][4];
+struct FloatSums {
+  float32x4_t of[P][4];
+
+  FloatSums(const FloatTile& tile, int first) {
 #pragma GCC unroll 4
-  for (auto& of_pixel : sums)
-    for (float32x4_t& four : of_pixel) four = vdupq_n_f32(0);
-  const float* x = tile.pixels + first;
-  const float* w = tile.weights;
-  for (size_t k = 0; k < tile.depth; ++k, x += tile.count, w += kTileChannels) {
+    for (auto& of_pixel : of)
+      for (float32x4_t& four : of_pixel) four = vdupq_n_f32(0);
+    const float* x = tile.pixels + first;
+    const float* w = tile.weights;
+    for (size_t k = 0; k < tile.depth; ++k, x += tile.count, w += kTileChannels) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const float32x4_t weights = vld1q_f32(w + 4 * i);
+      for (int i = 0; i < 4; ++i) {
+        const float32x4_t weights = vld1q_f32(w + 4 * i);
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) sums[p][i] = vfmaq_f32(sums[p][i], vdupq_n_f32(x[p]), weights);
+        for (int p = 0; p < P; ++p) of[p][i] = vfmaq_f32(of[p][i], vdupq_n_f32(x[p]), weights);
+      }
     }
   }
+};
+
+template <int P>
+void multiply(const FloatTile& tile, int first, const FloatOutput& out) {
+  const FloatSums<P> sums(tile, first);
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
     for (int i = 0; i < 4; ++i)
-      vst1q_f32(out.output + (first + p) * out.stride + 4 * i, scaled(sums[p][i], out, 4 * i));
+      vst1q_f32(out.output + (first + p) * out.stride + 4 * i, scaled(sums.of[p][i], out, 4 * i));
+}
+
+// Four bits: which of four values pass.
+uint32_t passed(float32x4_t values, const float* thresholds, const uint32_t* flips) {
+  const uint32_t places[4] = {1, 2, 4, 8};
+  const uint32x4_t flipped = veorq_u32(vreinterpretq_u32_f32(values), vld1q_u32(flips));
+  const uint32x4_t passes = vcgeq_f32(vreinterpretq_f32_u32(flipped), vld1q_f32(thresholds));
+  return vaddvq_u32(vandq_u32(passes, vld1q_u32(places)));
+}
+
+template <int P>
+void multiply_to_bits(const FloatTile& tile, int first, const FloatOutput& out, const FloatLimits& limits,
+                      uint16_t* bits) {
+  const FloatSums<P> sums(tile, first);
+  for (int p = 0; p < P; ++p) {
+    uint32_t word = 0;
+    for (int i = 0; i < 4; ++i)
+      word |= passed(scaled(sums.of[p][i], out, 4 * i), limits.thresholds + 4 * i, limits.flips + 4 * i) << 4 * i;
+    bits[first + p] = static_cast<uint16_t>(word);
+  }
+}
+
+void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint16_t* bits) {
+  LOWBIT_BY_FOURS(multiply_to_bits, tile, out, limits, bits)
 }
 
 void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_FOURS(multiply, tile, out) }
@@ -131,16 +163,12 @@ void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
 }
 
 void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
-  const uint32_t places[4] = {1, 2, 4, 8};
   for (size_t first = 0; first < channels; first += 64) {
     const size_t end = channels < first + 64 ? channels : first + 64;
     uint64_t word = 0;
     size_t c = first;
-    for (; c + 4 <= end; c += 4) {
-      const uint32x4_t flipped = veorq_u32(vreinterpretq_u32_f32(vld1q_f32(x + c)), vld1q_u32(flips + c));
-      const uint32x4_t passed = vcgeq_f32(vreinterpretq_f32_u32(flipped), vld1q_f32(thresholds + c));
-      word |= static_cast<uint64_t>(vaddvq_u32(vandq_u32(passed, vld1q_u32(places)))) << (c - first);
-    }
+    for (; c + 4 <= end; c += 4)
+      word |= static_cast<uint64_t>(passed(vld1q_f32(x + c), thresholds + c, flips + c)) << (c - first);
     for (; c < end; ++c) {
       const float flipped = flips[c] != 0 ? -x[c] : x[c];
       word |= static_cast<uint64_t>(flipped >= thresholds[c]) << (c - first);
@@ -151,6 +179,6 @@ void float_bits(const float* x, const float* thresholds, const uint32_t* flips, 
 
 }  // namespace
 
-const Kernels kNeonKernels{"neon", binary_counts, binary_bits, binary_floats, float_tile, integer_sums, float_bits};
+const Kernels kNeonKernels{"neon", binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums, float_bits};
 
 }  // namespace lowbit

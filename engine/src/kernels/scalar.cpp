@@ -45,6 +45,21 @@ void float_tile(const FloatTile& tile, const FloatOutput& out) {
   }
 }
 
+bool passes(float x, const float* thresholds, const uint32_t* flips, size_t channel) {
+  return (flips[channel] != 0 ? -x : x) >= thresholds[channel];
+}
+
+void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint16_t* bits) {
+  float values[kTilePixels][kTileChannels];
+  float_tile(tile, {out.scale, out.bias, values[0], kTileChannels});
+  for (int p = 0; p < tile.count; ++p) {
+    unsigned passed = 0;
+    for (int c = 0; c < kTileChannels; ++c)
+      passed |= static_cast<unsigned>(passes(values[p][c], limits.thresholds, limits.flips, c)) << c;
+    bits[p] = static_cast<uint16_t>(passed);
+  }
+}
+
 void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
   for (int p = 0; p < tile.count; ++p) {
     int32_t of_pixel[kTileChannels] = {};
@@ -59,16 +74,14 @@ void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
 void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
   for (size_t first = 0; first < channels; first += 64) {
     uint64_t word = 0;
-    for (size_t c = first; c < channels && c < first + 64; ++c) {
-      const float flipped = flips[c] != 0 ? -x[c] : x[c];
-      word |= static_cast<uint64_t>(flipped >= thresholds[c]) << (c - first);
-    }
+    for (size_t c = first; c < channels && c < first + 64; ++c)
+      word |= static_cast<uint64_t>(passes(x[c], thresholds, flips, c)) << (c - first);
     *words++ = word;
   }
 }
 
 }  // namespace
 
-const Kernels kScalarKernels{"scalar", binary_counts, binary_bits, binary_floats, float_tile, integer_sums, float_bits};
+const Kernels kScalarKernels{"scalar", binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums, float_bits};
 
 }  // namespace lowbit
