@@ -167,7 +167,7 @@ class BinaryConv2dFloat final : public BinaryConv2d {
   BinaryConv2dFloat(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
       : BinaryConv2d(spec, input, window, kernels, 0), bases_(base_table()), epilogue_(spec, "scale") {}
 
-  const char* kernel() const override { return blocks_ ? "blocks.floats" : "binary_floats"; }
+  const char* kernel(bool) const override { return blocks_ ? "blocks.floats" : "binary_floats"; }
 
   void run(const Call& call) const override {
     fill_planes(call);
@@ -221,7 +221,7 @@ class BinaryConv2dBits final : public BinaryConv2d {
     if (blocks_) prepare_blocks();
   }
 
-  const char* kernel() const override { return blocks_ ? "blocks.bits" : "binary_bits"; }
+  const char* kernel(bool) const override { return blocks_ ? "blocks.bits" : "binary_bits"; }
 
   void run(const Call& call) const override {
     fill_planes(call);
@@ -277,7 +277,7 @@ class BinaryConv2dCodes final : public BinaryConv2d {
         bases_(base_table()),
         thresholds_(spec, spec.channels) {}
 
-  const char* kernel() const override { return blocks_ ? "blocks.count" : "binary_counts"; }
+  const char* kernel(bool) const override { return blocks_ ? "blocks.count" : "binary_counts"; }
 
   void run(const Call& call) const override {
     fill_planes(call);

@@ -24,7 +24,7 @@ class Conv2d final : public Op {
 
   int64_t scratch_bytes() const override { return product_.planes_bytes(); }
   int64_t thread_scratch_bytes() const override { return product_.block_bytes(); }
-  const char* kernel() const override { return "float_tile"; }
+  const char* kernel(bool joined) const override { return joined ? "float_tile_bits" : "float_tile"; }
 
   void run(const Call& call) const override {
     fill_planes(call);

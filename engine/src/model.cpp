@@ -221,7 +221,10 @@ void Engine::run_op(size_t index, const std::vector<const void*>& inputs, int64_
 
 size_t Engine::op_count() const { return state_->ops.size(); }
 const std::vector<size_t>& Engine::op_inputs(size_t index) const { return state_->inputs.at(index); }
-std::string_view Engine::op_kernel(size_t index) const { return state_->ops.at(index)->kernel(); }
+std::string_view Engine::op_kernel(size_t index) const {
+  const bool done_before = index > 0 && state_->joined.at(index - 1);
+  return done_before ? "" : state_->ops.at(index)->kernel(state_->joined.at(index));
+}
 const Shape& Engine::value(size_t number) const { return state_->shapes.at(number); }
 std::string_view Engine::isa() const { return state_->kernels.isa; }
 int Engine::threads() const { return state_->pool.size(); }

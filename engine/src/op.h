@@ -63,7 +63,8 @@ class Op {
   const Shape& output() const { return output_; }
   virtual int64_t scratch_bytes() const { return 0; }         // per image
   virtual int64_t thread_scratch_bytes() const { return 0; }  // per thread
-  virtual const char* kernel() const { return ""; }           // the entry of the kernel table that it calls, if any
+  // The entry of the kernel table that it calls, if any.
+  virtual const char* kernel(bool /*joined*/) const { return ""; }
   virtual void run(const Call& call) const = 0;
 
   // Whether this op can write what `next` makes of its output, at once, without that output being anywhere.

@@ -45,7 +45,7 @@ class ThresholdBits final : public Op {
  public:
   ThresholdBits(const OpSpec& spec, const Shape& input, const Kernels& kernels);
 
-  const char* kernel() const override { return "float_bits"; }
+  const char* kernel(bool) const override { return "float_bits"; }
   void run(const Call& call) const override;
 
   const float* limits() const { return limits_.data(); }

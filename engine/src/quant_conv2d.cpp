@@ -28,7 +28,7 @@ class QuantConv2d final : public Op {
 
   int64_t scratch_bytes() const override { return product_.planes_bytes(); }
   int64_t thread_scratch_bytes() const override { return product_.block_bytes(); }
-  const char* kernel() const override { return "integer_sums"; }
+  const char* kernel(bool) const override { return "integer_sums"; }
 
   void run(const Call& call) const override {
     fill_planes(call);

@@ -105,8 +105,12 @@ def test_scalar_isa_can_be_forced(model, monkeypatch):
     assert Engine(model).isa == "scalar"
 
 
-def test_each_op_names_the_kernel_that_it_calls(model):
-    assert Engine(model).kernels == ["float_tile", "float_bits", "binary_bits", "", "binary_floats"]
+@pytest.mark.parametrize("isa", _engine.available_isas())
+def test_each_op_names_the_kernel_that_it_calls(model, monkeypatch, isa):
+    """The first convolution does the threshold too; the last one has too few channels for blocks."""
+    monkeypatch.setenv("LOWBIT_ISA", isa)
+    bits = "blocks.bits" if isa == "amx" else "binary_bits"
+    assert Engine(model).kernels == ["float_tile_bits", "", bits, "", "binary_floats"]
     coded = quant_net(np.random.default_rng(5))
     assert Engine(coded).kernels == ["", *["integer_sums"] * 3, "", "integer_sums"]
     assert Engine(table_net(np.random.default_rng(6))).kernels[1] == "float_tile"
