@@ -2,8 +2,8 @@
 
 A twin is built from the packed graph itself: the same convolutions with random weights, and wherever codes are made a
 batch norm and a ReLU, unless what becomes codes has been through one, without K maps, which only codes need. It takes
-the time of the float network of that architecture; its outputs mean nothing. The 8-bit form is quantized statically by onnxruntime: activations as uint8,
-weights as int8 per channel, ranges from random images.
+the time of the float network of that architecture; its outputs mean nothing. The 8-bit form is quantized statically by
+onnxruntime: activations as uint8, weights as int8 per channel, ranges from random images.
 """
 
 from __future__ import annotations
