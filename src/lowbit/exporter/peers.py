@@ -202,7 +202,8 @@ def _openvino(twin: nn.Module, images: Any, threads: int) -> Timed:
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1}
         request = core.compile_model(core.read_model(model, b""), "CPU", settings).create_infer_request()
         request.set_input_tensor(openvino.Tensor(images, shared_memory=True))
-        return request.infer
+        infer: Callable[[], object] = request.infer
+        return infer
 
     name = f"openvino {openvino.__version__.split('-')[0]}"
     calls = {}
