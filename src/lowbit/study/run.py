@@ -203,7 +203,8 @@ def train_rows(rows: Sequence[Row], jobs: int, threads: int, say: Say, failed: d
                     failed[row] = f"it starts from '{row.source.name}', which failed"
                 elif len(running) < jobs and (row.source is None or row.source in done):
                     waiting.remove(row)
-                    say(f"{row.label}: {row.state}, started ({len(done) + len(failed)} of {len(rows)} rows are done)")
+                    failures = f", {len(failed)} failed" if failed else ""
+                    say(f"{row.label}: {row.state}, started ({len(done)} of {len(rows)} rows are done{failures})")
                     running.append(_Process(row, threads, say))
             time.sleep(TICK)
     finally:
