@@ -101,3 +101,19 @@ def test_the_packed_vgg16_of_the_readme_is_that_of_its_files() -> None:
         f"takes {engine['milliseconds']:.3f} ms on one thread, and {torch_row['milliseconds']:.3f} ms in torch" in text
     )
     assert f"{torch_row['ratio']:.1f} times as long" in text
+
+
+def test_the_engine_table_of_the_readme_is_that_of_its_file() -> None:
+    record = json.loads((README.parent / "results" / "engine" / "results.json").read_text())
+    text = README.read_text()
+    assert f"`{record['command']}`" in text
+    with_amx = [row for row in record["rows"] if row["class"] == "AMX"]
+    for net, batch in dict.fromkeys((row["net"], row["batch"]) for row in with_amx):
+        engine, *peers = [row for row in with_amx if (row["net"], row["batch"]) == (net, batch)]
+        best = {
+            form: min(row["milliseconds"] for row in peers if row["runtime"].split()[2].strip(",") == form)
+            for form in ("float32", "bf16", "int8")
+        }
+        ours = engine["milliseconds"]
+        cells = (batch, f"{ours:.3f}", *(f"{time:.3f}" for time in best.values()), f"{best['int8'] / ours:.2f}")
+        assert f", {' | '.join(map(str, cells))} |" in text
