@@ -84,7 +84,6 @@ def test_every_form_of_every_peer_computes_the_twin() -> None:
             _, _, form = name.partition(" ")[2].partition(" ")
             error = np.abs(outputs - expected).max() / np.abs(expected).max()
             assert error < (0.2 if "int8" in form or "bf16" in form else 1e-4), name
-            assert error > 0 or peer == "torch", name
             seen.add((peer, form.split(",")[0]))
     assert {(peer, "float32") for peer in ("torch", "onnxruntime", "openvino")} <= seen
     assert {("onnxruntime", "int8"), ("openvino", "int8")} <= seen
