@@ -20,8 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +41,7 @@ CLASSES = {
     "AVX-512": ("avx512_vpopcntdq", "AVX512_CORE_VNNI"),
     "AVX2": ("avx2", "AVX2"),
 }
-SECONDS, FEWEST, MOST, WARM_UP = 4.0, 7, 1000, 3
+SECONDS = 4.0
 
 
 def main(
@@ -143,53 +141,37 @@ def measure(path: str, net: str, batch: int, threads: int, peers: list[str]) -> 
 
     from lowbit import Engine
     from lowbit.exporter import peers as others
+    from lowbit.exporter.bench import take_turns
 
     torch.set_num_threads(threads)
     engine = Engine(path, threads=threads)
     images = np.random.default_rng(0).standard_normal((batch, *engine.input_shape), dtype=np.float32)
+    inside: list[float] = []
     if NETS[net][0] is None:
         twin: nn.Module = nn.Conv2d(256, 256, 3, padding=1, bias=False).eval()
         middle = [op["op"] for op in engine.model.ops].index("binary_conv2d")
         inputs = np.random.default_rng(0).standard_normal((batch, 256, 14, 14), dtype=np.float32)
 
-        def ours() -> float:
-            return engine.profile(images)[middle]
+        def ours() -> None:
+            inside.append(engine.profile(images)[middle])
     else:
         twin, inputs = others.float_twin(engine.model), images
 
-        def ours() -> float:
-            start = time.perf_counter()
-            engine(images)
-            return time.perf_counter() - start
+        def ours() -> object:
+            return engine(images)
 
-    def clocked(call: Callable[[], object]) -> Callable[[], float]:
-        def run() -> float:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-
-        return run
-
-    calls = {f"lowbit {engine.isa}": ours}
-    for peer in peers:
-        calls |= {name: clocked(call) for name, call in others.runners(peer, twin, inputs, threads).items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(WARM_UP):
-            call()
-    end, cpu, wall = time.perf_counter() + SECONDS, time.process_time(), time.perf_counter()
-    for turn in range(MOST):
-        if turn >= FEWEST and time.perf_counter() > end:
-            break
-        for name, call in calls.items():
-            seconds[name].append(call())
-    busy = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    name = f"lowbit {engine.isa}"
+    times = take_turns({name: ours, **others.runners(peers, twin, inputs, threads)}, SECONDS)
+    seconds = {runtime: [wall for wall, _ in of] for runtime, of in times.items()}
+    if inside:
+        seconds[name] = inside[-len(seconds[name]) :]
+    busy = sum(cpu for of in times.values() for _, cpu in of) / sum(wall for of in times.values() for wall, _ in of)
     rows = []
-    for name, values in seconds.items():
+    for runtime, values in seconds.items():
         low, median, high = (1e3 * quartile for quartile in statistics.quantiles(values, n=4))
         rows.append(
             {
-                "runtime": name,
+                "runtime": runtime,
                 "milliseconds": median,
                 "low": low,
                 "high": high,

@@ -337,7 +337,15 @@ def bench(
 ) -> None:
     """Median time per batch, beside float twins of the same architecture in other runtimes, interleaved in one run."""
     if list_kernels:
-        _list_kernels(packed, as_json)
+        from lowbit.runtime import Engine, instruction_sets, kernels_of
+
+        isas, layers = instruction_sets(), None if packed is None else kernels_of(Engine(packed))
+        if as_json:
+            print_json({"instruction_sets": isas} | ({} if layers is None else {"layers": layers}))
+            return
+        print_rows("Instruction sets of this build", isas, False)
+        if layers is not None:
+            print_rows(f"Kernels of {packed}", layers, False)
         return
     if packed is None:
         raise UsageError("bench needs a packed file; `lowbit export RUN -o model.lowbit` makes one")
@@ -423,30 +431,6 @@ TRAINING_PACKAGES = {
     "torch",
     "torchvision",
 }
-
-
-def _list_kernels(packed: Path | None, as_json: bool) -> None:
-    from lowbit.runtime import Engine, instruction_sets
-
-    listed = {"instruction_sets": instruction_sets()}
-    if packed is not None:
-        engine = Engine(packed)
-        listed["layers"] = [
-            {
-                "op": index,
-                "kind": op["op"],
-                "source": op["source"],
-                "kernel": kernel,
-                "isa": engine.isa if kernel else "",
-            }
-            for index, (op, kernel) in enumerate(zip(engine.model.ops, engine.kernels, strict=True))
-        ]
-    if as_json:
-        print_json(listed)
-        return
-    print_rows("Instruction sets of this build", listed["instruction_sets"], False)
-    if packed is not None:
-        print_rows(f"Kernels of {packed}", listed["layers"], False)
 
 
 def _summarise(run: Run) -> None:

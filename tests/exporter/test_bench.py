@@ -78,7 +78,7 @@ def test_every_form_of_every_peer_computes_the_twin() -> None:
     expected = twin(IMAGES).detach().numpy()
     seen = set()
     for peer in ("torch", "onnxruntime", "openvino"):
-        for name, call in peers.runners(peer, twin, images, 1).items():
+        for name, call in peers.runners([peer], twin, images, 1).items():
             outputs: Any = call()
             outputs = np.asarray(outputs.float() if peer == "torch" else outputs[0])
             _, _, form = name.partition(" ")[2].partition(" ")

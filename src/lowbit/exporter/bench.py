@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Call = Callable[[], object]
-Timed = dict[str, Call]
 
 WARM_UP, FEWEST, MOST = 3, 7, 2000
 INTERRUPTED = 1.1
@@ -113,13 +112,12 @@ def bench(
     engine = Engine(model, threads=threads)
     images = np.random.default_rng(0).standard_normal((batch, *model.input_shape), dtype=np.float32)
     name = f"lowbit ({engine.isa})"
-    runners: Timed = {name: lambda: engine(images)}
+    runners: dict[str, Call] = {name: lambda: engine(images)}
     with ExitStack() as stack:
         if against:
             stack.enter_context(_torch_threads(threads))
             twin = peers.float_twin(model)
-            for peer in dict.fromkeys(against):
-                runners |= peers.runners(peer, twin, images, threads)
+            runners |= peers.runners(against, twin, images, threads)
         medians = _medians(runners)
     of_engine = medians[name][0]
     rows = tuple(
@@ -140,8 +138,16 @@ def interleaved_medians(runners: Mapping[str, Call], seconds: float = 3.0) -> di
 
 def _medians(runners: Mapping[str, Call], seconds: float = 3.0) -> dict[str, tuple[float, float, int]]:
     """Median wall and processor seconds of each call, and how many calls they are of; see `interleaved_medians`."""
-    walls: dict[str, list[float]] = {name: [] for name in runners}
-    cpus: dict[str, list[float]] = {name: [] for name in runners}
+    medians = {}
+    for name, times in take_turns(runners, seconds).items():
+        walls, cpus = zip(*times, strict=True)
+        medians[name] = statistics.median(walls), statistics.median(cpus), len(times)
+    return medians
+
+
+def take_turns(runners: Mapping[str, Call], seconds: float) -> dict[str, list[tuple[float, float]]]:
+    """Wall and processor seconds of every call, by name; arguments as in `interleaved_medians`."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     for call in runners.values():
         for _ in range(WARM_UP):
             call()
@@ -152,9 +158,8 @@ def _medians(runners: Mapping[str, Call], seconds: float = 3.0) -> dict[str, tup
         for name, call in runners.items():
             wall, cpu = time.perf_counter(), time.process_time()
             call()
-            walls[name].append(time.perf_counter() - wall)
-            cpus[name].append(time.process_time() - cpu)
-    return {name: (statistics.median(walls[name]), statistics.median(cpus[name]), len(walls[name])) for name in runners}
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return times
 
 
 def torch_runner(model: nn.Module, input_shape: tuple[int, int, int], *, threads: int = 1, batch: int = 1) -> Call:

@@ -13,7 +13,9 @@ import copy
 import importlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,23 +150,39 @@ def float_twin(packed: PackedModel) -> nn.Module:
     return _Twin().eval()
 
 
-def runners(peer: str, twin: nn.Module, images: Any, threads: int) -> Timed:
-    """Calls that run ``images`` through ``twin`` in ``peer``, by name: all the forms in which the peer may be fastest.
+@dataclass
+class _Task:
+    """What the peers are given to compute."""
+
+    twin: nn.Module
+    images: Any
+    threads: int
+
+    @cached_property
+    def onnx(self) -> dict[str, bytes]:
+        """The twin as ONNX, in float32 and quantized to int8."""
+        return _onnx(self.twin, self.images)
+
+
+def runners(chosen: Sequence[str], twin: nn.Module, images: Any, threads: int) -> Timed:
+    """Calls that run ``images`` through ``twin``, by name: all the forms in which a peer may be fastest.
 
     Args:
-        peer: a name that `require` takes.
+        chosen: names that `require` takes.
         twin: from `float_twin`.
         images: float32 (N, C, H, W), of NumPy. The calls read this very buffer.
         threads: of onnxruntime and openvino; torch's are set by the caller.
     """
-    return _PEERS[peer](twin, images, threads)
+    task = _Task(twin, images, threads)
+    return {name: call for peer in dict.fromkeys(chosen) for name, call in _PEERS[peer](task).items()}
 
 
-def _torch(twin: nn.Module, images: Any, threads: int) -> Timed:
+def _torch(task: _Task) -> Timed:
     import torch
 
-    contiguous, channels_last = torch.from_numpy(images), torch.from_numpy(images).to(memory_format=torch.channels_last)
-    moved = copy.deepcopy(twin).to(memory_format=torch.channels_last)
+    contiguous = torch.from_numpy(task.images)
+    channels_last = contiguous.to(memory_format=torch.channels_last)
+    moved = copy.deepcopy(task.twin).to(memory_format=torch.channels_last)
 
     def call(model: nn.Module, x: torch.Tensor, bf16: bool = False) -> Callable[[], object]:
         def run() -> object:
@@ -175,40 +193,40 @@ def _torch(twin: nn.Module, images: Any, threads: int) -> Timed:
 
     name = f"torch {torch.__version__}"
     return {
-        f"{name} float32": call(twin, contiguous),
+        f"{name} float32": call(task.twin, contiguous),
         f"{name} float32, channels last": call(moved, channels_last),
         f"{name} bf16, channels last": call(moved, channels_last, bf16=True),
     }
 
 
-def _onnxruntime(twin: nn.Module, images: Any, threads: int) -> Timed:
+def _onnxruntime(task: _Task) -> Timed:
     runtime: Any = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.intra_op_num_threads, options.inter_op_num_threads = task.threads, 1
 
     def call(model: bytes) -> Callable[[], object]:
         session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        return lambda: session.run(None, {"x": images})
+        return lambda: session.run(None, {"x": task.images})
 
     name = f"onnxruntime {runtime.__version__}"
-    return {f"{name} {form}": call(model) for form, model in _onnx(twin, images).items()}
+    return {f"{name} {form}": call(model) for form, model in task.onnx.items()}
 
 
-def _openvino(twin: nn.Module, images: Any, threads: int) -> Timed:
+def _openvino(task: _Task) -> Timed:
     openvino: Any = importlib.import_module("openvino")
     core = openvino.Core()
 
     def call(model: bytes, precision: str) -> Callable[[], object]:
-        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1}
+        settings = {"INFERENCE_NUM_THREADS": task.threads, "INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1}
         request = core.compile_model(core.read_model(model, b""), "CPU", settings).create_infer_request()
-        request.set_input_tensor(openvino.Tensor(images, shared_memory=True))
+        request.set_input_tensor(openvino.Tensor(task.images, shared_memory=True))
         infer: Callable[[], object] = request.infer
         return infer
 
     name = f"openvino {openvino.__version__.split('-')[0]}"
     calls = {}
     # What is not int8 is float32 or bf16, which a CPU without it, or held to less than it has, refuses.
-    for form, model in _onnx(twin, images).items():
+    for form, model in task.onnx.items():
         calls[f"{name} {form}"] = call(model, "f32")
         with contextlib.suppress(RuntimeError):
             calls[f"{name} {'bf16' if form == 'float32' else f'{form} and bf16'}"] = call(model, "bf16")
@@ -216,7 +234,6 @@ def _openvino(twin: nn.Module, images: Any, threads: int) -> Timed:
 
 
 def _onnx(twin: nn.Module, images: Any) -> dict[str, bytes]:
-    """The twin as ONNX, in float32 and quantized to int8."""
     import torch
 
     quantization: Any = importlib.import_module("onnxruntime.quantization")
@@ -264,7 +281,7 @@ class _RandomImages:
         return next(self.batches, None)
 
 
-_PEERS: dict[str, Callable[[Any, Any, int], Timed]] = {
+_PEERS: dict[str, Callable[[_Task], Timed]] = {
     "torch": _torch,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,

@@ -172,6 +172,14 @@ class Engine:
         return outputs.reshape(outputs.shape[:2]) if outputs.shape[2:] == (1, 1) else outputs
 
 
+def kernels_of(engine: Engine) -> list[dict[str, Any]]:
+    """What each op of an engine runs: its number ``op``, ``kind``, ``source``, and the ``kernel`` of which ``isa``."""
+    return [
+        {"op": index, "kind": op["op"], "source": op["source"], "kernel": kernel, "isa": engine.isa if kernel else ""}
+        for index, (op, kernel) in enumerate(zip(engine.model.ops, engine.kernels, strict=True))
+    ]
+
+
 def _chosen_isa() -> str:
     isa, isas = os.environ.get("LOWBIT_ISA", ""), _engine.available_isas()
     if isa and isa not in isas:
