@@ -7,9 +7,9 @@
 
 namespace lowbit {
 
-// Counts that are there, [panel][pixel][channel], of some panels of up to 32 pixels.
+// Counts that are there, of some panels of up to 32 pixels.
 struct CountBlock {
-  const int32_t (*counts)[kBlockPixels][kTileChannels];
+  const BlockCounts* counts;  // [panel]
   int64_t first_pixel, count;
   const int64_t* positions;  // of each pixel within its image
   int64_t first_panel, panels;
@@ -32,18 +32,17 @@ class BinaryBlocks {
       }
   }
 
-  int64_t thread_scratch_bytes() const { return counts_offset() + panels_ * sizeof(Counts); }
+  int64_t thread_scratch_bytes() const { return counts_offset() + panels_ * sizeof(BlockCounts); }
 
   // Calls emit(CountBlock) for every block; its channels begin with a word of bits.
   template <class Emit>
   void run(const Call& call, const Emit& emit) const {
     const int64_t pixels = product_.pixels(call), blocks = ceil_div(pixels, kBlockPixels);
-    // Few blocks: threads share a block by 64 channels, a whole word of output bits.
-    const bool few = blocks < 2 * call.pool.size() && call.pool.size() > 1;
-    const int64_t chunk_panels = few ? kPanelsPerChunk : panels_, chunks = ceil_div(panels_, chunk_panels);
+    const int64_t chunk_panels = panels_at_once(panels_, blocks, call.pool.size());
+    const int64_t chunks = ceil_div(panels_, chunk_panels);
     call.pool.run(static_cast<size_t>(blocks * chunks), [&](size_t item, int thread) {
       std::byte* arranged = call.thread_scratch + thread * call.thread_bytes;
-      auto* counts = reinterpret_cast<Counts*>(arranged + counts_offset());
+      auto* counts = reinterpret_cast<BlockCounts*>(arranged + counts_offset());
       const int64_t first = item / chunks * kBlockPixels, count = std::min<int64_t>(kBlockPixels, pixels - first);
       const int64_t panel = item % chunks * chunk_panels, end = std::min(panel + chunk_panels, panels_);
       int64_t offsets[kBlockPixels], positions[kBlockPixels];
@@ -57,8 +56,6 @@ class BinaryBlocks {
   }
 
  private:
-  using Counts = int32_t[kBlockPixels][kTileChannels];  // of one panel
-
   int64_t counts_offset() const { return round_up(static_cast<int64_t>(kernels_.pixel_bytes(depth_)), kAlignment); }
 
   const Product<uint64_t>& product_;

@@ -171,30 +171,33 @@ class BinaryConv2dFloat final : public BinaryConv2d {
 
   void run(const Call& call) const override {
     fill_planes(call);
-    const auto emit = [&](int count, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel,
-                          const auto& compute) {
-      const auto bases = rows_of(bases_, count, positions, group, panel);
-      epilogue_.emit(call.result<float>(), pixel, count, group, panel,
-                     [&](const FloatOutput& output) { compute(bases.data(), output); });
-    };
     if (by_blocks(call))
       return blocks_->run(call, [&](const CountBlock& block) {
         for_tiles(block, [&](auto counts, int count, int64_t pixel, const int64_t* positions, int64_t panel) {
-          emit(count, pixel, positions, 0, panel, [&](const int64_t* const* bases, const FloatOutput& output) {
+          store(call, count, pixel, positions, 0, panel, [&](const int64_t* const* bases, const FloatOutput& output) {
             kernels_.blocks->floats(counts, count, bases, output);
           });
         });
       });
     product_.run(call, kNoBegin,
                  [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
-                   emit(tile.count, pixel, positions, group, panel,
-                        [&](const int64_t* const* bases, const FloatOutput& output) {
-                          kernels_.binary_floats(tile, bases, output);
-                        });
+                   store(call, tile.count, pixel, positions, group, panel,
+                         [&](const int64_t* const* bases, const FloatOutput& output) {
+                           kernels_.binary_floats(tile, bases, output);
+                         });
                  });
   }
 
  private:
+  // Calls compute(bases, FloatOutput) for a tile.
+  template <class Compute>
+  void store(const Call& call, int count, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel,
+             const Compute& compute) const {
+    const auto bases = rows_of(bases_, count, positions, group, panel);
+    epilogue_.emit(call.result<float>(), pixel, count, group, panel,
+                   [&](const FloatOutput& output) { compute(bases.data(), output); });
+  }
+
   PerChannel<int64_t> bases_;
   FloatEpilogue epilogue_;
 };

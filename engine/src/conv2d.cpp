@@ -44,20 +44,18 @@ class Conv2d final : public Op {
     const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
       clear_bits(call, next.output(), first, count, channel, end);
     };
-    product_.run(call, clear,
-                 [&](const FloatTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
-                   const int64_t inside = panel * kTileChannels, first = group * group_channels + inside;
-                   const int64_t wanted = std::min<int64_t>(kTileChannels, group_channels - inside);
-                   float thresholds[kTileChannels];
-                   uint32_t flips[kTileChannels] = {};
-                   std::fill_n(thresholds, kTileChannels, std::numeric_limits<float>::quiet_NaN());
-                   std::copy_n(threshold.limits() + first, wanted, thresholds);
-                   std::copy_n(threshold.flips() + first, wanted, flips);
-                   uint16_t bits[kTilePixels];
-                   kernels_.float_tile_bits(tile, epilogue_.tile(nullptr, group, panel), {thresholds, flips}, bits);
-                   for (int p = 0; p < tile.count; ++p)
-                     add_bits(call.result<uint64_t>() + (pixel + p) * words, first, bits[p]);
-                 });
+    product_.run(call, clear, [&](const FloatTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
+      const int64_t inside = panel * kTileChannels, first = group * group_channels + inside;
+      const int64_t wanted = std::min<int64_t>(kTileChannels, group_channels - inside);
+      float thresholds[kTileChannels];
+      uint32_t flips[kTileChannels] = {};
+      std::fill_n(thresholds, kTileChannels, std::numeric_limits<float>::quiet_NaN());
+      std::copy_n(threshold.limits() + first, wanted, thresholds);
+      std::copy_n(threshold.flips() + first, wanted, flips);
+      uint16_t bits[kTilePixels];
+      kernels_.float_tile_bits(tile, epilogue_.tile(nullptr, group, panel), {thresholds, flips}, bits);
+      for (int p = 0; p < tile.count; ++p) add_bits(call.result<uint64_t>() + (pixel + p) * words, first, bits[p]);
+    });
   }
 
  private:

@@ -18,7 +18,13 @@ inline constexpr size_t kBlockBytes =
     16 << 10;  // gathered pixels that meet each weight panel in turn: a third of the L1 cache
 inline constexpr int64_t kBlockTiles = 8;
 inline constexpr int64_t kMaxInteger = (1 << 15) - 1;
-inline constexpr int64_t kPanelsPerChunk = 4;  // threads share an image by 64 channels, a whole word of output bits
+inline constexpr int64_t kPanelsPerChunk = 4;
+
+// Panels that an item of work covers, of all of one group: where there are few blocks of pixels, threads share each by
+// 64 channels, a whole word of output bits.
+inline int64_t panels_at_once(int64_t panels, int64_t blocks, int threads) {
+  return blocks < 2 * threads && threads > 1 ? kPanelsPerChunk : panels;
+}
 
 // The product loop that all convolutions share; T is float, uint64_t or int16_t.
 template <class T>
@@ -86,9 +92,8 @@ class Product {
     const int64_t pixels = this->pixels(call);
     const int64_t block = block_pixels(pixels, call.pool.size());
     const int64_t blocks = ceil_div(pixels, block);
-    const bool few = groups_ == 1 && blocks < 2 * call.pool.size() && call.pool.size() > 1;
-    const int64_t chunks = few ? ceil_div(panels_, kPanelsPerChunk) : 1;
-    const int64_t chunk_panels = few ? kPanelsPerChunk : panels_;
+    const int64_t chunk_panels = groups_ == 1 ? panels_at_once(panels_, blocks, call.pool.size()) : panels_;
+    const int64_t chunks = ceil_div(panels_, chunk_panels);
     const auto depth = taps_.size();
     call.pool.run(static_cast<size_t>(blocks * chunks), [&](size_t item, int thread) {
       T* gathered = reinterpret_cast<T*>(call.thread_scratch + thread * call.thread_bytes);

@@ -37,7 +37,7 @@ std::unique_ptr<Op> make_multiply(const OpSpec& spec, Inputs inputs) {
   require(shape.height == factors.height && shape.width == factors.width && shape.channels % factors.channels == 0,
           "the factors do not fit");
   return make(shape, [bias = bias_of(spec, shape.channels), groups = factors.channels](const Call& call, int64_t first,
-                                                                         int64_t channels) {
+                                                                                       int64_t channels) {
     const float *x = call.input<float>(0) + first, *factor = call.input<float>(1) + first / channels * groups;
     float* y = call.result<float>() + first;
     const int64_t size = channels / groups;

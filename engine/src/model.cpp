@@ -17,7 +17,8 @@ constexpr int64_t kChunkBytes = 1 << 20;  // images run together as long as thei
 constexpr int64_t kMaxChunk = 64;
 
 std::unique_ptr<Op> make_op(const OpSpec& spec, Inputs inputs, const Kernels& kernels) {
-  require(inputs.size() == (spec.op == "add" || spec.op == "multiply" ? 2 : 1), "the op has the wrong number of inputs");
+  require(inputs.size() == (spec.op == "add" || spec.op == "multiply" ? 2 : 1),
+          "the op has the wrong number of inputs");
   if (spec.op == "conv2d") return make_conv2d(spec, inputs[0], kernels);
   if (spec.op == "table_conv2d") return make_table_conv2d(spec, inputs[0], kernels);
   if (spec.op == "binary_conv2d") return make_binary_conv2d(spec, inputs[0], kernels);
@@ -177,8 +178,13 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
       std::array<const void*, 2> inputs{};
       for (size_t k = 0; k < s.inputs[i].size(); ++k) inputs[k] = s.at(s.values[s.inputs[i][k]], count);
       const bool joined = s.joined[i];
-      const Call call{inputs, s.at(s.values[i + 1 + joined], count), s.at(s.scratch[i], count), s.thread_scratch.data(),
-                      s.thread_bytes, count, s.pool};
+      const Call call{inputs,
+                      s.at(s.values[i + 1 + joined], count),
+                      s.at(s.scratch[i], count),
+                      s.thread_scratch.data(),
+                      s.thread_bytes,
+                      count,
+                      s.pool};
       if (joined)
         s.ops[i]->run_joined(*s.ops[i + 1], call);
       else

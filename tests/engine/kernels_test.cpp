@@ -60,8 +60,7 @@ struct Rows {
 template <class T>
 class Aligned {
  public:
-  explicit Aligned(size_t size)
-      : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {
+  explicit Aligned(size_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {
     std::memset(static_cast<void*>(data_), 0, size * sizeof(T));
   }
   ~Aligned() { ::operator delete(data_, std::align_val_t(64)); }
@@ -150,7 +149,7 @@ void check_blocks(Comparison& comparison, size_t depth, int count, int panels) {
   Aligned<std::byte> arranged(blocks.pixel_bytes(depth));
   Aligned<int32_t> counts(panels * kBlockPixels * kTileChannels);
   blocks.arrange_pixels(plane.data(), taps.data(), depth, pixels.data(), count, arranged.data());
-  auto* found = reinterpret_cast<int32_t(*)[kBlockPixels][kTileChannels]>(counts.data());
+  auto* found = reinterpret_cast<BlockCounts*>(counts.data());
   blocks.count(arranged.data(), masks.data(), ones.data(), depth, count, panels, found);
 
   for (int p = 0; p < count; ++p) {
@@ -226,8 +225,8 @@ void check_floats(Comparison& comparison, size_t depth, int count) {
       bits[p] |= static_cast<uint16_t>(((flips[c] != 0 ? -value : value) >= thresholds[c]) << c);
     }
   }
-  comparison.kernels.float_tile_bits(data.tile, {scale.data(), bias.data(), nullptr, 0}, {thresholds.data(), flips.data()},
-                                     written.data());
+  comparison.kernels.float_tile_bits(data.tile, {scale.data(), bias.data(), nullptr, 0},
+                                     {thresholds.data(), flips.data()}, written.data());
   comparison.compare("float_tile_bits", depth, count, bits, written);
 }
 

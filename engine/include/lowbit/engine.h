@@ -66,7 +66,7 @@ class Engine {
   size_t op_count() const;
   const std::vector<size_t>& op_inputs(size_t index) const;
   std::string_view op_kernel(size_t index) const;  // the entry of the kernel table that it calls, or empty
-  const Shape& value(size_t number) const;  // 0 is the input, i + 1 is what op i writes
+  const Shape& value(size_t number) const;         // 0 is the input, i + 1 is what op i writes
   std::string_view isa() const;
   int threads() const;
 
@@ -75,8 +75,8 @@ class Engine {
   std::unique_ptr<State> state_;
 };
 
-// The instruction sets of this build, and those of them that this CPU runs, which are the names that `isa` may take. The
-// best first.
+// The instruction sets of this build, and those of them that this CPU runs, which are the names that `isa` may take.
+// The best first.
 std::vector<std::string> built_isas();
 std::vector<std::string> available_isas();
 

@@ -61,7 +61,7 @@ void expand(const uint64_t* masks, std::byte* tiles) {
 // All panels for 16 pixels or, where Both, 32.
 template <bool Both>
 void multiply(const std::byte* pixels, const uint64_t* masks, const int32_t* ones, size_t depth, int panels,
-              int32_t (*counts)[kBlockPixels][kTileChannels]) {
+              BlockCounts* counts) {
   alignas(64) std::byte ring[kRing * 2 * kTileBytes];
   const size_t pairs = depth * static_cast<size_t>(panels / 2);
   size_t expanded = 0;
@@ -103,7 +103,7 @@ void multiply(const std::byte* pixels, const uint64_t* masks, const int32_t* one
 }
 
 void count(const std::byte* arranged, const uint64_t* masks, const int32_t* ones, size_t depth, int count, int panels,
-           int32_t (*counts)[kBlockPixels][kTileChannels]) {
+           BlockCounts* counts) {
   const TileConfig config;
   _tile_loadconfig(&config);
   if (count > 16)
@@ -136,8 +136,8 @@ void floats(const int32_t (*counts)[kTileChannels], int count, const int64_t* co
     const __m512i row = _mm512_loadu_si512(counts[p]);
     const __m512 low = _mm512_castps256_ps512(dot(_mm512_castsi512_si256(row), bases[p]));
     const __m512 dots = _mm512_insertf32x8(low, dot(_mm512_extracti64x4_epi64(row, 1), bases[p] + 8), 1);
-    _mm512_storeu_ps(out.output + p * out.stride, _mm512_add_ps(_mm512_mul_ps(dots, _mm512_loadu_ps(out.scale)),
-                                                                _mm512_loadu_ps(out.bias)));
+    _mm512_storeu_ps(out.output + p * out.stride,
+                     _mm512_add_ps(_mm512_mul_ps(dots, _mm512_loadu_ps(out.scale)), _mm512_loadu_ps(out.bias)));
   }
 }
 

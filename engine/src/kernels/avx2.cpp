@@ -1,5 +1,5 @@
 // AVX2 with FMA: xor and a byte-wise count by vpshufb on 4 channels at a time, one activation word broadcast to all of
-// them. Long sums are added up in carry-save form, so that only one word in eight is counted; see avx512.cpp.
+// them. Long sums are added up in carry-save form, so that only one word in eight is counted.
 #include "kernels/by_count.h"
 #include "kernels/kernels.h"
 #include "kernels/pairs.h"
@@ -12,6 +12,8 @@ namespace {
 
 constexpr size_t kFewest = 24;  // words from which carry-save adders gain; 31 would fit a byte uncarried
 
+using Vector = __m256i;
+
 __m256i load(const void* data) { return _mm256_loadu_si256(static_cast<const __m256i*>(data)); }
 
 // The number of ones in each byte, from a table by nibbles.
@@ -23,6 +25,10 @@ __m256i byte_counts(__m256i bits) {
 }
 
 __m256i sum_bytes(__m256i bytes) { return _mm256_sad_epu8(bytes, _mm256_setzero_si256()); }
+
+__m256i add_bytes(__m256i a, __m256i b) { return _mm256_add_epi8(a, b); }
+__m256i add_lanes(__m256i a, __m256i b) { return _mm256_add_epi64(a, b); }
+__m256i eight_times(__m256i lanes) { return _mm256_slli_epi64(lanes, 3); }
 
 // Adds two words, bit by bit, to sum; returns what they carry.
 __m256i carry(__m256i& sum, __m256i a, __m256i b) {
@@ -38,28 +44,13 @@ __m256i difference(const uint64_t* x, const uint64_t* w, int k) {
   return _mm256_xor_si256(_mm256_set1_epi64x(static_cast<long long>(x[k * P])), load(w + k * kTileChannels));
 }
 
-// Adds words k to k + 3 to ones and twos; returns what they carry.
-template <int P>
-[[gnu::always_inline]] inline __m256i four(const uint64_t* x, const uint64_t* w, int k, __m256i& ones, __m256i& twos) {
-  const __m256i left = carry(ones, difference<P>(x, w, k), difference<P>(x, w, k + 1));
-  const __m256i right = carry(ones, difference<P>(x, w, k + 2), difference<P>(x, w, k + 3));
-  return carry(twos, left, right);
-}
+}  // namespace
+}  // namespace lowbit
 
-// The count of a multiple of 4 words in 64-bit lanes.
-template <int P>
-__m256i count_fours(const uint64_t* x, const uint64_t* w, size_t words) {
-  __m256i ones = _mm256_setzero_si256(), twos = ones, fours = ones, eights = ones;
-  for (; words >= 8; words -= 8, x += 8 * P, w += 8 * kTileChannels) {
-    const __m256i left = four<P>(x, w, 0, ones, twos), right = four<P>(x, w, 4, ones, twos);
-    eights = _mm256_add_epi64(eights, sum_bytes(byte_counts(carry(fours, left, right))));
-  }
-  __m256i bytes = byte_counts(fours);
-  if (words != 0) bytes = _mm256_add_epi8(bytes, byte_counts(four<P>(x, w, 0, ones, twos)));
-  bytes = _mm256_add_epi8(_mm256_add_epi8(bytes, bytes), byte_counts(twos));
-  bytes = _mm256_add_epi8(_mm256_add_epi8(bytes, bytes), byte_counts(ones));
-  return _mm256_add_epi64(sum_bytes(bytes), _mm256_slli_epi64(eights, 3));
-}
+#include "kernels/carry_save.h"
+
+namespace lowbit {
+namespace {
 
 // How many bits of each pixel and channel differ; four channels to a vector.
 template <int P>
@@ -180,6 +171,8 @@ void multiply(const FloatTile& tile, int first, const FloatOutput& out) {
   }
 }
 
+void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_FOURS(multiply, tile, out) }
+
 int passed(__m256 values, const FloatLimits& limits, int first) {
   const __m256 flips = _mm256_loadu_ps(reinterpret_cast<const float*>(limits.flips) + first);
   return _mm256_movemask_ps(
@@ -199,8 +192,6 @@ void multiply_to_bits(const FloatTile& tile, int first, const FloatOutput& out, 
 void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint16_t* bits) {
   LOWBIT_BY_FOURS(multiply_to_bits, tile, out, limits, bits)
 }
-
-void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_FOURS(multiply, tile, out) }
 
 template <int P>
 void multiply_integers(const IntegerTile& tile, int first, int32_t (*result)[kTileChannels]) {
@@ -251,7 +242,8 @@ void float_bits(const float* x, const float* thresholds, const uint32_t* flips, 
 
 }  // namespace
 
-const Kernels kAvx2Kernels{"avx2", binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums, float_bits};
+const Kernels kAvx2Kernels{"avx2",     binary_counts,   binary_bits,  binary_floats,
+                           float_tile, float_tile_bits, integer_sums, float_bits};
 
 }  // namespace lowbit
 

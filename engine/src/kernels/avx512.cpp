@@ -1,7 +1,5 @@
 // AVX-512 without VPOPCNTDQ (Skylake-X and later): words are added up in carry-save form, whose full adder is two
 // ternary-logic instructions, so that only one word in eight is counted, byte by byte with vpshufb.
-// The method is Harley and Seal's, as in Mula, Kurz and Lemire, "Faster Population Counts Using AVX2 Instructions", The
-// Computer Journal 61(1), 2018, arXiv 1611.07612.
 #include "kernels/by_count.h"
 #include "kernels/kernels.h"
 #include "kernels/pairs.h"
@@ -12,6 +10,8 @@ LOWBIT_TARGET_OPEN("avx512f,avx512dq,avx512bw,avx512vl,fma")
 namespace lowbit {
 namespace {
 
+using Vector = __m512i;
+
 // The number of ones in each byte, from a table by nibbles.
 __m512i byte_counts(__m512i bits) {
   const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
@@ -21,6 +21,10 @@ __m512i byte_counts(__m512i bits) {
 }
 
 __m512i sum_bytes(__m512i bytes) { return _mm512_sad_epu8(bytes, _mm512_setzero_si512()); }
+
+__m512i add_bytes(__m512i a, __m512i b) { return _mm512_add_epi8(a, b); }
+__m512i add_lanes(__m512i a, __m512i b) { return _mm512_add_epi64(a, b); }
+__m512i eight_times(__m512i lanes) { return _mm512_slli_epi64(lanes, 3); }
 
 // Adds two words, bit by bit, to sum; returns what they carry.
 __m512i carry(__m512i& sum, __m512i a, __m512i b) {
@@ -36,28 +40,13 @@ __m512i difference(const uint64_t* x, const uint64_t* w, int k) {
                           _mm512_loadu_si512(w + k * kTileChannels));
 }
 
-// Adds words k to k + 3 to ones and twos; returns what they carry.
-template <int P>
-[[gnu::always_inline]] inline __m512i four(const uint64_t* x, const uint64_t* w, int k, __m512i& ones, __m512i& twos) {
-  const __m512i left = carry(ones, difference<P>(x, w, k), difference<P>(x, w, k + 1));
-  const __m512i right = carry(ones, difference<P>(x, w, k + 2), difference<P>(x, w, k + 3));
-  return carry(twos, left, right);
-}
+}  // namespace
+}  // namespace lowbit
 
-// The count of a multiple of 4 words in 64-bit lanes.
-template <int P>
-__m512i count_fours(const uint64_t* x, const uint64_t* w, size_t words) {
-  __m512i ones = _mm512_setzero_si512(), twos = ones, fours = ones, eights = ones;
-  for (; words >= 8; words -= 8, x += 8 * P, w += 8 * kTileChannels) {
-    const __m512i left = four<P>(x, w, 0, ones, twos), right = four<P>(x, w, 4, ones, twos);
-    eights = _mm512_add_epi64(eights, sum_bytes(byte_counts(carry(fours, left, right))));
-  }
-  __m512i bytes = byte_counts(fours);
-  if (words != 0) bytes = _mm512_add_epi8(bytes, byte_counts(four<P>(x, w, 0, ones, twos)));
-  bytes = _mm512_add_epi8(_mm512_add_epi8(bytes, bytes), byte_counts(twos));
-  bytes = _mm512_add_epi8(_mm512_add_epi8(bytes, bytes), byte_counts(ones));
-  return _mm512_add_epi64(sum_bytes(bytes), _mm512_slli_epi64(eights, 3));
-}
+#include "kernels/carry_save.h"
+
+namespace lowbit {
+namespace {
 
 template <int P>
 struct Counts {
@@ -94,7 +83,7 @@ struct Counts {
 
 #include "kernels/avx512.h"
 
-const lowbit::Kernels lowbit::kAvx512Kernels{"avx512",   binary_counts, binary_bits, binary_floats,
-                                             float_tile, float_tile_bits, integer_sums,  float_bits};
+const lowbit::Kernels lowbit::kAvx512Kernels{"avx512",   binary_counts,   binary_bits,  binary_floats,
+                                             float_tile, float_tile_bits, integer_sums, float_bits};
 
 LOWBIT_TARGET_CLOSE

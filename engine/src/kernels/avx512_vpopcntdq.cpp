@@ -37,7 +37,7 @@ struct Counts {
 
 #include "kernels/avx512.h"
 
-const lowbit::Kernels lowbit::kAvx512VpopcntdqKernels{"avx512_vpopcntdq", binary_counts, binary_bits, binary_floats,
-                                                      float_tile, float_tile_bits,         integer_sums,  float_bits};
+const lowbit::Kernels lowbit::kAvx512VpopcntdqKernels{"avx512_vpopcntdq", binary_counts,   binary_bits,  binary_floats,
+                                                      float_tile,         float_tile_bits, integer_sums, float_bits};
 
 LOWBIT_TARGET_CLOSE

@@ -38,6 +38,9 @@ struct FloatOutput {
 inline constexpr int kBlockPixels = 32;
 inline constexpr int kBlockChannels = 2 * kTileChannels;
 
+// Of one panel: [pixel][channel].
+using BlockCounts = int32_t[kBlockPixels][kTileChannels];
+
 struct BlockKernels {
   // Where the words of 16 channels go. From words[16], one per channel, to masks[16].
   void (*arrange_weights)(const uint64_t* words, uint64_t* masks);
@@ -51,7 +54,7 @@ struct BlockKernels {
   // counts[panel][p][c] = number of bits in which pixel p and channel c of the panel differ. The panels are an even
   // number, masks are [panels / 2][depth][2][16], ones[panel][16] the set bits of each channel.
   void (*count)(const std::byte* arranged, const uint64_t* masks, const int32_t* ones, size_t depth, int count,
-                int panels, int32_t (*counts)[kBlockPixels][kTileChannels]);
+                int panels, BlockCounts* counts);
 
   // One pixel of the counts, `panels` of them kBlockPixels rows apart. Bit c of words = (count <= limits[c]) xor bit c
   // of falling; limits and falling go on to the last panel, and a last word is filled up with zeros.

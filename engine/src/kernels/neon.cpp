@@ -111,6 +111,8 @@ void multiply(const FloatTile& tile, int first, const FloatOutput& out) {
       vst1q_f32(out.output + (first + p) * out.stride + 4 * i, scaled(sums.of[p][i], out, 4 * i));
 }
 
+void float_tile(const FloatTile& tile, const FloatOutput& out){LOWBIT_BY_FOURS(multiply, tile, out)}
+
 // Four bits: which of four values pass.
 uint32_t passed(float32x4_t values, const float* thresholds, const uint32_t* flips) {
   const uint32_t places[4] = {1, 2, 4, 8};
@@ -134,8 +136,6 @@ void multiply_to_bits(const FloatTile& tile, int first, const FloatOutput& out, 
 void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint16_t* bits) {
   LOWBIT_BY_FOURS(multiply_to_bits, tile, out, limits, bits)
 }
-
-void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_FOURS(multiply, tile, out) }
 
 template <int P>
 void multiply_integers(const IntegerTile& tile, int first, int32_t (*result)[kTileChannels]) {
@@ -179,6 +179,7 @@ void float_bits(const float* x, const float* thresholds, const uint32_t* flips, 
 
 }  // namespace
 
-const Kernels kNeonKernels{"neon", binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums, float_bits};
+const Kernels kNeonKernels{"neon",     binary_counts,   binary_bits,  binary_floats,
+                           float_tile, float_tile_bits, integer_sums, float_bits};
 
 }  // namespace lowbit

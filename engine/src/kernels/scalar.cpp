@@ -82,6 +82,7 @@ void float_bits(const float* x, const float* thresholds, const uint32_t* flips, 
 
 }  // namespace
 
-const Kernels kScalarKernels{"scalar", binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums, float_bits};
+const Kernels kScalarKernels{"scalar",   binary_counts,   binary_bits,  binary_floats,
+                             float_tile, float_tile_bits, integer_sums, float_bits};
 
 }  // namespace lowbit

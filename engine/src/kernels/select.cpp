@@ -32,8 +32,8 @@ std::vector<Built> built() {
   std::vector<Built> tables;
 #ifdef LOWBIT_AMX
   static const Kernels amx = amx_kernels();
-  tables.push_back({&amx, __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512vpopcntdq") &&
-                              may_use_tiles()});
+  tables.push_back(
+      {&amx, __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512vpopcntdq") && may_use_tiles()});
 #endif
 #ifdef LOWBIT_AVX512
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
