@@ -1,6 +1,4 @@
 // Convolutions in float32: of floats, and of codes that stand for the levels of a table.
-#include <limits>
-
 #include "convolution.h"
 #include "output_transform.h"
 
@@ -46,15 +44,11 @@ class Conv2d final : public Op {
     };
     product_.run(call, clear, [&](const FloatTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
       const int64_t inside = panel * kTileChannels, first = group * group_channels + inside;
-      const int64_t wanted = std::min<int64_t>(kTileChannels, group_channels - inside);
-      float thresholds[kTileChannels];
-      uint32_t flips[kTileChannels] = {};
-      std::fill_n(thresholds, kTileChannels, std::numeric_limits<float>::quiet_NaN());
-      std::copy_n(threshold.limits() + first, wanted, thresholds);
-      std::copy_n(threshold.flips() + first, wanted, flips);
+      const unsigned wanted = (1u << std::min<int64_t>(kTileChannels, group_channels - inside)) - 1;
       uint16_t bits[kTilePixels];
-      kernels_.float_tile_bits(tile, epilogue_.tile(nullptr, group, panel), {thresholds, flips}, bits);
-      for (int p = 0; p < tile.count; ++p) add_bits(call.result<uint64_t>() + (pixel + p) * words, first, bits[p]);
+      kernels_.float_tile_bits(tile, epilogue_.tile(nullptr, group, panel), threshold.limits(first), bits);
+      for (int p = 0; p < tile.count; ++p)
+        add_bits(call.result<uint64_t>() + (pixel + p) * words, first, bits[p] & wanted);
     });
   }
 

@@ -31,7 +31,7 @@ class ThresholdCodes final : public Op {
 }  // namespace
 
 ThresholdBits::ThresholdBits(const OpSpec& spec, const Shape& input, const Kernels& kernels)
-    : Op(codes_like(input, 1)), kernels_(kernels), limits_(input.channels), flips_(input.channels) {
+    : Op(codes_like(input, 1)), kernels_(kernels), limits_(input.channels + kTileChannels), flips_(limits_.size()) {
   const Thresholds<float> thresholds(spec, input.channels);
   for (int64_t c = 0; c < input.channels; ++c) {
     flips_[c] = thresholds.falling(c) ? 0x80000000u : 0u;

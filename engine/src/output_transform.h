@@ -48,8 +48,8 @@ class ThresholdBits final : public Op {
   const char* kernel(bool) const override { return "float_bits"; }
   void run(const Call& call) const override;
 
-  const float* limits() const { return limits_.data(); }
-  const uint32_t* flips() const { return flips_.data(); }
+  // Of 16 channels from `first` on; those beyond the last channel mean nothing.
+  FloatLimits limits(int64_t first) const { return {limits_.data() + first, flips_.data() + first}; }
 
  private:
   const Kernels& kernels_;

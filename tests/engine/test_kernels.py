@@ -336,6 +336,25 @@ def test_elementwise_ops_round_once_at_each_step(isa):
     np.testing.assert_array_equal(Engine(net.model, threads=2)(x), expected)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_convolution_that_writes_the_codes_of_its_threshold_writes_the_same(isa, case):
+    """Run as a whole, the two are one; each alone, they are two. A depthwise 1x1 convolution shows every code."""
+    size, c_in, c_out, groups, kernel, stride, padding, dilation, batch = CASES[case]
+    rng = np.random.default_rng(3)
+    net, shape = Builder((c_in, size, size)), window((kernel,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2)
+    weight = rng.normal(size=(c_out, kernel, kernel, c_in // groups)).astype(np.float32)
+    net.op("conv2d", tensors={"weight": weight}, groups=groups, channels=c_out, **shape)
+    net.op("threshold", tensors=thresholds(rng, np.float32, c_out, 1, 2.0), bits=1)
+    ones = {"weight_bits": np.ones((c_out, 1, 1, 1), np.uint64), "scale": np.ones(c_out, np.float32)}
+    net.op("binary_conv2d", tensors=ones, groups=c_out, channels=c_out, **window((1, 1), dilation=(1, 1)))
+    x = rng.normal(size=(batch, c_in, size, size)).astype(np.float32)
+    for threads in (1, 2):
+        engine = Engine(net.model, threads=threads)
+        assert engine.kernels[:2] == ["float_tile_bits", ""]
+        codes = engine.run_op(1, [engine.run_op(0, [x.transpose(0, 2, 3, 1)])]).transpose(0, 3, 1, 2)
+        np.testing.assert_array_equal(engine(x).reshape(codes.shape), 2 * codes.astype(np.float32) - 1)
+
+
 @pytest.mark.parametrize(("rows", "size"), [((64, 64, "M", 96, "M"), 32), ((17, 40, "M", 70, 33), 14)])
 def test_network_gives_the_same_bits_for_every_batch_and_thread_count(isa, rows, size):
     rng = np.random.default_rng(7)

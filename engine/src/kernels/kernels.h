@@ -66,7 +66,7 @@ struct BlockKernels {
 };
 
 // What 16 channels are held against: x >= thresholds, both with their sign flipped (bit 31 of flips set) where the
-// channel falls; thresholds come flipped already, and are NaN for spare channels.
+// channel falls; thresholds come flipped already.
 struct FloatLimits {
   const float* thresholds;
   const uint32_t* flips;
