@@ -190,11 +190,12 @@ def test_a_training_step(key, model):
     network.eval()
     state = copy.deepcopy(network.state_dict())
     with torch.no_grad():
-        together = network(images)[:2]
-        alone = torch.cat([network(image[None]) for image in images[:2]])
+        together = network(images)
+        alone = torch.cat([network(image[None]) for image in images])
     assert together.isfinite().all()
-    largest = together.abs().max().clamp(min=1)
-    torch.testing.assert_close(alone / largest, together / largest, rtol=1e-4, atol=1e-5)
+    # 34 layers of signs without scales give logits of 1e10, what is left of larger sums: the bound follows their size.
+    size = max(1.0, float(together.abs().max())) if model == "resnet34" else 1.0
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5 * size)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, state[name]), name
 
