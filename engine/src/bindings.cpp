@@ -169,6 +169,8 @@ NB_MODULE(_engine, m) {
   m.doc() = "The native engine of lowbit; use lowbit.Engine.";
   m.def("built_isas", &lowbit::built_isas, "The instruction sets of this build, the best first.");
   m.def("available_isas", &lowbit::available_isas, "Those that this CPU runs, the best first: what LOWBIT_ISA may be.");
+  m.def("peak", &lowbit::peak, "kind"_a, "isa"_a, nb::call_guard<nb::gil_scoped_release>(),
+        "Products a second of one core, at most.");
   nb::class_<PyEngine>(m, "Engine")
       .def(nb::init<const std::vector<int64_t>&, const nb::list&, const nb::list&, int>(), "input_shape"_a, "ops"_a,
            "tensors"_a, "threads"_a)

@@ -1,0 +1,386 @@
+// What one core can do at most: loops that multiply and add, or compare and count, and touch no memory. A layer's speed
+// is held against the best loop that its instruction set has for its kind of product.
+#include <algorithm>
+#include <bit>
+#include <chrono>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "lowbit/engine.h"
+#if defined(LOWBIT_AVX2) || defined(LOWBIT_AVX512)
+#include "kernels/target.h"
+#endif
+#ifdef LOWBIT_NEON
+#include <arm_neon.h>
+#endif
+
+// The compiler must believe that a value changed, or it computes a product once for all rounds.
+#if defined(LOWBIT_NEON)
+#define LOWBIT_OPAQUE(value) asm volatile("" : "+w"(value))
+#else
+#define LOWBIT_OPAQUE(value) asm volatile("" : "+v"(value))
+#endif
+
+namespace lowbit {
+namespace {
+
+constexpr int kChains = 12;  // sums that do not wait for each other: latency times ports, and they fit 16 registers
+
+// Plain C++, as in kernels/scalar.cpp: what the compiler makes of it, in the L1 cache.
+constexpr int kPlain = 64;
+
+template <class Sum, class Factor>
+void plain_products(int64_t rounds) {
+  Sum sums[kPlain] = {};
+  Factor x[kPlain] = {}, w[kPlain] = {};
+  for (; rounds > 0; --rounds) {
+    asm volatile("" : : "r"(sums), "r"(x), "r"(w) : "memory");
+    for (int i = 0; i < kPlain; ++i) sums[i] += static_cast<Sum>(x[i]) * static_cast<Sum>(w[i]);
+  }
+}
+
+void plain_counts(int64_t rounds) {
+  uint64_t x[kPlain] = {}, w[kPlain] = {};
+  int64_t count = 0;
+  for (; rounds > 0; --rounds) {
+    asm volatile("" : "+r"(count) : "r"(x), "r"(w) : "memory");
+    for (int i = 0; i < kPlain; ++i) count += std::popcount(x[i] ^ w[i]);
+  }
+}
+
+}  // namespace
+}  // namespace lowbit
+
+#ifdef LOWBIT_AVX2
+LOWBIT_TARGET_OPEN("avx2,fma")
+namespace lowbit {
+namespace {
+
+void fma_256(int64_t rounds) {
+  __m256 sums[kChains], x{}, w{};
+  for (__m256& sum : sums) LOWBIT_OPAQUE(sum = _mm256_setzero_ps());
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      LOWBIT_OPAQUE(x);
+      sums[i] = _mm256_fmadd_ps(x, w, sums[i]);
+    }
+  for (__m256& sum : sums) LOWBIT_OPAQUE(sum);
+}
+
+// 8-bit products, added up by twos and fours.
+void maddubs_256(int64_t rounds) {
+  __m256i sums[kChains], x{}, w{};
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (__m256i& sum : sums) LOWBIT_OPAQUE(sum = _mm256_setzero_si256());
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      LOWBIT_OPAQUE(x);
+      sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), ones));
+    }
+  for (__m256i& sum : sums) LOWBIT_OPAQUE(sum);
+}
+
+__m256i carry_256(__m256i& sum, __m256i a, __m256i b) {
+  const __m256i differ = _mm256_xor_si256(a, b);
+  const __m256i carried = _mm256_or_si256(_mm256_and_si256(a, b), _mm256_and_si256(differ, sum));
+  sum = _mm256_xor_si256(sum, differ);
+  return carried;
+}
+
+// Harley and Seal: eight words a round, one of which is counted.
+void carry_save_256(int64_t rounds) {
+  const __m256i digits = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                          0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+  const __m256i low = _mm256_set1_epi8(15);
+  __m256i ones{}, twos{}, fours{}, counts{}, x{}, w{};
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds) {
+    __m256i bits[8];
+#pragma GCC unroll 8
+    for (__m256i& word : bits) {
+      LOWBIT_OPAQUE(x);
+      word = _mm256_xor_si256(x, w);
+    }
+    const __m256i a = carry_256(ones, bits[0], bits[1]), b = carry_256(ones, bits[2], bits[3]);
+    const __m256i c = carry_256(ones, bits[4], bits[5]), d = carry_256(ones, bits[6], bits[7]);
+    const __m256i left = carry_256(twos, a, b), right = carry_256(twos, c, d);
+    const __m256i eights = carry_256(fours, left, right);
+    const __m256i bytes =
+        _mm256_add_epi8(_mm256_shuffle_epi8(digits, _mm256_and_si256(eights, low)),
+                        _mm256_shuffle_epi8(digits, _mm256_and_si256(_mm256_srli_epi16(eights, 4), low)));
+    counts = _mm256_add_epi64(counts, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
+  }
+  LOWBIT_OPAQUE(ones);
+  LOWBIT_OPAQUE(twos);
+  LOWBIT_OPAQUE(fours);
+  LOWBIT_OPAQUE(counts);
+}
+
+}  // namespace
+}  // namespace lowbit
+LOWBIT_TARGET_CLOSE
+#endif
+
+#ifdef LOWBIT_AVX512
+LOWBIT_TARGET_OPEN("avx512f,avx512dq,avx512bw,avx512vl,fma")
+namespace lowbit {
+namespace {
+
+void fma_512(int64_t rounds) {
+  __m512 sums[kChains], x{}, w{};
+  for (__m512& sum : sums) LOWBIT_OPAQUE(sum = _mm512_setzero_ps());
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      LOWBIT_OPAQUE(x);
+      sums[i] = _mm512_fmadd_ps(x, w, sums[i]);
+    }
+  for (__m512& sum : sums) LOWBIT_OPAQUE(sum);
+}
+
+void maddubs_512(int64_t rounds) {
+  __m512i sums[kChains], x{}, w{};
+  const __m512i ones = _mm512_set1_epi16(1);
+  for (__m512i& sum : sums) LOWBIT_OPAQUE(sum = _mm512_setzero_si512());
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      LOWBIT_OPAQUE(x);
+      sums[i] = _mm512_add_epi32(sums[i], _mm512_madd_epi16(_mm512_maddubs_epi16(x, w), ones));
+    }
+  for (__m512i& sum : sums) LOWBIT_OPAQUE(sum);
+}
+
+__m512i carry_512(__m512i& sum, __m512i a, __m512i b) {
+  const __m512i carried = _mm512_ternarylogic_epi64(sum, a, b, 0xe8);
+  sum = _mm512_ternarylogic_epi64(sum, a, b, 0x96);
+  return carried;
+}
+
+void carry_save_512(int64_t rounds) {
+  const __m512i digits = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m512i low = _mm512_set1_epi8(15);
+  __m512i ones{}, twos{}, fours{}, counts{}, x{}, w{};
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds) {
+    __m512i bits[8];
+#pragma GCC unroll 8
+    for (__m512i& word : bits) {
+      LOWBIT_OPAQUE(x);
+      word = _mm512_xor_si512(x, w);
+    }
+    const __m512i a = carry_512(ones, bits[0], bits[1]), b = carry_512(ones, bits[2], bits[3]);
+    const __m512i c = carry_512(ones, bits[4], bits[5]), d = carry_512(ones, bits[6], bits[7]);
+    const __m512i left = carry_512(twos, a, b), right = carry_512(twos, c, d);
+    const __m512i eights = carry_512(fours, left, right);
+    const __m512i bytes =
+        _mm512_add_epi8(_mm512_shuffle_epi8(digits, _mm512_and_si512(eights, low)),
+                        _mm512_shuffle_epi8(digits, _mm512_and_si512(_mm512_srli_epi16(eights, 4), low)));
+    counts = _mm512_add_epi64(counts, _mm512_sad_epu8(bytes, _mm512_setzero_si512()));
+  }
+  LOWBIT_OPAQUE(ones);
+  LOWBIT_OPAQUE(twos);
+  LOWBIT_OPAQUE(fours);
+  LOWBIT_OPAQUE(counts);
+}
+
+}  // namespace
+}  // namespace lowbit
+LOWBIT_TARGET_CLOSE
+#endif
+
+#ifdef LOWBIT_AVX512_VPOPCNTDQ
+LOWBIT_TARGET_OPEN("avx512f,avx512dq,avx512bw,avx512vl,avx512vpopcntdq,avx512vnni")
+namespace lowbit {
+namespace {
+
+void vnni_512(int64_t rounds) {
+  __m512i sums[kChains], x{}, w{};
+  for (__m512i& sum : sums) LOWBIT_OPAQUE(sum = _mm512_setzero_si512());
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      LOWBIT_OPAQUE(x);
+      sums[i] = _mm512_dpbusd_epi32(sums[i], x, w);
+    }
+  for (__m512i& sum : sums) LOWBIT_OPAQUE(sum);
+}
+
+void popcount_512(int64_t rounds) {
+  __m512i sums[kChains], x{}, w{};
+  for (__m512i& sum : sums) LOWBIT_OPAQUE(sum = _mm512_setzero_si512());
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      LOWBIT_OPAQUE(x);
+      sums[i] = _mm512_add_epi64(sums[i], _mm512_popcnt_epi64(_mm512_xor_si512(x, w)));
+    }
+  for (__m512i& sum : sums) LOWBIT_OPAQUE(sum);
+}
+
+}  // namespace
+}  // namespace lowbit
+LOWBIT_TARGET_CLOSE
+#endif
+
+#ifdef LOWBIT_AMX
+LOWBIT_TARGET_OPEN("avx512f,amx-tile,amx-int8")
+namespace lowbit {
+namespace {
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Two tiles of pixels by two of weights, all zero.
+void tiles(int64_t rounds) {
+  static constexpr TileConfig config;  // in memory as a whole: gcc 12 lets the instruction read its first bytes only
+  _tile_loadconfig(&config);
+  for (; rounds > 0; --rounds) {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_release();
+}
+
+}  // namespace
+}  // namespace lowbit
+LOWBIT_TARGET_CLOSE
+#endif
+
+#ifdef LOWBIT_NEON
+namespace lowbit {
+namespace {
+
+void fma_neon(int64_t rounds) {
+  float32x4_t sums[kChains], x = vdupq_n_f32(0), w = vdupq_n_f32(0);
+  for (float32x4_t& sum : sums) LOWBIT_OPAQUE(sum = vdupq_n_f32(0));
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      LOWBIT_OPAQUE(x);
+      sums[i] = vfmaq_f32(sums[i], x, w);
+    }
+  for (float32x4_t& sum : sums) LOWBIT_OPAQUE(sum);
+}
+
+void multiply_neon(int64_t rounds) {
+  int16x8_t x = vdupq_n_s16(0), w = vdupq_n_s16(0);
+  int32x4_t sums[kChains];
+  for (int32x4_t& sum : sums) LOWBIT_OPAQUE(sum = vdupq_n_s32(0));
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      LOWBIT_OPAQUE(x);
+      sums[i] = i % 2 == 0 ? vmlal_s16(sums[i], vget_low_s16(x), vget_low_s16(w)) : vmlal_high_s16(sums[i], x, w);
+    }
+  for (int32x4_t& sum : sums) LOWBIT_OPAQUE(sum);
+}
+
+void count_neon(int64_t rounds) {
+  uint8x16_t x = vdupq_n_u8(0), w = vdupq_n_u8(0);
+  uint16x8_t sums[kChains];
+  for (uint16x8_t& sum : sums) LOWBIT_OPAQUE(sum = vdupq_n_u16(0));
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      LOWBIT_OPAQUE(x);
+      sums[i] = vpadalq_u8(sums[i], vcntq_u8(veorq_u8(x, w)));
+    }
+  for (uint16x8_t& sum : sums) LOWBIT_OPAQUE(sum);
+}
+
+}  // namespace
+}  // namespace lowbit
+#endif
+
+namespace lowbit {
+namespace {
+
+struct Loop {
+  std::string_view isa, kind;
+  int64_t products;  // of a round
+  void (*run)(int64_t rounds);
+  bool runs = true;  // on this CPU, where it has the instruction set
+};
+
+std::vector<Loop> loops() {
+  std::vector<Loop> all{{"scalar", "float", kPlain, plain_products<float, float>},
+                        {"scalar", "integer", kPlain, plain_products<int32_t, int16_t>},
+                        {"scalar", "binary", kPlain * 64, plain_counts}};
+#ifdef LOWBIT_AVX2
+  all.push_back({"avx2", "float", kChains * 8, fma_256});
+  all.push_back({"avx2", "integer", kChains * 32, maddubs_256});
+  all.push_back({"avx2", "binary", 8 * 256, carry_save_256});
+#endif
+#ifdef LOWBIT_AVX512
+  all.push_back({"avx512", "float", kChains * 16, fma_512});
+  all.push_back({"avx512", "integer", kChains * 64, maddubs_512});
+  all.push_back({"avx512", "binary", 8 * 512, carry_save_512});
+#endif
+#ifdef LOWBIT_AVX512_VPOPCNTDQ
+  all.push_back({"avx512_vpopcntdq", "integer", kChains * 64, vnni_512, __builtin_cpu_supports("avx512vnni") != 0});
+  all.push_back({"avx512_vpopcntdq", "binary", kChains * 512, popcount_512});
+#endif
+#ifdef LOWBIT_AMX
+  all.push_back({"amx", "integer", 4 * 16 * 16 * 64, tiles});
+  all.push_back({"amx", "binary", 4 * 16 * 16 * 64, tiles});  // of bits that have become bytes
+#endif
+#ifdef LOWBIT_NEON
+  all.push_back({"neon", "float", kChains * 4, fma_neon});
+  all.push_back({"neon", "integer", kChains * 4, multiply_neon});
+  all.push_back({"neon", "binary", kChains * 128, count_neon});
+#endif
+  return all;
+}
+
+// Products a second: the best of some runs, for what disturbs a run only makes it slower.
+double speed(const Loop& loop) {
+  using Clock = std::chrono::steady_clock;
+  constexpr double kLongEnough = 2e-4;
+  constexpr int kRuns = 10;
+  const auto seconds = [&](int64_t rounds) {
+    const auto start = Clock::now();
+    loop.run(rounds);
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  };
+  int64_t rounds = 1 << 8;
+  while (seconds(rounds) < kLongEnough) rounds *= 2;
+  double fastest = std::numeric_limits<double>::infinity();
+  for (int run = 0; run < kRuns; ++run) fastest = std::min(fastest, seconds(rounds));
+  return static_cast<double>(rounds * loop.products) / fastest;
+}
+
+}  // namespace
+
+double peak(std::string_view kind, std::string_view isa) {
+  const auto built = built_isas(), available = available_isas();
+  if (std::find(available.begin(), available.end(), isa) == available.end())
+    throw std::invalid_argument("this CPU and build have no instruction set '" + std::string(isa) + "'");
+  // An instruction set includes those after it.
+  const auto from = std::find(built.begin(), built.end(), isa);
+  double best = 0;
+  for (const Loop& loop : loops())
+    if (loop.kind == kind && loop.runs && std::find(from, built.end(), loop.isa) != built.end())
+      best = std::max(best, speed(loop));
+  if (best == 0) throw std::invalid_argument("there is no peak of the kind '" + std::string(kind) + "'");
+  return best;
+}
+
+}  // namespace lowbit
