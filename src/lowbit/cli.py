@@ -335,7 +335,8 @@ def bench(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Median time per batch, beside float twins of the same architecture in other runtimes, interleaved in one run."""
+    """Median time per batch, beside float twins of the same architecture in other runtimes, interleaved in one run; and
+    of each layer, beside what a core reaches at most."""
     if list_kernels:
         from lowbit.runtime import Engine, instruction_sets, kernels_of
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from nets import Plain, chain, quantized
+from rich.console import Console
 from torch import nn
 
 import lowbit
@@ -21,6 +22,7 @@ from lowbit.exporter import bench as module
 from lowbit.exporter import peers
 from lowbit.exporter.bench import BenchResult, Row, bench, interleaved_medians, torch_runner
 from lowbit.methods.hwgq import HalfWave
+from lowbit.runtime import Engine
 
 IMAGES = torch.randn(2, 3, 16, 16)
 
@@ -28,6 +30,35 @@ IMAGES = torch.randn(2, 3, 16, 16)
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST", 3)
+
+
+def test_every_layer_has_its_time_its_speed_and_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = lowbit.export(chain(), IMAGES).packed
+    monkeypatch.setattr(module, "peak", lambda kind, isa: {"float": 1e11, "binary": 1e12}[kind])
+    spent = [1e-3] * len(packed.ops)
+    assert [op["op"] for op in packed.ops[:2]] == ["conv2d", "threshold"]
+    spent[1] = 0.0
+    monkeypatch.setattr(Engine, "profile", lambda self, x: spent)
+    result = bench(packed, batch=2, threads=2)
+    assert [(layer.name, layer.op) for layer in result.layers] == [(op["source"], op["op"]) for op in packed.ops]
+    first, joined = result.layers[:2]
+    assert (joined.kernel, joined.milliseconds, joined.gmacs, joined.weight_bytes) == (module.JOINED, 0, None, 0)
+    assert first.kernel.startswith("float")
+    assert first.weight_bytes == packed.tensors["0.weight"].nbytes
+    for layer, cost in zip(result.layers, packed.costs(), strict=True):
+        assert layer.macs == 2 * cost.macs
+        if layer.macs:
+            peak = {"conv2d": 100.0, "binary_conv2d": 1000.0}[layer.op]
+            assert layer.gmacs == pytest.approx(layer.macs / 1e6)
+            assert layer.share == pytest.approx(layer.gmacs / (2 * peak))
+    assert result.to_dict()["layers"][0]["name"] == packed.ops[0]["source"]
+    assert result.to_dict()["peaks"] == {"binary": 1000.0, "float": 100.0}
+    console = Console(record=True, width=150)
+    console.print(result.render())
+    shown = console.export_text()
+    assert module.JOINED in shown
+    assert f"{first.share:.0%}".replace("%", " %") in shown
+    assert "binary 1,000, float 100" in shown
 
 
 @pytest.mark.parametrize("make", [Plain, lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(2), nn.Hardtanh())])

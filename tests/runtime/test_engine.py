@@ -18,7 +18,7 @@ from packed_models import Builder, quant_net, table_net, vgg, window
 from lowbit import _engine
 from lowbit.errors import LowbitError, UsageError
 from lowbit.preprocessing import Preprocessing
-from lowbit.runtime import Engine, instruction_sets, load_image
+from lowbit.runtime import Engine, instruction_sets, load_image, peak
 
 
 @pytest.fixture
@@ -230,3 +230,14 @@ def test_images_are_loaded_or_refused_in_one_sentence(tmp_path):
     ):
         with pytest.raises(LowbitError, match=message):
             load_image(path)
+
+
+@pytest.mark.parametrize("kind", ["float", "integer", "binary"])
+def test_a_core_has_a_peak_in_every_instruction_set(kind):
+    assert all(0 < peak(kind, isa) < 1e16 for isa in _engine.available_isas())
+
+
+@pytest.mark.parametrize(("kind", "isa"), [("binary", "sse9"), ("octal", "scalar")])
+def test_an_unknown_peak_is_refused(kind, isa):
+    with pytest.raises(UsageError, match=r"(octal|sse9)'.*; `lowbit bench --list-kernels` lists"):
+        peak(kind, isa)

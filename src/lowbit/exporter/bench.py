@@ -22,8 +22,8 @@ from rich.table import Table
 from lowbit.errors import UsageError
 from lowbit.exporter import peers
 from lowbit.hardware import cpu_name
-from lowbit.packed import PackedModel, read
-from lowbit.runtime import Engine
+from lowbit.packed import WEIGHTS, PackedModel, read
+from lowbit.runtime import Engine, kernels_of, peak
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 Call = Callable[[], object]
 
 WARM_UP, FEWEST, MOST = 3, 7, 2000
+KINDS = {"conv2d": "float", "table_conv2d": "float", "binary_conv2d": "binary", "quant_conv2d": "integer"}
+"""The kind of product of each op that has products."""
+JOINED = "with the layer above"
 INTERRUPTED = 1.1
 """Wall time over processor time from which a call counts as interrupted; idle, several threads make it less than 1."""
 
@@ -53,14 +56,33 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One op of the engine: median milliseconds of a batch, its products, billions of them a second and their share of
+    what the cores in use reach at most, and bytes of its weights. What an op above does too takes no time of its own:
+    ``kernel`` then says so."""
+
+    name: str
+    op: str
+    kernel: str
+    milliseconds: float
+    macs: int
+    weight_bytes: int
+    gmacs: float | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
 class BenchResult:
-    """What `bench` measured. The first row is the engine."""
+    """What `bench` measured. The first row is the engine; ``layers`` are its ops, ``peaks`` billions of products a
+    second that one core reaches at most, by kind."""
 
     file: str
     isa: str
     threads: int
     batch: int
     rows: tuple[Row, ...]
+    layers: tuple[Layer, ...] = ()
+    peaks: Mapping[str, float] = field(default_factory=dict)
     cpu: str = field(default_factory=cpu_name)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -85,7 +107,28 @@ class BenchResult:
             notes.append(
                 "DISTURBED: other programs took the processor; do not quote these ratios, run again on an idle machine"
             )
-        return Group(table, *notes)
+        return Group(table, *notes, *self._render_layers())
+
+    def _render_layers(self) -> list[RenderableType]:
+        if not self.layers:
+            return []
+        table = Table(title="Layers of the engine", title_justify="left")
+        for column in ("layer", "op", "kernel"):
+            table.add_column(column, overflow="fold")
+        for column in ("ms", "G MAC/s", "of peak", "weights, bytes"):
+            table.add_column(column, justify="right", no_wrap=column == "ms")
+        for layer in self.layers:
+            table.add_row(
+                layer.name,
+                layer.op,
+                layer.kernel,
+                "" if layer.kernel == JOINED else f"{layer.milliseconds:.4f}",
+                "" if layer.gmacs is None else f"{layer.gmacs:.1f}",
+                "" if layer.share is None else f"{100 * layer.share:.0f} %",
+                f"{layer.weight_bytes:,}" if layer.weight_bytes else "",
+            )
+        peaks = ", ".join(f"{kind} {peak:,.0f}" for kind, peak in self.peaks.items())
+        return [table, f"most that one core reaches with {self.isa}, in registers, measured now, G MAC/s: {peaks}"]
 
 
 def bench(
@@ -123,7 +166,34 @@ def bench(
     rows = tuple(
         Row(peer, 1e3 * wall, 1e3 * cpu, wall / of_engine, runs) for peer, (wall, cpu, runs) in medians.items()
     )
-    return BenchResult(file, engine.isa, threads, batch, rows)
+    return BenchResult(file, engine.isa, threads, batch, rows, *_layers(engine, images))
+
+
+def _layers(engine: Engine, images: Any, seconds: float = 1.0) -> tuple[tuple[Layer, ...], dict[str, float]]:
+    """The engine's ops, and what one core reaches at most in the kinds of products that they have."""
+    profiles: list[list[float]] = []
+    take_turns({"": lambda: profiles.append(engine.profile(images))}, seconds)
+    costs, model = engine.model.costs(), engine.model
+    kinds = sorted({KINDS[op["op"]] for op in model.ops if op["op"] in KINDS})
+    peaks = {kind: peak(kind, engine.isa) / 1e9 for kind in kinds}
+    layers = []
+    for index, (row, cost) in enumerate(zip(kernels_of(engine), costs, strict=True)):
+        spent = statistics.median(profile[index] for profile in profiles[WARM_UP:])
+        joined = not any(profile[index] for profile in profiles)
+        rate = 1e-9 * cost.macs * len(images) / spent if cost.macs and spent else None
+        layers.append(
+            Layer(
+                row["source"],
+                row["kind"],
+                JOINED if joined else row["kernel"],
+                1e3 * spent,
+                cost.macs * len(images),
+                sum(model.op_tensors(index)[name].nbytes for name in WEIGHTS if name in model.op_tensors(index)),
+                rate,
+                None if rate is None else rate / (peaks[KINDS[row["kind"]]] * engine.threads),
+            )
+        )
+    return tuple(layers), peaks
 
 
 def interleaved_medians(runners: Mapping[str, Call], seconds: float = 3.0) -> dict[str, float]:

@@ -4,12 +4,13 @@ docs/contract.md lists the ops, their attributes and their tensors. NumPy only.
 """
 
 from lowbit.packed.container import FORMAT, PackedModel, parse, read, validate, write
-from lowbit.packed.graph import MAX_INTEGER, MAX_SUM, WORD_BITS, OpCost, Value, check_graph
+from lowbit.packed.graph import MAX_INTEGER, MAX_SUM, WEIGHTS, WORD_BITS, OpCost, Value, check_graph
 
 __all__ = [
     "FORMAT",
     "MAX_INTEGER",
     "MAX_SUM",
+    "WEIGHTS",
     "WORD_BITS",
     "OpCost",
     "PackedModel",

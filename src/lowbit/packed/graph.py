@@ -124,6 +124,8 @@ OPS: Mapping[str, Sequence[str]] = {
     "multiply": (),
 }
 """All ops, and the attributes of each besides ``op``, ``inputs`` and ``source``."""
+WEIGHTS = ("weight", "weight_bits", "weight_codes")
+"""The tensors that hold an op's weights, one of which an op with products has."""
 
 
 def check_keys(what: str, found: Mapping[str, Any], wanted: set[str]) -> None:
@@ -403,5 +405,5 @@ def cost_of(op: Op, tensors: Mapping[str, Array], source: Value, value: Value) -
     if "channels" not in op:
         return OpCost(stored, stored, 0)
     weights = op["channels"] * math.prod(op["kernel"]) * (source.channels // op["groups"])
-    packed = sum(tensors[name].nbytes for name in ("weight", "weight_bits", "weight_codes") if name in tensors)
+    packed = sum(tensors[name].nbytes for name in WEIGHTS if name in tensors)
     return OpCost(stored, stored - packed + weights * 4, weights * value.height * value.width)
