@@ -1,19 +1,21 @@
 """The engine beside torch, onnxruntime and OpenVINO, by network, batch, threads and class of instruction sets.
 
-    python benchmarks/engine.py --out results/engine          # all of it, about ten minutes on an idle machine
-    python benchmarks/engine.py --nets conv256,vgg16 --batches 1
+    python benchmarks/engine.py                                # all of it, about fifteen minutes on an idle machine
+    python benchmarks/engine.py --nets conv256 --batches 1     # some rows anew; the others of results.json stay
+    python benchmarks/engine.py --missing                      # what results.json does not have yet
 
 Every network is made with random weights and random batch norms of either sign, exported, verified against torch, and
-timed in a process of its own, where engine and peers take turns. An image goes in as float32, logits come out. conv256
-is the one exception: a single binary convolution of 256 to 256 channels, 3x3, on a 14x14 map, from packed codes to
-packed codes, against a float32 or int8 convolution. Accuracy means nothing here: the networks are untrained.
+timed in a process of its own, where engine and peers take turns. An image goes in as float32, logits come out. Single
+layers are the exception: conv256, a binary convolution of 256 to 256 channels, 3x3, on a 14x14 map, and dense4096, 4096
+to 4096 numbers, run from packed codes to packed codes, against a float32 or int8 layer. OpenVINO's own binary
+convolution computes the same network, where it can; of a layer it reads floats and makes the bits itself. Accuracy
+means nothing here: the networks are untrained.
 
-Writes results.json (every row with its quartiles, the machine, versions and date), table.md and plot.svg.
+Writes results.json (every row with its quartiles, date and command, the machine and versions), table.md and plot.svg.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import statistics
@@ -24,11 +26,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import drawing
 import typer
 
-# Name: model (None: the single convolution), its options, method, its options, the side of an image.
-NETS: dict[str, tuple[str | None, dict[str, Any], str, dict[str, Any], int]] = {
-    "conv256": (None, {}, "xnor_net", {}, 14),
+# Name: channels in and out, side of the map, kernel.
+LAYERS = {"conv256": (256, 14, 3), "dense4096": (4096, 1, 1)}
+# Name: model, its options, method, its options, the side of an image.
+NETS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], int]] = {
     "vgg16": ("vgg16", {}, "xnor_net", {}, 32),
     "vgg_small": ("vgg_small", {}, "xnor_net", {}, 32),
     "resnet18": ("resnet18", {"shortcut": "conv", "num_classes": 1000}, "xnor_net", {}, 224),
@@ -41,29 +45,30 @@ CLASSES = {
     "AVX-512": ("avx512_vpopcntdq", "AVX512_CORE_VNNI"),
     "AVX2": ("avx2", "AVX2"),
 }
+KEYS = ("net", "class", "threads", "batch")
+FORMS = ("float32", "bf16", "int8", "binary")
 SECONDS = 4.0
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of what is written.")] = Path("results/engine"),
-    nets: Annotated[str, typer.Option(help="Any of " + ", ".join(NETS))] = ",".join(NETS),
+    nets: Annotated[str, typer.Option(help="Any of " + ", ".join([*LAYERS, *NETS]))] = ",".join([*LAYERS, *NETS]),
     batches: Annotated[str, typer.Option(help="Images at a time.")] = "1,16",
     classes: Annotated[str, typer.Option(help="Any of " + ", ".join(CLASSES))] = ",".join(CLASSES),
     threads: Annotated[str, typer.Option(help="Threads of each runtime.")] = "1",
+    missing: Annotated[bool, typer.Option("--missing", help="Leave what results.json has.")] = False,
     job: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Time all that is asked for, and write it down."""
+    """Time all that is asked for, and write each row down when it is there."""
     if job:
         print(json.dumps(measure(**json.loads(job))))
         return
     from lowbit._engine import available_isas
-    from lowbit.hardware import cpu_name, versions
 
-    rows: list[dict[str, Any]] = []
+    record = opened(out)
+    there = {key_of(row) for row in record["rows"]} if missing else set()
     with tempfile.TemporaryDirectory() as folder:
         for net in nets.split(","):
-            path = Path(folder) / f"{net}.lowbit"
-            export(net, path)
             for kind in classes.split(","):
                 isa, cap = CLASSES[kind]
                 if isa not in available_isas():
@@ -71,6 +76,12 @@ def main(
                     continue
                 for count in map(int, threads.split(",")):
                     for batch in map(int, batches.split(",")):
+                        settings = dict(zip(KEYS, (net, kind, count, batch), strict=True))
+                        if key_of(settings) in there:
+                            continue
+                        path = Path(folder) / f"{net}.lowbit"
+                        if not path.exists():
+                            export(net, path)
                         environment = {
                             **os.environ,
                             "LOWBIT_ISA": isa,
@@ -81,22 +92,51 @@ def main(
                         of = {"path": str(path), "net": net, "batch": batch, "threads": count, "peers": peers}
                         command = [sys.executable, __file__, "--job", json.dumps(of)]
                         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-                        settings = {"net": net, "class": kind, "threads": count, "batch": batch}
-                        rows += [{**settings, **row} for row in json.loads(done.stdout)]
+                        asked = " ".join(["python benchmarks/engine.py", *sys.argv[1:]])
+                        rows = [{**settings, **row, "command": asked} for row in json.loads(done.stdout)]
+                        record["rows"] = merged(record["rows"], rows)
+                        write(record, out)
                         print(settings, rows[-1]["date"], file=sys.stderr)
-    record = {
-        "command": "python benchmarks/engine.py " + " ".join(sys.argv[1:]),
+    print(table(record))
+
+
+def opened(out: Path) -> dict[str, Any]:
+    """What results.json holds, or an empty record of this machine; figures of another machine are never mixed in."""
+    from lowbit.hardware import cpu_name, versions
+
+    here = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "versions": versions("torch", "onnxruntime", "openvino", "numpy"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rows": rows,
     }
+    path = out / "results.json"
+    if not path.exists():
+        return {**here, "rows": []}
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in here.items():
+        if record[key] != value:
+            raise SystemExit(f"{path} has other {key}: {record[key]}, not {value}; write to another --out")
+    return record
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in KEYS)
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of both, in the order of nets and classes; what was measured anew replaces what was."""
+    again = {key_of(row) for row in new}
+    works, kinds = [*LAYERS, *NETS], [*CLASSES]
+    rows = [row for row in old if key_of(row) not in again] + new
+    return sorted(rows, key=lambda r: (works.index(r["net"]), kinds.index(r["class"]), r["threads"], r["batch"]))
+
+
+def write(record: dict[str, Any], out: Path) -> None:
+    """Write results.json, table.md and plot.svg."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(table(record), encoding="utf-8")
     plot(record, out / "plot.svg")
-    print(table(record))
 
 
 def export(net: str, path: Path) -> None:
@@ -107,19 +147,24 @@ def export(net: str, path: Path) -> None:
     import lowbit
     from lowbit.exporter.verify import verify
 
-    model_name, options, method, method_options, side = NETS[net]
     torch.manual_seed(0)
-    if model_name is None:
+    if net in LAYERS:
         # Between a first and a last layer that stay float, two binary ones: the first of them gives codes.
-        middle = (nn.BatchNorm2d(256), nn.Conv2d(256, 256, 3, padding=1, bias=False))
+        channels, side, kernel = LAYERS[net]
         model: nn.Module = nn.Sequential(
-            nn.Conv2d(3, 256, 1), *middle, *copy.deepcopy(middle), nn.ReLU(), nn.Conv2d(256, 10, side), nn.Flatten()
+            nn.Conv2d(3, channels, 1),
+            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, 16, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(16, 10, side),
+            nn.Flatten(),
         )
-        lowbit.quantize_(model, method)
+        lowbit.quantize_(model, "xnor_net")
     else:
-        model = lowbit.models.create(
-            model_name, method=method, method_options=method_options, image_size=side, **options
-        )
+        name, options, method, method_options, side = NETS[net]
+        model = lowbit.models.create(name, method=method, method_options=method_options, image_size=side, **options)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor, spread in ((module.weight, 1.0), (module.bias, 0.3), (module.running_mean, 0.3)):
@@ -133,35 +178,62 @@ def export(net: str, path: Path) -> None:
     packed.save(path)
 
 
+def layer_twin(channels: int, kernel: int) -> Any:
+    """The float layer of the same size, which reads (N, channels, H, W)."""
+    from torch import nn
+
+    if kernel == 1:
+        return nn.Sequential(nn.Flatten(), nn.Linear(channels, channels, bias=False)).eval()
+    return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False).eval()
+
+
+def binary_layer(channels: int, op: dict[str, Any], tensors: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Ops and tensors of a binary layer that reads floats, whose signs are the bits."""
+    import numpy as np
+
+    signs = {"thresholds": np.zeros((channels, 1), np.float32), "falling": np.zeros(channels, np.uint8)}
+    return [{"op": "threshold", "inputs": [0], "bits": 1}, {**op, "inputs": [1]}], [signs, tensors]
+
+
 def measure(path: str, net: str, batch: int, threads: int, peers: list[str]) -> list[dict[str, Any]]:
     """Rows of the engine and the peers: quartiles of milliseconds for a batch, of calls that took turns."""
     import numpy as np
+    import openvino_binary
     import torch
-    from torch import nn
 
     from lowbit import Engine
+    from lowbit.errors import UsageError
     from lowbit.exporter import peers as others
     from lowbit.exporter.bench import take_turns
 
     torch.set_num_threads(threads)
     engine = Engine(path, threads=threads)
     images = np.random.default_rng(0).standard_normal((batch, *engine.input_shape), dtype=np.float32)
+    tensors = [engine.model.op_tensors(index) for index in range(len(engine.model.ops))]
     inside: list[float] = []
-    if NETS[net][0] is None:
-        twin: nn.Module = nn.Conv2d(256, 256, 3, padding=1, bias=False).eval()
+    if net in LAYERS:
+        channels, side, kernel = LAYERS[net]
+        twin = layer_twin(channels, kernel)
         middle = [op["op"] for op in engine.model.ops].index("binary_conv2d")
-        inputs = np.random.default_rng(0).standard_normal((batch, 256, 14, 14), dtype=np.float32)
+        inputs = np.random.default_rng(0).standard_normal((batch, channels, side, side), dtype=np.float32)
+        same = (channels, side, side), *binary_layer(channels, engine.model.ops[middle], tensors[middle])
 
         def ours() -> None:
             inside.append(engine.profile(images)[middle])
     else:
-        twin, inputs = others.float_twin(engine.model), images
+        twin, inputs, same = others.float_twin(engine.model), images, (engine.input_shape, engine.model.ops, tensors)
 
         def ours() -> object:
             return engine(images)
 
     name = f"lowbit {engine.isa}"
-    times = take_turns({name: ours, **others.runners(peers, twin, inputs, threads)}, SECONDS)
+    calls = {name: ours, **others.runners(peers, twin, inputs, threads)}
+    if "openvino" in peers:
+        try:
+            calls |= openvino_binary.runners(*same, inputs, threads)
+        except UsageError as error:
+            print(f"{net}: {error}", file=sys.stderr)
+    times = take_turns(calls, SECONDS)
     seconds = {runtime: [wall for wall, _ in of] for runtime, of in times.items()}
     if inside:
         seconds[name] = inside[-len(seconds[name]) :]
@@ -184,27 +256,38 @@ def measure(path: str, net: str, batch: int, threads: int, peers: list[str]) -> 
 
 
 def table(record: dict[str, Any]) -> str:
-    """A Markdown table: the engine, the fastest form of each kind of peer, and how many times longer it takes."""
+    """Markdown tables: the engine beside the fastest form of each kind of peer, and then beside each peer."""
+    rows = record["rows"]
+    dates = sorted({row["date"][:10] for row in rows})
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
     lines = [
-        f"`{record['command']}`, {record['cpu']}, {record['cores']} cores, {record['date'][:10]}. Milliseconds for a "
-        "batch, medians of calls that took turns, quartiles in brackets; in the columns of peers also their time over "
-        "the engine's. Untrained networks.",
+        f"{commands}; {record['cpu']}, {record['cores']} cores, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. "
+        "Milliseconds for a batch, medians of calls that took turns, quartiles in brackets; with peers also their time "
+        "over the engine's. Untrained networks. The binary peer is OpenVINO's own binary convolution.",
         "",
-        "| net | class | threads | batch | engine | float32 | bf16 | int8 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| net | class | threads | batch | engine | " + " | ".join(FORMS) + " |",
+        "|" + "---|" * (5 + len(FORMS)),
     ]
-    keys = ("net", "class", "threads", "batch")
-    for key in dict.fromkeys(tuple(row[k] for k in keys) for row in record["rows"]):
-        rows = [row for row in record["rows"] if tuple(row[k] for k in keys) == key]
-        engine, *others = rows
+    every = [
+        "",
+        "Every peer:",
+        "",
+        "| net | class | threads | batch | runtime | time | over engine |",
+        "|" + "---|" * 7,
+    ]
+    for key in dict.fromkeys(map(key_of, rows)):
+        engine, *others = [row for row in rows if key_of(row) == key]
         cells = [*map(str, key), _cell(engine)]
-        for form in ("float32", "bf16", "int8"):
+        for form in FORMS:
             fitting = [row for row in others if _form(row) == form]
             best = min(fitting, key=lambda row: float(row["milliseconds"]), default=None)
             ratio = "" if best is None else f", {best['milliseconds'] / engine['milliseconds']:.2f}x, {_name(best)}"
             cells.append("-" if best is None else _cell(best) + ratio)
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        for row in (engine, *others):
+            ratio = f"{row['milliseconds'] / engine['milliseconds']:.2f}"
+            every.append(f"| {' | '.join([*map(str, key), row['runtime'], _cell(row), ratio])} |")
+    return "\n".join(lines + every) + "\n"
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -222,23 +305,12 @@ def _name(row: dict[str, Any]) -> str:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Draw a panel per net and batch, on one thread or the fewest: the engine and the fastest peer of each form."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "lowbit"  # the same figures, the same file
-    from matplotlib import pyplot, ticker
-
+    pyplot, ticker = drawing.pyplot(), drawing.ticker()
     fewest = min(row["threads"] for row in record["rows"])
     rows = [row for row in record["rows"] if row["threads"] == fewest]
     panels = list(dict.fromkeys((row["net"], row["batch"]) for row in rows))
     kinds = list(dict.fromkeys(row["class"] for row in rows))
-    # Colours of Okabe and Ito; the shapes tell them apart without.
-    marks = {
-        "engine": ("#0072b2", "o"),
-        "int8": ("#d55e00", "s"),
-        "bf16": ("#cc79a7", "^"),
-        "float32": ("#777777", "D"),
-    }
+    marks = drawing.MARKS
     lines = -(-len(panels) // 2)
     figure, axes = pyplot.subplots(
         lines, 2, figsize=(10, lines * (0.9 + 0.35 * len(kinds))), squeeze=False, layout="constrained"
@@ -251,7 +323,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
             best = {"engine": engine["milliseconds"]}
             for row in others:
                 best[_form(row)] = min(best.get(_form(row), row["milliseconds"]), row["milliseconds"])
-            axis.plot([min(best.values()), max(best.values())], [height, height], color="#dddddd", zorder=0)
+            axis.plot([min(best.values()), max(best.values())], [height, height], color=drawing.FAINT, zorder=0)
             for form, milliseconds in best.items():
                 colour, shape = marks[form]
                 axis.plot(milliseconds, height, shape, color=colour, markersize=6)
@@ -267,11 +339,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.margins(x=0.1)
         axis.set_title(f"{net}, batch {batch}", fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-    names = {"engine": "lowbit", "int8": "int8, best peer", "bf16": "bf16, best peer", "float32": "float32, best peer"}
+    names = {"engine": "lowbit", **{form: f"{form}, best peer" for form in reversed(FORMS)}}
     handles = [pyplot.Line2D([], [], color=marks[form][0], marker=marks[form][1], linestyle="") for form in names]
-    figure.legend(handles, list(names.values()), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles, list(names.values()), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     figure.supxlabel("milliseconds for a batch, logarithmic: further left is faster", fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
+    drawing.save(figure, path)
 
 
 if __name__ == "__main__":
