@@ -8,8 +8,8 @@ Every network is made with random weights and random batch norms of either sign,
 timed in a process of its own, where engine and peers take turns. An image goes in as float32, logits come out. Single
 layers are the exception: conv256, a binary convolution of 256 to 256 channels, 3x3, on a 14x14 map, and dense4096, 4096
 to 4096 numbers, run from packed codes to packed codes, against a float32 or int8 layer. OpenVINO's own binary
-convolution computes the same network, where it can; of a layer it reads floats and makes the bits itself. Accuracy
-means nothing here: the networks are untrained.
+convolution computes the same network, where it can; of a layer it reads floats, makes the bits itself and writes sums.
+Accuracy means nothing here: the networks are untrained.
 
 Writes results.json (every row with its quartiles, date and command, the machine and versions), table.md and plot.svg.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Annotated, Any
 
 import drawing
 import typer
+from measured import command, form_of, machine, quartiles
 
 # Name: channels in and out, side of the map, kernel.
 LAYERS = {"conv256": (256, 14, 3), "dense4096": (4096, 1, 1)}
@@ -90,10 +90,10 @@ def main(
                         }
                         peers = ["torch", "openvino"] + ["onnxruntime"] * (kind == next(iter(CLASSES)))
                         of = {"path": str(path), "net": net, "batch": batch, "threads": count, "peers": peers}
-                        command = [sys.executable, __file__, "--job", json.dumps(of)]
-                        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-                        asked = " ".join(["python benchmarks/engine.py", *sys.argv[1:]])
-                        rows = [{**settings, **row, "command": asked} for row in json.loads(done.stdout)]
+                        call = [sys.executable, __file__, "--job", json.dumps(of)]
+                        done = subprocess.run(call, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+                        asked = {"command": command(__file__)}
+                        rows = [{**settings, **row, **asked} for row in json.loads(done.stdout)]
                         record["rows"] = merged(record["rows"], rows)
                         write(record, out)
                         print(settings, rows[-1]["date"], file=sys.stderr)
@@ -102,14 +102,7 @@ def main(
 
 def opened(out: Path) -> dict[str, Any]:
     """What results.json holds, or an empty record of this machine; figures of another machine are never mixed in."""
-    from lowbit.hardware import cpu_name, versions
-
-    here = {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "versions": versions("torch", "onnxruntime", "openvino", "numpy"),
-    }
-    path = out / "results.json"
+    here, path = machine(), out / "results.json"
     if not path.exists():
         return {**here, "rows": []}
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -187,12 +180,13 @@ def layer_twin(channels: int, kernel: int) -> Any:
     return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False).eval()
 
 
-def binary_layer(channels: int, op: dict[str, Any], tensors: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    """Ops and tensors of a binary layer that reads floats, whose signs are the bits."""
+def binary_layer(op: dict[str, Any], tensors: dict[str, Any], channels: int) -> tuple[list[Any], list[Any]]:
+    """Ops and tensors of a binary layer that reads floats, whose signs are the bits, and writes its sums."""
     import numpy as np
 
     signs = {"thresholds": np.zeros((channels, 1), np.float32), "falling": np.zeros(channels, np.uint8)}
-    return [{"op": "threshold", "inputs": [0], "bits": 1}, {**op, "inputs": [1]}], [signs, tensors]
+    sums = {"weight_bits": tensors["weight_bits"], "scale": np.ones(channels, np.float32)}
+    return [{"op": "threshold", "inputs": [0], "bits": 1}, {**op, "inputs": [1]}], [signs, sums]
 
 
 def measure(path: str, net: str, batch: int, threads: int, peers: list[str]) -> list[dict[str, Any]]:
@@ -216,7 +210,7 @@ def measure(path: str, net: str, batch: int, threads: int, peers: list[str]) -> 
         twin = layer_twin(channels, kernel)
         middle = [op["op"] for op in engine.model.ops].index("binary_conv2d")
         inputs = np.random.default_rng(0).standard_normal((batch, channels, side, side), dtype=np.float32)
-        same = (channels, side, side), *binary_layer(channels, engine.model.ops[middle], tensors[middle])
+        same = (channels, side, side), *binary_layer(engine.model.ops[middle], tensors[middle], channels)
 
         def ours() -> None:
             inside.append(engine.profile(images)[middle])
@@ -238,21 +232,11 @@ def measure(path: str, net: str, batch: int, threads: int, peers: list[str]) -> 
     if inside:
         seconds[name] = inside[-len(seconds[name]) :]
     busy = sum(cpu for of in times.values() for _, cpu in of) / sum(wall for of in times.values() for wall, _ in of)
-    rows = []
-    for runtime, values in seconds.items():
-        low, median, high = (1e3 * quartile for quartile in statistics.quantiles(values, n=4))
-        rows.append(
-            {
-                "runtime": runtime,
-                "milliseconds": median,
-                "low": low,
-                "high": high,
-                "runs": len(values),
-                "processor_share": busy,
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-        )
-    return rows
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return [
+        {"runtime": runtime, **quartiles(values), "processor_share": busy, "date": date}
+        for runtime, values in seconds.items()
+    ]
 
 
 def table(record: dict[str, Any]) -> str:
@@ -279,7 +263,7 @@ def table(record: dict[str, Any]) -> str:
         engine, *others = [row for row in rows if key_of(row) == key]
         cells = [*map(str, key), _cell(engine)]
         for form in FORMS:
-            fitting = [row for row in others if _form(row) == form]
+            fitting = [row for row in others if form_of(row) == form]
             best = min(fitting, key=lambda row: float(row["milliseconds"]), default=None)
             ratio = "" if best is None else f", {best['milliseconds'] / engine['milliseconds']:.2f}x, {_name(best)}"
             cells.append("-" if best is None else _cell(best) + ratio)
@@ -292,11 +276,6 @@ def table(record: dict[str, Any]) -> str:
 
 def _cell(row: dict[str, Any]) -> str:
     return f"{row['milliseconds']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-
-
-def _form(row: dict[str, Any]) -> str:
-    """What most of the peer's products are made of: a row is named 'runtime version form'."""
-    return str(row["runtime"].split(" ", 2)[2].partition(",")[0].partition(" and ")[0])
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -322,7 +301,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
             engine, *others = [row for row in rows if (row["net"], row["batch"], row["class"]) == (net, batch, kind)]
             best = {"engine": engine["milliseconds"]}
             for row in others:
-                best[_form(row)] = min(best.get(_form(row), row["milliseconds"]), row["milliseconds"])
+                best[form_of(row)] = min(best.get(form_of(row), row["milliseconds"]), row["milliseconds"])
             axis.plot([min(best.values()), max(best.values())], [height, height], color=drawing.FAINT, zorder=0)
             for form, milliseconds in best.items():
                 colour, shape = marks[form]

@@ -29,7 +29,7 @@ def runners(
 
     Args:
         shape: (channels, height, width) of the ops' input.
-        ops, tensors: of the packed model, or some of them that are one after another.
+        ops, tensors: of the packed model. The last of them must write floats.
         images: float32 (N, C, H, W), of NumPy. The calls read this very buffer.
         threads: of OpenVINO.
 

@@ -1,0 +1,51 @@
+"""What the benchmarks write down alike: the machine, quartiles of milliseconds, names of forms, parts of a page."""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowbit.hardware import cpu_name, versions
+
+
+def machine() -> dict[str, Any]:
+    """What figures can be compared on."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "versions": versions("torch", "onnxruntime", "openvino", "numpy"),
+    }
+
+
+def command(script: str) -> str:
+    """How ``script`` was called."""
+    return " ".join([f"python benchmarks/{Path(script).name}", *sys.argv[1:]])
+
+
+def quartiles(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles in milliseconds, and of how many runs."""
+    low, median, high = (1e3 * quartile for quartile in statistics.quantiles(seconds, n=4))
+    return {"milliseconds": median, "low": low, "high": high, "runs": len(seconds)}
+
+
+def form_of(runtime: str) -> str:
+    """What most of a peer's products are made of: it is named 'runtime version form'."""
+    return runtime.split(" ", 2)[2].partition(",")[0].partition(" and ")[0]
+
+
+def into_page(page: Path, name: str, text: str) -> None:
+    """Put ``text`` between the comments ``begin NAME`` and ``end NAME`` of a Markdown page.
+
+    Raises:
+        ValueError: the page has no such part.
+    """
+    before = page.read_text(encoding="utf-8")
+    pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+    if not pattern.search(before):
+        raise ValueError(f"{page} has no part called '{name}'")
+    page.write_text(pattern.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", before), encoding="utf-8")
