@@ -263,7 +263,7 @@ def table(record: dict[str, Any]) -> str:
         engine, *others = [row for row in rows if key_of(row) == key]
         cells = [*map(str, key), _cell(engine)]
         for form in FORMS:
-            fitting = [row for row in others if form_of(row) == form]
+            fitting = [row for row in others if form_of(row["runtime"]) == form]
             best = min(fitting, key=lambda row: float(row["milliseconds"]), default=None)
             ratio = "" if best is None else f", {best['milliseconds'] / engine['milliseconds']:.2f}x, {_name(best)}"
             cells.append("-" if best is None else _cell(best) + ratio)
@@ -301,7 +301,9 @@ def plot(record: dict[str, Any], path: Path) -> None:
             engine, *others = [row for row in rows if (row["net"], row["batch"], row["class"]) == (net, batch, kind)]
             best = {"engine": engine["milliseconds"]}
             for row in others:
-                best[form_of(row)] = min(best.get(form_of(row), row["milliseconds"]), row["milliseconds"])
+                best[form_of(row["runtime"])] = min(
+                    best.get(form_of(row["runtime"]), row["milliseconds"]), row["milliseconds"]
+                )
             axis.plot([min(best.values()), max(best.values())], [height, height], color=drawing.FAINT, zorder=0)
             for form, milliseconds in best.items():
                 colour, shape = marks[form]
