@@ -308,9 +308,9 @@ def plot(record: dict[str, Any], path: Path) -> None:
             for form, milliseconds in best.items():
                 colour, shape = marks[form]
                 axis.plot(milliseconds, height, shape, color=colour, markersize=6)
-                above = 6 if form != "bf16" else -12  # bf16 and int8 are often close
+                above = 6 if form not in ("bf16", "binary") else -12  # these and int8 are often close
                 place = {"xytext": (0, above), "textcoords": "offset points", "ha": "center", "fontsize": 7}
-                axis.annotate(f"{milliseconds:.3g}", (milliseconds, height), **place)
+                axis.annotate(f"{milliseconds:.{3 if milliseconds < 1000 else 4}g}", (milliseconds, height), **place)
         axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
         axis.set_ylim(len(kinds) - 0.5, -0.7)
         axis.set_xscale("log")
@@ -320,7 +320,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.margins(x=0.1)
         axis.set_title(f"{net}, batch {batch}", fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-    names = {"engine": "lowbit", **{form: f"{form}, best peer" for form in reversed(FORMS)}}
+    shown = {form_of(row["runtime"]) for row in rows if not row["runtime"].startswith("lowbit")}
+    names = {"engine": "lowbit", **{form: f"{form}, best peer" for form in reversed(FORMS) if form in shown}}
     handles = [pyplot.Line2D([], [], color=marks[form][0], marker=marks[form][1], linestyle="") for form in names]
     figure.legend(handles, list(names.values()), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     figure.supxlabel("milliseconds for a batch, logarithmic: further left is faster", fontsize=8)

@@ -291,6 +291,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.spines[["top", "right"]].set_visible(False)
+    axes[1].set_xticks(record["filters"])
     axes[0].set_xscale("log", base=2)
     axes[0].xaxis.set_major_formatter(ticker.FormatStrFormatter("%d"))
     axes[0].set_ylabel("time over the engine's, logarithmic")
