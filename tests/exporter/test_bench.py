@@ -22,6 +22,7 @@ from lowbit.exporter import bench as module
 from lowbit.exporter import peers
 from lowbit.exporter.bench import BenchResult, Row, bench, interleaved_medians, torch_runner
 from lowbit.methods.hwgq import HalfWave
+from lowbit.packed.graph import OPS
 from lowbit.runtime import Engine
 
 IMAGES = torch.randn(2, 3, 16, 16)
@@ -59,6 +60,10 @@ def test_every_layer_has_its_time_its_speed_and_its_bytes(monkeypatch: pytest.Mo
     assert module.JOINED in shown
     assert f"{first.share:.0%}".replace("%", " %") in shown
     assert "binary 1,000, float 100" in shown
+
+
+def test_every_op_with_products_has_a_kind_of_product() -> None:
+    assert set(module.KINDS) == {op for op, attributes in OPS.items() if "channels" in attributes}
 
 
 @pytest.mark.parametrize("make", [Plain, lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(2), nn.Hardtanh())])
