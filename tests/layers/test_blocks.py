@@ -18,6 +18,7 @@ ORDERS = {
         "dropout conv pool norm act",
         "dropout conv pool norm",
     ),
+    "conv_pool_bn_hardtanh": ("dropout conv pool norm act", "dropout conv pool norm act", "dropout conv"),
     "conv_pool_act": ("dropout conv pool act", "dropout conv pool act", "dropout conv"),
     "conv_pool_bn_float_last": ("dropout conv pool norm", "dropout conv pool norm", "act dropout conv"),
     "bn_act_conv": (FLOAT, "norm dropout conv pool", "norm act dropout conv pool"),
@@ -41,7 +42,7 @@ def test_order(name, position, role):
     if "pool" in parts:
         assert block.pool is pool
     if "act" in parts:
-        assert isinstance(block.act, nn.ReLU)
+        assert isinstance(block.act, nn.Hardtanh if "hardtanh" in name else nn.ReLU)
     if "norm" in parts:
         assert block.norm.num_features == (5 if parts.index("norm") > parts.index("conv") else 3)
 

@@ -139,7 +139,8 @@ def test_decoded_codes_are_the_fake_quantized_values(key):
     assert codes.shape == x.shape
     assert int(codes.max()) < 2**quantizer.bits
     assert torch.equal(quantizer.decode(codes, grid), quantizer(x))
-    assert quantizer.signed == bool((grid.integers(torch.arange(2**grid.bits)) < 0).any())
+    values_of_codes = grid.integers(torch.arange(2**grid.bits)) if grid.levels is None else grid.levels
+    assert quantizer.signed == bool((values_of_codes < 0).any())
 
 
 @pytest.mark.parametrize("key", QUANTIZERS)

@@ -54,6 +54,7 @@ ORDERS = {
     "conv_act": ("conv act", "conv act", "conv", "conv", "mean conv", nn.ReLU),
     "conv_pool_bn": ("conv norm", "conv norm", "conv norm", "conv norm", "mean conv norm", nn.Identity),
     "conv_pool_bn_act": ("conv norm act", "conv norm act", "conv norm", "conv norm", "mean conv norm", nn.ReLU),
+    "conv_pool_bn_hardtanh": ("conv norm act", "conv norm act", "conv norm", "conv norm", "mean conv", nn.Hardtanh),
     "conv_pool_act": ("conv act", "conv act", "conv", "conv", "mean conv", nn.ReLU),
     "conv_pool_bn_float_last": ("conv norm", "conv norm", "conv norm", "conv norm", "act mean conv", nn.Identity),
     "bn_act_conv": ("conv norm act", "norm conv", "norm conv", "norm conv", "norm act mean conv", nn.Identity),

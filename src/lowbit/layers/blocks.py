@@ -66,6 +66,20 @@ def conv_pool_bn_act(
     return _sequence(dropout=_dropout(dropout), conv=conv, pool=pool, norm=norm, act=act)
 
 
+def conv_pool_bn_hardtanh(
+    conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
+) -> nn.Sequential:
+    """Dropout, (quantizer,) convolution, pooling, batch norm, Hardtanh. Order of IR-Net and ReCU.
+
+    The sign that follows is that of the batch norm; Hardtanh stops the gradient outside [-1, 1], and is what shortcuts
+    and the last layer, which stands alone behind its dropout, read.
+    """
+    if role == "last":
+        return _sequence(dropout=_dropout(dropout), conv=conv)
+    norm = nn.BatchNorm2d(conv.out_channels)
+    return _sequence(dropout=_dropout(dropout), conv=conv, pool=pool, norm=norm, act=nn.Hardtanh())
+
+
 def conv_pool_act(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
@@ -125,6 +139,7 @@ BLOCKS: dict[str, Block] = {
         conv_act,
         conv_pool_bn,
         conv_pool_bn_act,
+        conv_pool_bn_hardtanh,
         conv_pool_act,
         conv_pool_bn_float_last,
         bn_act_conv,

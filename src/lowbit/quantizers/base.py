@@ -21,8 +21,8 @@ class Grid:
         bits: codes lie in ``0 .. 2**bits - 1``.
         multiplier, offset: integers.
         scale: float32, a scalar or broadcastable over the tensor (``(out_channels, 1, ...)`` for weights).
-        levels: for unequal steps, which have no integer form: float32 (2**bits,), rising. Multiplier 1, offset 0 and
-            scale 1 then mean nothing.
+        levels: for unequal steps, which have no integer form: float32 (2**bits,), rising, or for weights also
+            (out_channels, 2**bits), a table for each. Multiplier 1, offset 0 and scale 1 then mean nothing.
     """
 
     bits: int
@@ -37,7 +37,11 @@ class Grid:
 
     def decode(self, codes: Tensor) -> Tensor:
         """The values that the codes stand for, float32."""
-        return self.integers(codes) * self.scale if self.levels is None else self.levels[codes.int()]
+        if self.levels is None:
+            return self.integers(codes) * self.scale
+        if self.levels.dim() == 1:
+            return self.levels[codes.int()]
+        return self.levels.gather(1, codes.flatten(1).long()).reshape(codes.shape)
 
     @property
     def magnitude(self) -> int:

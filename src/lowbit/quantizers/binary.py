@@ -114,6 +114,27 @@ def axes(weight: Tensor, per: Literal["filter", "layer"]) -> tuple[int, ...]:
     return tuple(range(1 if per == "filter" else 0, weight.dim()))
 
 
+def centre(weight: Tensor) -> Tensor:
+    r"""$W - \mathrm{mean}(W)$ of each output filter, differentiable, in the dtype of ``weight``.
+
+    The mean is one of float64, rounded to float32 whatever the dtype, so that a float64 copy of a network finds the
+    same signs.
+    """
+    return weight - weight.mean(dim=axes(weight, "filter"), keepdim=True, dtype=torch.float64).float().to(weight.dtype)
+
+
+def deviation(centred: Tensor, correction: int) -> Tensor:
+    """The standard deviation of each output filter of a centred weight, kept apart from 0: 1 where all are equal.
+
+    Args:
+        centred: (filters, ...), of mean 0 in each filter.
+        correction: what is taken from the number of weights before it divides: 1 for an unbiased variance.
+    """
+    count = max(centred[0].numel() - correction, 1)
+    squares = centred.square().sum(dim=axes(centred, "filter"), keepdim=True)
+    return torch.where(squares > 0, squares / count, 1).sqrt()
+
+
 def binary_codes(x: Tensor) -> Tensor:
     """1 where ``x >= 0``, else 0, as uint8."""
     return (x >= 0).to(torch.uint8)

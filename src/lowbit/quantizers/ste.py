@@ -64,6 +64,42 @@ def clip(x: Tensor, low: float, high: float) -> Tensor:
     return torch.where(x < low, low, torch.where(x > high, high, x))
 
 
+def at_least(x: Tensor, low: float) -> Tensor:
+    r"""$\max(x, low)$, whose gradient is 1 on both sides: a learned number that fell below ``low`` can come back."""
+    return substitute(x.clamp(min=low), x)
+
+
+def tanh_sign(x: Tensor, sharpness: float) -> Tensor:
+    r"""Sign whose gradient is that of $k \tanh(t x)$, $k = \max(1/t, 1)$.
+
+    Forward: $q = +1$ if $x \ge 0$ else $-1$.
+    Backward: $\partial L/\partial x = g\,k\,t\,(1 - \tanh^2(t x))$. A small $t$ gives about the identity's gradient, a
+    large one about the sign's own.
+
+    Args:
+        x: any shape, any floating dtype.
+        sharpness: t, above 0.
+
+    Source: Qin et al. 2019, arXiv 1909.10788, section 3.3 (the error decay estimator).
+    """
+    return substitute(signs(x), max(1 / sharpness, 1.0) * torch.tanh(sharpness * x))
+
+
+def parabola_sign(x: Tensor) -> Tensor:
+    r"""Sign whose gradient is that of two pieces of parabolas, $2 x + x^2$ below 0 and $2 x - x^2$ above.
+
+    Forward: $q = +1$ if $x \ge 0$ else $-1$.
+    Backward: $\partial L/\partial x = g \max(2 - 2 |x|, 0)$.
+
+    Args:
+        x: any shape, any floating dtype.
+
+    Source: Liu et al. 2018, "Bi-Real Net", arXiv 1808.00278, section 3.2.
+    """
+    inside = clip(x, -1, 1)
+    return substitute(signs(x), inside * (2 - inside.abs()))
+
+
 def substitute(values: Tensor, surrogate: Tensor) -> Tensor:
     r"""The straight-through estimator in general: the values of one function, the gradient of another.
 
