@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import check_choice
 from lowbit.methods.base import Method, Recipe, registry
-from lowbit.methods.irnet import SHARPNESS, sharpen
+from lowbit.methods.irnet import SharpenedQuantizer, sharpen
 from lowbit.quantizers import ste
 from lowbit.quantizers.base import Grid, Quantizer, wide
 from lowbit.quantizers.binary import binary_codes, centre, deviation
@@ -71,7 +71,7 @@ def adabin(per: Literal["filter", "layer"] = "filter") -> Method:
     )
 
 
-class EqualizedWeight(Quantizer):
+class EqualizedWeight(SharpenedQuantizer):
     r"""$q = \alpha\,\mathrm{sign}(Z) + \beta$ with $Z = (W - \beta) / \alpha$, $\beta = \bar W$.
 
     $\alpha = \lVert W - \beta\rVert_2 / \sqrt n$, the (biased) standard deviation of the $n$ weights of a filter.
@@ -85,9 +85,6 @@ class EqualizedWeight(Quantizer):
     Args:
         per: what has one pair: each output ``filter``, or the ``layer``.
 
-    Attributes:
-        sharpness: t, 0.1 until `lowbit.methods.irnet.sharpen` sets it; it follows from the epoch.
-
     Raises:
         UsageError: ``per`` is neither.
 
@@ -96,7 +93,6 @@ class EqualizedWeight(Quantizer):
 
     bits = 1
     signed = True
-    sharpness: float = SHARPNESS[0]
 
     def __init__(self, per: Literal["filter", "layer"] = "filter") -> None:
         super().__init__()
@@ -126,7 +122,8 @@ class LearnedPair(Quantizer):
     r"""$q = \alpha\,\mathrm{sign}(u) + \beta$ with $u = (x - \beta) / \alpha$; $\alpha$ and $\beta$ are learned.
 
     Gradient, with $d(u) = \max(2 - 2|u|, 0)$ for that of the sign: $\partial L/\partial x = g\,d(u)$,
-    $\partial L/\partial\beta = \sum g\,(1 - d(u))$ and $\partial L/\partial\alpha = \sum g\,(\mathrm{sign}(u) - u\,d(u))$.
+    $\partial L/\partial\beta = \sum g\,(1 - d(u))$ and
+    $\partial L/\partial\alpha = \sum g\,(\mathrm{sign}(u) - u\,d(u))$.
     Codes: 1 where ``x >= beta``; a table of two levels.
 
     Attributes:

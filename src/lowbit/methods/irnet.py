@@ -61,7 +61,17 @@ def irnet() -> Method:
     )
 
 
-class LibraWeight(Quantizer):
+class SharpenedQuantizer(Quantizer):
+    """A quantizer whose gradient gets closer to the sign's own.
+
+    Attributes:
+        sharpness: t, 0.1 until `sharpen` sets it. It is not saved: it follows from the epoch.
+    """
+
+    sharpness: float = SHARPNESS[0]
+
+
+class LibraWeight(SharpenedQuantizer):
     r"""$q = 2^s\,\mathrm{sign}(Z)$ with $Z = (W - \bar W) / \sigma(W - \bar W)$ for each output filter of $n$ weights.
 
     $\sigma$ is the unbiased standard deviation, and $s = \mathrm{round}(\log_2(\lVert Z\rVert_1 / n))$. Centring
@@ -71,15 +81,11 @@ class LibraWeight(Quantizer):
     $s$ is a constant. In a filter of equal weights $\sigma$ is taken for 1.
     Codes: 1 where ``W`` is at least its filter's mean; grid ``2^s * (2 code - 1)``.
 
-    Attributes:
-        sharpness: t, 0.1 until `sharpen` sets it. It is not saved: it follows from the epoch.
-
     Source: Qin et al. 2019, arXiv 1909.10788, sections 3.2 and 3.3.
     """
 
     bits = 1
     signed = True
-    sharpness: float = SHARPNESS[0]
 
     def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
         x = x.detach()
@@ -100,21 +106,17 @@ class LibraWeight(Quantizer):
         return torch.where(size > 0, size, 1).log2().round().exp2()
 
 
-class DecayingSign(Quantizer):
+class DecayingSign(SharpenedQuantizer):
     r"""$q = \mathrm{sign}(x)$.
 
     Gradient: $g\,k\,t\,(1 - \tanh^2(t x))$ with $k = \max(1/t, 1)$ (see `lowbit.quantizers.ste.tanh_sign`).
     Codes: 1 where ``x >= 0``; grid ``2 code - 1``.
-
-    Attributes:
-        sharpness: t, 0.1 until `sharpen` sets it. It is not saved: it follows from the epoch.
 
     Source: Qin et al. 2019, arXiv 1909.10788, section 3.3.
     """
 
     bits = 1
     signed = True
-    sharpness: float = SHARPNESS[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return ste.tanh_sign(x, self.sharpness)
@@ -128,5 +130,5 @@ def sharpen(layers: Sequence[QuantizedLayer], share: float) -> None:
     low, high = SHARPNESS
     for layer in layers:
         for quantizer in (layer.weight_quantizer, layer.activation_quantizer):
-            if hasattr(quantizer, "sharpness"):
+            if isinstance(quantizer, SharpenedQuantizer):
                 quantizer.sharpness = low * (high / low) ** share

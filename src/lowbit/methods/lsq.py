@@ -84,8 +84,8 @@ class LearnedStep(Quantizer):
 
     Gradient: $\partial L/\partial x = g \cdot 1\{-Q_N < x / s < Q_P\}$ and
     $\frac{\partial L}{\partial s} = \frac{1}{\sqrt{N Q_P}} \sum g\,d$, where $d$ is
-    $\mathrm{round}(x / s) - x / s$ inside that range, $-Q_N$ below and $Q_P$ above. $N$ counts the weights of the layer,
-    or the features that one sample brings to it; some codes count the whole batch.
+    $\mathrm{round}(x / s) - x / s$ inside that range, $-Q_N$ below and $Q_P$ above. $N$ counts the weights of the
+    layer, or the features that one sample brings to it; some codes count the whole batch.
     Codes: $\mathrm{round}(\ldots) + Q_N$; grid ``s * (code - Q_N)``.
 
     $s$ begins as $2\,\mathrm{mean}|x| / \sqrt{Q_P}$ of what is read first in ``train()``: the weights, or the first

@@ -57,8 +57,8 @@ def recu() -> Method:
             decay_all=True,
             schedule="cosine",
             warmup=0.5,
-            source="the authors' code for CIFAR-10: SGD 0.1, momentum 0.9, decay 5e-4 on all parameters, cosine after 5 "
-            "epochs of warm-up, batch 256, 600 epochs; here batch 128, fewer epochs, and half an epoch of warm-up",
+            source="the authors' code for CIFAR-10: SGD 0.1, momentum 0.9, decay 5e-4 on all parameters, cosine after "
+            "5 epochs of warm-up, batch 256, 600 epochs; here batch 128, fewer epochs, and half an epoch of warm-up",
         ),
     )
 
