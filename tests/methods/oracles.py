@@ -189,3 +189,112 @@ def half_normal_error(levels: Array) -> float:
     bounds = (levels[1:] + levels[:-1]) / 2
     q = levels[np.searchsorted(bounds, x)]
     return float(np.sum((q - x) ** 2 * np.exp(-(x**2) / 2)) * width / np.sqrt(2 * np.pi))
+
+
+def through_standardisation(c: Array, h: Array, terms: int, eps: float = 0.0) -> Array:
+    """From h = dL/dz to dL/dW for z = c / sqrt(sum(c^2) / terms + eps), c = W - mean(W): by the quotient rule."""
+    variance = np.sum(c**2) / terms + eps
+    of_c = h / np.sqrt(variance) - c * np.sum(h * c) / (terms * variance**1.5)
+    return of_c - np.mean(of_c)
+
+
+def decaying_slope(x: Array, t: float) -> Array:
+    """IR-Net (arXiv 1909.10788), section 3.3: k t (1 - tanh^2(t x)), as a hyperbolic secant."""
+    return max(1 / t, 1.0) * t / np.cosh(t * x) ** 2
+
+
+def decaying_sharpness(epoch: int, epochs: int) -> float:
+    """IR-Net, section 3.3: t_min 10^(i/N log10(t_max/t_min))."""
+    return float(0.1 * 10 ** (epoch / epochs * np.log10(10 / 0.1)))
+
+
+def irnet_weight(weight: Array) -> Array:
+    """IR-Net, section 3.2: sign of the standardised filter, shifted by round(log2 of its mean size)."""
+    result = np.zeros_like(weight)
+    for i, row in enumerate(weight):
+        z = (row - np.mean(row)) / np.std(row, ddof=1)
+        result[i] = sign(row - np.mean(row)) * 2.0 ** np.rint(np.log2(np.mean(np.abs(z))))
+    return result
+
+
+def irnet_weight_gradient(weight: Array, g: Array, t: float) -> Array:
+    """The slope of the estimator, times the shift, through the standardisation."""
+    result = np.zeros_like(weight)
+    for i, (row, q) in enumerate(zip(weight, irnet_weight(weight), strict=True)):
+        c = row - np.mean(row)
+        h = g[i] * np.abs(q) * decaying_slope(c / np.std(row, ddof=1), t)
+        result[i] = through_standardisation(c, h, row.size - 1)
+    return result
+
+
+def laplace_quantile(p: float, b: float) -> float:
+    """Of the density exp(-|x| / b) / (2 b), for p above 1/2: solved from its tail, exp(-x / b) / 2 = 1 - p."""
+    return float(b * np.log(1 / (2 * (1 - p))))
+
+
+def recu_weight(weight: Array, tau: float) -> tuple[Array, Array, Array]:
+    """ReCU (arXiv 2103.12369) and its code: alpha sign(W), the standardised weights, and where they are not clamped."""
+    c = np.stack([row - np.mean(row) for row in weight])
+    v = np.stack([row * 2 * np.sqrt(2) / np.sqrt(np.sum(row**2) / (row.size - 1) + 1e-5) for row in c])
+    bound = laplace_quantile(tau, float(np.mean(np.abs(v))))
+    alpha = [np.mean(np.minimum(np.abs(row), bound)) for row in v]
+    return np.stack([a * sign(row) for a, row in zip(alpha, c, strict=True)]), v, np.abs(v) <= bound
+
+
+def recu_weight_gradient(weight: Array, g: Array, tau: float) -> Array:
+    """Straight through the sign and the clamp, times alpha, through the standardisation."""
+    q, _, free = recu_weight(weight, tau)
+    h = np.where(free, g * np.abs(q), 0.0) * 2 * np.sqrt(2)
+    rows = zip(weight, h, strict=True)
+    return np.stack([through_standardisation(row - np.mean(row), hr, row.size - 1, 1e-5) for row, hr in rows])
+
+
+def triangle(x: Array) -> Array:
+    """Bi-Real Net (arXiv 1808.00278): 2 + 2x on [-1, 0), 2 - 2x on [0, 1), else 0."""
+    return np.where((x >= -1) & (x < 0), 2 + 2 * x, np.where((x >= 0) & (x < 1), 2 - 2 * x, 0.0))
+
+
+def recu_activation_gradient(x: Array, g: Array) -> Array:
+    """The triangle of each sample over its deviation (which centres the numbers, but not the quotient)."""
+    result = np.zeros_like(x)
+    for i, sample in enumerate(x):
+        variance = np.var(sample, ddof=1) + 1e-5
+        h = g[i] * triangle(sample / np.sqrt(variance))
+        pull = (sample - np.mean(sample)) / (sample.size - 1)
+        result[i] = h / np.sqrt(variance) - pull * np.sum(h * sample) / variance**1.5
+    return result
+
+
+def adabin_weight(row: Array) -> Array:
+    """AdaBin (arXiv 2208.08084), section 3.2, for one filter: mean -+ the norm of what is left over sqrt(n)."""
+    beta = np.mean(row)
+    return sign(row - beta) * np.linalg.norm((row - beta).ravel()) / np.sqrt(row.size) + beta
+
+
+def adabin_weight_gradient(row: Array, g: Array, t: float) -> Array:
+    """alpha S(z) + beta by the product rule, S' the estimator of IR-Net."""
+    c = row - np.mean(row)
+    alpha = np.sqrt(np.mean(c**2))
+    of_alpha = np.sum(g * sign(c)) * c / (row.size * alpha)
+    through = through_standardisation(c, g * alpha * decaying_slope(c / alpha, t), row.size)
+    return through + of_alpha + np.mean(g)
+
+
+def lsq_parts(v: Array, s: float, lowest: int, highest: int) -> tuple[Array, Array, Array]:
+    """LSQ (arXiv 1902.08153), equations 1 to 3 and 5: q, dq/ds and dq/dv, number by number."""
+    q, of_step, of_v = np.zeros_like(v), np.zeros_like(v), np.zeros_like(v)
+    for index, value in np.ndenumerate(v):
+        ratio = value / s
+        if ratio <= lowest:
+            q[index], of_step[index] = lowest * s, lowest
+        elif ratio >= highest:
+            q[index], of_step[index] = highest * s, highest
+        else:
+            q[index], of_step[index], of_v[index] = np.rint(ratio) * s, np.rint(ratio) - ratio, 1.0
+    return q, of_step, of_v
+
+
+def pact_activation(x: Array, alpha: float, k: int) -> Array:
+    """PACT (arXiv 1805.06085), equations 1 and 2: the clip as a sum of absolute values, then k bits of [0, alpha]."""
+    y = 0.5 * (np.abs(x) - np.abs(x - alpha) + alpha)
+    return np.rint(y * (2**k - 1) / alpha) * alpha / (2**k - 1)
