@@ -136,9 +136,11 @@ def test_resume_with_other_settings_names_the_setting(
         train(replace(config, resume=True, **change))
 
 
+@pytest.mark.parametrize("method", ["xnor_net", "adabin"], ids=["", "learned levels and phases"])
 def test_ctrl_c_says_how_to_resume(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, method: str
 ) -> None:
+    config = replace(config, method=method)
     whole = train(replace(config, out=tmp_path / "whole", epochs=3))
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:

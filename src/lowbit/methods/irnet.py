@@ -32,7 +32,7 @@ def irnet() -> Method:
     (The authors' code for ResNet-20 has $t_{min} = 0.001$; for what the network reads, the numbers are the paper's.)
     Block order, as in the authors' VGG-small: convolution, pooling, batch norm, Hardtanh, quantizer. First and last
     layers stay in float, and so do those of shortcuts. In the authors' ResNet-20 a shortcut goes around each
-    convolution: ``--model-set shortcut=conv``.
+    convolution: ``--set model.shortcut=conv``.
 
     Source: Qin, Gong, Liu, Shen, Wei, Yu and Song 2019, "Forward and Backward Information Retention for Accurate Binary
     Neural Networks", arXiv 1909.10788, section 3, and the authors' code (github.com/htqin/IR-Net).

@@ -33,7 +33,7 @@ def recu() -> Method:
     values it changes the scale alone, and so the layer keeps its $\tau$ in a buffer, for evaluation.
     Block order, as in the authors' VGG-small: convolution, pooling, batch norm, Hardtanh, quantizer. First and last
     layers stay in float, and so do those of shortcuts. In the authors' ResNets a shortcut goes around each
-    convolution: ``--model-set shortcut=conv``.
+    convolution: ``--set model.shortcut=conv``.
 
     Source: Xu, Lin, Liu, Chen, Shao, Gao, Tian and Ji 2021, "ReCU: Reviving the Dead Weights in Binary Neural
     Networks", arXiv 2103.12369, section 4, and the authors' code (github.com/z-hXu/ReCU), from which constants are
