@@ -30,9 +30,10 @@ def adabin(per: Literal["filter", "layer"] = "filter") -> Method:
     Block order: convolution, pooling, batch norm, quantizer. First and last layers stay in float; what the last one
     reads goes through a ReLU. The paper's nonlinearity between batch norm and quantizer, MaxOut (a slope for each sign
     and channel, both learned), is left out.
-    Packed, both sides are tables of levels: the codes of activations are looked up, weights become float32, and sums
-    are float32 too. The values are the paper's, but its bit operations, which need correction terms for $\beta$, are
-    not made use of.
+    Levels are rounded to 8 bits of the larger one (`short_integers`), which is ours, so that sums of products of levels
+    are exact. With ``per=layer`` both sides are integer grids, packed as bits with integer sums. With ``per=filter``
+    weights are a table for each filter: packed they become float32, and sums are float32 too. The paper's bit
+    operations, which need correction terms for $\beta$, are not made use of.
 
     Args:
         per: weights have one pair for each output ``filter``, as in the authors' code, or one for the ``layer``.
@@ -80,7 +81,7 @@ class EqualizedWeight(SharpenedQuantizer):
     $\partial q/\partial W = \alpha\,k\,t\,(1 - \tanh^2(t Z))\,\partial Z/\partial W +
     \mathrm{sign}(Z)\,\partial\alpha/\partial W + \partial\beta/\partial W$. In a filter of equal weights $\alpha$ is a
     constant.
-    Codes: 1 where ``W >= beta``; a table of two levels for each filter.
+    Codes: 1 where ``W >= beta``; a table of two levels for each filter, or for the layer an integer grid.
 
     Args:
         per: what has one pair: each output ``filter``, or the ``layer``.
@@ -100,12 +101,14 @@ class EqualizedWeight(SharpenedQuantizer):
         self.per = per
 
     def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
-        rows = self._rows(x.detach())
+        rows = self._rows(x.detach()).double()
         centred = centre(rows)
         alpha, beta = centred.square().mean(dim=1).sqrt(), rows.mean(dim=1)
-        levels = torch.stack([beta - alpha, beta + alpha], dim=1).float()
         codes = binary_codes(centred).reshape(x.shape)
-        return codes, Grid(1, 1, 0, torch.ones((), device=x.device), levels if self.per == "filter" else levels[0])
+        integers, unit = short_integers(beta - alpha, beta + alpha)
+        if self.per == "layer":
+            return codes, integer_grid(integers[0], unit[0])
+        return codes, Grid(1, 1, 0, torch.ones((), device=x.device), integers * unit[:, None])
 
     def surrogate(self, x: Tensor) -> Tensor:
         rows = self._rows(x)
@@ -124,7 +127,7 @@ class LearnedPair(Quantizer):
     Gradient, with $d(u) = \max(2 - 2|u|, 0)$ for that of the sign: $\partial L/\partial x = g\,d(u)$,
     $\partial L/\partial\beta = \sum g\,(1 - d(u))$ and
     $\partial L/\partial\alpha = \sum g\,(\mathrm{sign}(u) - u\,d(u))$.
-    Codes: 1 where ``x >= beta``; a table of two levels.
+    Codes: 1 where ``x >= beta``; an integer grid of two levels.
 
     Attributes:
         alpha, beta: scalar parameters, which begin as 1 and 0. A negative $\alpha$ gives the same function as
@@ -143,9 +146,26 @@ class LearnedPair(Quantizer):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
         alpha, beta = self.alpha.detach().abs().clamp(min=LEAST).float(), self.beta.detach().float()
-        levels = torch.stack([beta - alpha, beta + alpha])
-        return (wide(x) >= beta).to(torch.uint8), Grid(1, 1, 0, torch.ones((), device=x.device), levels)
+        return (wide(x) >= beta).to(torch.uint8), integer_grid(*short_integers(beta - alpha, beta + alpha))
 
     def surrogate(self, x: Tensor) -> Tensor:
         alpha = ste.at_least(self.alpha.abs(), LEAST)
         return (alpha * ste.parabola_sign((wide(x) - self.beta) / alpha) + self.beta).to(x.dtype)
+
+
+def short_integers(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of levels as whole numbers of 8 bits and a sign, float32 (..., 2), and what 1 stands for, float32 (...).
+
+    The unit is the power of two that brings the larger level of a pair to 128 .. 256. Products of such levels are whole
+    numbers, whose sums are exact; with all of float32's bits, sums of a few equal products would drift.
+    """
+    levels = torch.stack([low, high], dim=-1).float()
+    largest = levels.abs().amax(dim=-1)
+    unit = (torch.where(largest > 0, largest, 1).log2().ceil() - 8).exp2()
+    return (levels / unit[..., None]).round(), unit
+
+
+def integer_grid(integers: Tensor, unit: Tensor) -> Grid:
+    """Code 0 is the first of two whole numbers, code 1 the second, which is made at least one more."""
+    low, high = (int(number) for number in integers)
+    return Grid(1, max(high - low, 1), low, unit)
