@@ -133,6 +133,8 @@ def header_with(**changes) -> bytes:
         ({"ops": [1]}, "op 0 is no JSON object"),
         ({"classes": ["cat"]}, "1 class names"),
         ({"classes": [1, 2]}, "list of names"),
+        ({"classes": ["cat", "\x1b[2Jdog"]}, "without control characters"),
+        ({"provenance": {"run": "\ud800"}}, "no JSON.*surrogates not allowed"),
         ({"provenance": []}, "provenance"),
         ({"preprocessing": {"mode": "RGB"}}, "preprocessing is malformed"),
         ({"preprocessing": {"mode": "L", "size": [4, 4], "pad": 0, "mean": [0], "std": [1]}}, "preprocessing makes"),
@@ -153,9 +155,94 @@ def test_numbers_that_are_no_json_are_refused():
 
 
 def test_deep_nesting_is_refused():
+    """Also where the parser still takes it, but a message that quotes it does not."""
     tensors = safetensors.numpy.load(DATA)
-    with pytest.raises(LowbitError, match="no JSON"):
-        packed.parse(safetensors.numpy.save(tensors, {"lowbit": "[" * 100_000}))
+    for depth in (100_000, *range(800, 1000, 5)):
+        for graph in ("[" * depth, '{"format": ' + "[" * depth + "]" * depth + "}"):
+            with pytest.raises(LowbitError, match="no JSON|nested too deeply|is unknown"):
+                packed.parse(safetensors.numpy.save(tensors, {"lowbit": graph}))
+
+
+def container(header, body=b"", length=None) -> bytes:
+    """A safetensors container with this header, a JSON object or bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+
+def placed(first, end, dtype="U8", shape=(4,), **more):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [first, end], **more}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"", "JSONDecodeError"),
+        (b"\xff\xfe{}", "UnicodeDecodeError"),
+        (b"[]", "damaged one"),
+        ({}, "KeyError"),
+        ({"__metadata__": 1}, "TypeError"),
+        ({"__metadata__": {"lowbit": 1}}, "no text"),
+        ({"0.a": 1}, "tensor '0.a' is no JSON object"),
+        ({"0.a": {"dtype": "U8"}}, "lacks the entry 'data_offsets'"),
+        ({"0.a": placed(0, 8, spare=1)}, "unknown entry 'spare'"),
+        ({"0.a": placed(0, 8, "F64", [1])}, "is of type 'F64', not F32, I32, U8, U64"),
+        ({"0.a": placed(0, 8, ["U8"])}, "is of type"),
+        ({"0.a": placed(0, 8, shape=[])}, "1 to 4 axes"),
+        ({"0.a": placed(0, 8, shape=[1, 1, 1, 1, 8])}, "1 to 4 axes"),
+        ({"0.a": placed(0, 8, shape=[8.0])}, "holds 8.0"),
+        ({"0.a": placed(0, 8, shape=[-8])}, "holds -8"),
+        ({"0.a": placed(0, 8, shape=[1 << 70])}, "holds 11805916"),
+        ({"0.a": placed(0, 8, shape=[0])}, "holds 0"),
+        ({"0.a": placed(0, 9, shape=[9])}, "holds 9"),
+        ({"0.a": placed(8, 0, shape=[8])}, "has -8 bytes, not 8"),
+        ({"0.a": placed(0, 8, shape=[7])}, "has 8 bytes, not 7"),
+        ({"0.a": placed(0, 8, shape=[8]), "0.b": placed(4, 8)}, "overlap"),
+        ({"0.a": placed(4, 8)}, "gaps"),
+        ({"0.a": placed(0, 4)}, "take 4 bytes, but the file has 8"),
+        ({}, "take 0 bytes, but the file has 8"),
+    ],
+)
+def test_hostile_containers_are_refused(header, message):
+    if isinstance(header, dict) and "KeyError" not in message:
+        header = {"__metadata__": {"lowbit": "{}"}, **header}
+    with pytest.raises(LowbitError, match=message):
+        packed.parse(container(header, bytes(8)))
+    with pytest.raises(LowbitError, match="header is too long"):
+        packed.parse(container(header, bytes(8), length=1 << 63))
+
+
+def test_tensors_at_odd_places_are_read_all_the_same():
+    """A writer need not put wide types first; NumPy and the engine get aligned memory."""
+    model, entries, body = described_net(), {}, b""
+    for name, tensor in sorted(model.tensors.items(), key=lambda item: item[1].itemsize):
+        dtype = {"float32": "F32", "int32": "I32", "uint8": "U8", "uint64": "U64"}[tensor.dtype.name]
+        entries[name] = placed(len(body), len(body) + tensor.nbytes, dtype, tensor.shape)
+        body += tensor.tobytes()
+    (length,) = struct.unpack_from("<Q", DATA)
+    text = json.loads(DATA[8 : 8 + length])["__metadata__"]
+    again = packed.parse(container({"__metadata__": text, **entries}, body))
+    assert all(tensor.flags.aligned for tensor in again.tensors.values())
+    assert again.to_bytes() == DATA
+    x = np.ones((1, 3, 4, 4), np.float32)
+    np.testing.assert_array_equal(Engine(again)(x), Engine(model)(x))
+
+
+def test_a_file_is_mapped_and_may_be_replaced_while_it_is_in_use(tmp_path):
+    path = tmp_path / "m.lowbit"
+    described_net().save(path)
+    model = packed.read(path)
+    assert not any(tensor.flags.owndata or tensor.flags.writeable for tensor in model.tensors.values())
+    coded_model().save(path)
+    assert model.to_bytes() == DATA
+    assert packed.read(path).to_bytes() == CODED
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 9, len(DATA) - 1])
+def test_truncated_files_are_refused_by_their_size(tmp_path, length):
+    path = tmp_path / "m.lowbit"
+    path.write_bytes(DATA[:length])
+    with pytest.raises(LowbitError, match=r"m\.lowbit: .*write the file again"):
+        packed.read(path)
 
 
 def change(index=None, /, tensor=None, **entries):
@@ -195,6 +282,7 @@ HOSTILE = {
     "op of a wrong type": (change(0, op=["conv2d"]), "unknown"),
     "private method as op": (change(0, op="check"), "unknown"),
     "no source": (change(0, source=3), "source"),
+    "source that a terminal would obey": (change(0, source="\x1b[2J"), r"'\\x1b\[2J'.* in printable characters"),
     "unknown attribute": (change(0, dilate=[1, 1]), "unknown entry 'dilate'"),
     "missing attribute": (change(0, stride=...), "lacks the entry 'stride'"),
     "later value as input": (change(1, inputs=[2]), "inputs"),
@@ -328,6 +416,22 @@ def test_small_file_cannot_ask_for_much_memory():
     net.op("conv2d", tensors={"weight": weight}, groups=1, channels=64, **window((1, 1), dilation=(1, 1)))
     with pytest.raises(LowbitError, match="elements"):
         packed.validate(net.model)
+
+
+def test_small_file_cannot_ask_for_much_time():
+    """Nothing in the file grows with a pool's window. Python and the native engine count alike, to the element."""
+    for width, wrong in ((1024, False), (1025, True)):
+        net = Builder((1, 2047, width))
+        net.op("max_pool", **window((1024, 1)))
+        tensors = [net.model.op_tensors(0)]
+        if not wrong:
+            packed.validate(net.model)
+            _engine.Engine(net.model.input_shape, net.model.ops, tensors, 1)
+            continue
+        with pytest.raises(LowbitError, match="more than 274877906944"):
+            packed.validate(net.model)
+        with pytest.raises(ValueError, match="too many products"):
+            _engine.Engine(net.model.input_shape, net.model.ops, tensors, 1)
 
 
 def test_file_errors_name_the_file_and_the_mend(tmp_path):

@@ -27,18 +27,25 @@ class BorderCases {
       for (const int64_t column : column_case) of_position_.push_back(row * columns.size() + column);
     const int64_t words = ceil_div(depth, 64), kh = window.kernel[0], kw = window.kernel[1];
     const auto weights = tensor<uint64_t>(spec, "weight_bits", {spec.channels, kh, kw, words});
-    for (const Range& row : rows)
-      for (const Range& column : columns)
-        for (int64_t o = 0; o < spec.channels; ++o) {
-          int64_t base = (row.end - row.begin) * (column.end - column.begin) * depth;
-          for (int64_t ky = 0; ky < kh; ++ky)
-            for (int64_t kx = 0; kx < kw; ++kx) {
-              if (ky >= row.begin && ky < row.end && kx >= column.begin && kx < column.end) continue;
-              for (int64_t w = 0; w < words; ++w)
-                base += 2 * std::popcount(weights[((o * kh + ky) * kw + kx) * words + w]);
-            }
-          bases_.push_back(base);
+    bases_.resize(rows.size() * columns.size() * spec.channels);
+    std::vector<int64_t> ones((kh + 1) * (kw + 1));  // of the taps above and to the left of (ky, kx)
+    const auto at = [&](int64_t ky, int64_t kx) -> int64_t& { return ones[ky * (kw + 1) + kx]; };
+    for (int64_t o = 0; o < spec.channels; ++o) {
+      for (int64_t ky = 0; ky < kh; ++ky)
+        for (int64_t kx = 0; kx < kw; ++kx) {
+          const auto tap = weights.subspan(((o * kh + ky) * kw + kx) * words, words);
+          at(ky + 1, kx + 1) = at(ky, kx + 1) + at(ky + 1, kx) - at(ky, kx);
+          for (const uint64_t word : tap) at(ky + 1, kx + 1) += std::popcount(word);
         }
+      int64_t number = 0;
+      for (const Range& row : rows)
+        for (const Range& column : columns) {
+          const int64_t inside = at(row.end, column.end) - at(row.begin, column.end) - at(row.end, column.begin) +
+                                 at(row.begin, column.begin);
+          bases_[number++ * spec.channels + o] =
+              (row.end - row.begin) * (column.end - column.begin) * depth + 2 * (at(kh, kw) - inside);
+        }
+    }
     channels_ = spec.channels;
   }
 

@@ -12,6 +12,8 @@ namespace {
 
 constexpr size_t kMaxOps = 1 << 12;
 constexpr int64_t kMaxAllElements = 1 << 27;
+constexpr double kMaxWork = 1ll << 38;  // products of one image, over all ops
+constexpr double kPoolWork = 1 << 8;    // products that an element under a window without weights counts as
 constexpr int kMaxThreads = 256;
 constexpr int64_t kChunkBytes = 1 << 20;  // images run together as long as their values fit each thread's L2 cache
 constexpr int64_t kMaxChunk = 64;
@@ -30,6 +32,14 @@ std::unique_ptr<Op> make_op(const OpSpec& spec, Inputs inputs, const Kernels& ke
   if (spec.op == "affine" || spec.op == "relu" || spec.op == "hardtanh" || spec.op == "add")
     return make_elementwise(spec, inputs);
   throw std::invalid_argument("the op is unknown");
+}
+
+// What kMaxWork limits. In floating point, for nothing has checked the attributes that an op ignores.
+double work_of(const OpSpec& spec, const Shape& input, const Shape& output) {
+  const double taps = static_cast<double>(spec.kernel[0]) * static_cast<double>(spec.kernel[1]);
+  const bool weighted = spec.op.ends_with("conv2d");
+  return taps * static_cast<double>(output.elements()) *
+         (weighted ? static_cast<double>(input.channels / spec.groups) : kPoolWork);
 }
 
 // A block of memory that is in use from op `first` to op `last`, both included; sizes and offsets are per image.
@@ -83,13 +93,16 @@ void unpack_bits(const uint64_t* words, const Shape& shape, int64_t pixels, uint
 }  // namespace
 
 struct Engine::State {
-  State(int threads, std::string_view isa) : kernels(select_kernels(isa)), pool(threads) {}
+  State(int threads, std::string_view isa)
+      : kernels(select_kernels(isa)),
+        pool(std::make_unique<ThreadPool>(threads)),
+        mutex(std::make_unique<std::mutex>()) {}
 
   std::byte* at(const Block& block, int64_t batch) { return arena.data() + block.offset * batch; }
 
   const Kernels& kernels;
-  ThreadPool pool;
-  std::mutex mutex;
+  std::unique_ptr<ThreadPool> pool;
+  std::unique_ptr<std::mutex> mutex;
   std::vector<Shape> shapes;  // of values
   std::vector<std::vector<size_t>> inputs;
   std::vector<std::unique_ptr<Op>> ops;
@@ -111,6 +124,7 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
   State& s = *state_;
   s.shapes.push_back(input);
   int64_t elements = input.elements();
+  double work = 0;
   for (size_t i = 0; i < specs.size(); ++i) {
     try {
       std::vector<Shape> shapes;
@@ -123,6 +137,8 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
       s.shapes.push_back(s.ops.back()->output());
       elements += s.shapes.back().elements();
       require(s.shapes.back().elements() <= kMaxElements && elements <= kMaxAllElements, "the values are too large");
+      work += work_of(specs[i], shapes[0], s.shapes.back());
+      require(work <= kMaxWork, "an image takes too many products");
     } catch (const std::invalid_argument& error) {
       throw std::invalid_argument("op " + std::to_string(i) + " (" + specs[i].op + "): " + error.what());
     }
@@ -155,7 +171,7 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
     for (Block& block : *group) blocks.push_back(&block);
   s.image_bytes = place(blocks);
   s.arena.resize(s.image_bytes);
-  s.thread_scratch.resize(s.thread_bytes * s.pool.size());
+  s.thread_scratch.resize(s.thread_bytes * s.pool->size());
 }
 
 Engine::~Engine() = default;
@@ -163,14 +179,14 @@ Engine::~Engine() = default;
 void Engine::run(const float* images, int64_t batch, float* outputs, double* seconds) {
   using Clock = std::chrono::steady_clock;
   State& s = *state_;
-  const std::lock_guard lock(s.mutex);
-  const int64_t chunk = std::clamp<int64_t>(kChunkBytes * s.pool.size() / s.image_bytes, 1, kMaxChunk);
+  const std::lock_guard lock(*s.mutex);
+  const int64_t chunk = std::clamp<int64_t>(kChunkBytes * s.pool->size() / s.image_bytes, 1, kMaxChunk);
   const Shape &in = s.shapes.front(), &out = s.shapes.back();
   for (int64_t first = 0; first < batch; first += chunk) {
     const int64_t count = std::min(chunk, batch - first);
     if (static_cast<int64_t>(s.arena.size()) < s.image_bytes * count) s.arena.resize(s.image_bytes * count);
     auto* pixels = reinterpret_cast<float*>(s.at(s.values.front(), count));
-    s.pool.run(static_cast<size_t>(count), [&](size_t n, int) {
+    s.pool->run(static_cast<size_t>(count), [&](size_t n, int) {
       to_channels_last(images + (first + n) * in.elements(), in, pixels + n * in.elements());
     });
     for (size_t i = 0; i < s.ops.size(); ++i) {
@@ -184,7 +200,7 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
                       s.thread_scratch.data(),
                       s.thread_bytes,
                       count,
-                      s.pool};
+                      *s.pool};
       if (joined)
         s.ops[i]->run_joined(*s.ops[i + 1], call);
       else
@@ -200,7 +216,7 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
 
 void Engine::run_op(size_t index, const std::vector<const void*>& inputs, int64_t batch, void* output) {
   State& s = *state_;
-  const std::lock_guard lock(s.mutex);
+  const std::lock_guard lock(*s.mutex);
   const Op& op = *s.ops.at(index);
   require(inputs.size() == s.inputs[index].size(), "the op has another number of inputs");
   std::array<Buffer<uint64_t>, 2> words;
@@ -221,8 +237,16 @@ void Engine::run_op(size_t index, const std::vector<const void*>& inputs, int64_
   Buffer<uint64_t> packed(shape.bits == 1 ? shape.pixels() * shape.words() * batch : 0);
   Buffer<std::byte> scratch(op.scratch_bytes() * batch);
   op.run({stored, shape.bits == 1 ? packed.data() : output, scratch.data(), s.thread_scratch.data(), s.thread_bytes,
-          batch, s.pool});
+          batch, *s.pool});
   if (shape.bits == 1) unpack_bits(packed.data(), shape, shape.pixels() * batch, static_cast<uint8_t*>(output));
+}
+
+void Engine::after_fork() {
+  // What the threads of the parent held stays held, and joining them would wait for ever: both are left as they are.
+  (void)state_->pool.release();
+  (void)state_->mutex.release();
+  state_->pool = std::make_unique<ThreadPool>(1);
+  state_->mutex = std::make_unique<std::mutex>();
 }
 
 size_t Engine::op_count() const { return state_->ops.size(); }
@@ -233,6 +257,6 @@ std::string_view Engine::op_kernel(size_t index) const {
 }
 const Shape& Engine::value(size_t number) const { return state_->shapes.at(number); }
 std::string_view Engine::isa() const { return state_->kernels.isa; }
-int Engine::threads() const { return state_->pool.size(); }
+int Engine::threads() const { return state_->pool->size(); }
 
 }  // namespace lowbit

@@ -6,22 +6,28 @@ A packed file is treated as hostile: nothing of it is used before `validate` has
 from __future__ import annotations
 
 import json
+import math
+import mmap
+import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
+import numpy.typing as npt
 import safetensors.numpy
 
 from lowbit.errors import LowbitError
 from lowbit.files import write_whole
-from lowbit.packed.graph import Array, Op, OpCost, Value, check_graph, check_keys, cost_of
+from lowbit.packed.graph import Array, Op, OpCost, Value, check_graph, check_integer, check_keys, cost_of
 from lowbit.preprocessing import Preprocessing
 
 FORMAT = 1
 MAX_FILE_BYTES = 1 << 32
+MAX_HEADER_BYTES = 1 << 24
+DTYPES = {"F32": np.float32, "I32": np.int32, "U8": np.uint8, "U64": np.uint64}
+"""The types of tensors that ops hold, by their names in a safetensors header."""
 
 
 @dataclass
@@ -96,7 +102,10 @@ def write(path: str | Path, model: PackedModel) -> None:
 
 
 def read(path: str | Path) -> PackedModel:
-    """Read and validate the packed file at ``path``.
+    """Map and validate the packed file at ``path``.
+
+    The tensors are views of the file, not copies. `write` and ``lowbit export`` replace a file and leave the mapped one
+    alone; to cut a file short in place while a model of it is in use is as fatal as with any mapped file.
 
     Raises:
         LowbitError: there is no file, or it is damaged, malformed or of an unknown format version.
@@ -105,16 +114,22 @@ def read(path: str | Path) -> PackedModel:
     try:
         if not path.is_file():
             raise LowbitError(f"{path} is no file; `lowbit export RUN -o {path}` writes one")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise LowbitError(f"{path} has more than {MAX_FILE_BYTES} bytes and is no packed file; give another file")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE_BYTES:
+                raise LowbitError(
+                    f"{path} has more than {MAX_FILE_BYTES} bytes and is no packed file; give another file"
+                )
+            data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
     except OSError as error:
         raise LowbitError(f"cannot read {path}: {error.strerror or error}; check its permissions") from None
     return parse(data, str(path))
 
 
-def parse(data: bytes, name: str = "the packed model") -> PackedModel:
+def parse(data: bytes | mmap.mmap, name: str = "the packed model") -> PackedModel:
     """Read and validate the bytes of a packed file; ``name`` is what error messages call it.
+
+    The tensors are read-only views of ``data``.
 
     Raises:
         LowbitError: the bytes are damaged, malformed or of an unknown format version.
@@ -124,19 +139,70 @@ def parse(data: bytes, name: str = "the packed model") -> PackedModel:
         validate(model)
     except LowbitError as error:
         raise LowbitError(f"{name}: {error}; write the file again with `lowbit export`") from None
+    except RecursionError:
+        raise LowbitError(f"{name}: its JSON is nested too deeply; write the file again with `lowbit export`") from None
     return model
 
 
-def _parse(data: bytes) -> PackedModel:
+def _open(data: bytes | mmap.mmap) -> tuple[str, dict[str, Array]]:
+    """The graph's text and the tensors of a safetensors container: its header's length (uint64, little-endian), the
+    header (JSON), and the tensors, which fill the rest without gaps.
+    """
+    if len(data) < 8:
+        raise LowbitError(f"not a packed file, or a damaged one: it has {len(data)} bytes")
+    (length,) = struct.unpack_from("<Q", data)
+    if length > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise LowbitError("not a packed file, or a damaged one: its header is too long")
     try:
-        tensors = safetensors.numpy.load(data)
-        (header_bytes,) = struct.unpack_from("<Q", data)
-        text = json.loads(data[8 : 8 + header_bytes])["__metadata__"]["lowbit"]
-    except Exception as error:  # safetensors raises many kinds; whatever it stumbles over, the file is no packed file
+        header = json.loads(data[8 : 8 + length].decode())
+        text = header.pop("__metadata__")["lowbit"]
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise LowbitError(f"not a packed file, or a damaged one ({type(error).__name__}: {error})") from None
+    if not isinstance(text, str):
+        raise LowbitError("not a packed file, or a damaged one: its graph is no text")
+    return text, _tensors(header, np.frombuffer(data, np.uint8, offset=8 + length))
+
+
+def _tensors(header: dict[str, Any], body: npt.NDArray[np.uint8]) -> dict[str, Array]:
+    """The tensors that ``header`` describes, as views of ``body``."""
+    tensors, places = {}, []
+    for name, entry in header.items():
+        what = f"tensor {name!r:.60}"
+        if not isinstance(entry, dict):
+            raise LowbitError(f"{what} is no JSON object")
+        check_keys(what, entry, {"dtype", "shape", "data_offsets"})
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise LowbitError(f"{what} is of type {dtype!r:.40}, not {', '.join(DTYPES)}")
+        if not isinstance(shape, list) or not 1 <= len(shape) <= 4:
+            raise LowbitError(f"{what} must have 1 to 4 axes")
+        if not isinstance(offsets, list) or len(offsets) != 2:
+            raise LowbitError(f"{what} must have two offsets")
+        size = (
+            math.prod(check_integer(what, extent, 1, len(body)) for extent in shape) * np.dtype(DTYPES[dtype]).itemsize
+        )
+        first, end = (check_integer(what, offset, 0, len(body)) for offset in offsets)
+        if end - first != size:
+            raise LowbitError(f"{what} has {end - first} bytes, not {size}")
+        places.append((first, end))
+        # A writer puts wide types first, so that only a strange file's tensors are copied to where the CPU may read them.
+        tensors[name] = np.require(body[first:end].view(DTYPES[dtype]).reshape(shape), requirements="A")
+    filled = 0
+    for first, end in sorted(places):
+        if first != filled:
+            raise LowbitError("the tensors overlap, or leave gaps in the file")
+        filled = end
+    if filled != len(body):
+        raise LowbitError(f"the tensors take {filled} bytes, but the file has {len(body)} for them")
+    return tensors
+
+
+def _parse(data: bytes | mmap.mmap) -> PackedModel:
+    text, tensors = _open(data)
     try:
         header = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        json.dumps(header, ensure_ascii=False).encode()  # what a message or a table may print: no lone surrogates
+    except ValueError as error:
         raise LowbitError(f"the graph is no JSON ({error})") from None
     if not isinstance(header, dict):
         raise LowbitError("the graph is no JSON object")
@@ -192,8 +258,10 @@ def _check_description(model: PackedModel, output: Value) -> None:
             f"preprocessing makes images of shape {model.preprocessing.shape}, the input is {model.input_shape}"
         )
     if model.classes is not None:
-        if not isinstance(model.classes, list) or not all(isinstance(name, str) for name in model.classes):
-            raise LowbitError("classes must be a list of names")
+        if not isinstance(model.classes, list) or not all(
+            isinstance(name, str) and name.isprintable() for name in model.classes
+        ):
+            raise LowbitError("classes must be a list of names, without control characters")
         if output.shape != (1, 1, len(model.classes)):
             raise LowbitError(f"{len(model.classes)} class names do not fit an output of {output}")
     if not isinstance(model.provenance, dict):

@@ -26,6 +26,9 @@ MAX_VALUE = 1 << 24
 """Most elements of one value of one image, its padding included."""
 MAX_VALUES = 1 << 27
 """Most elements of all values of one image together."""
+MAX_WORK = 1 << 38
+"""Most products for one image, over all ops. An element under the window of a pool or a mean counts as `POOL_WORK`."""
+POOL_WORK = 1 << 8
 MAX_TAPS = 1 << 24
 """Most products in one sum, so that every accumulator of bits fits an int32."""
 MAX_INTEGER = (1 << 15) - 1
@@ -83,7 +86,7 @@ def check_graph(input_shape: Sequence[Any], ops: Any, tensors: Mapping[str, Arra
     Raises:
         LowbitError: one sentence that names the op and what is wrong with it.
     """
-    channels, height, width = (_integer("the input shape", extent, 1, MAX_EXTENT) for extent in input_shape)
+    channels, height, width = (check_integer("the input shape", extent, 1, MAX_EXTENT) for extent in input_shape)
     values = [Value("float", height, width, channels)]
     if not isinstance(ops, list) or not 1 <= len(ops) <= MAX_OPS:
         raise LowbitError(f"the graph must be a list of 1 to {MAX_OPS} ops")
@@ -100,10 +103,19 @@ def check_graph(input_shape: Sequence[Any], ops: Any, tensors: Mapping[str, Arra
         raise LowbitError(f"tensor {f'{number}.{next(iter(spare))}'!r:.60} belongs to no op")
     if sum(value.elements for value in values) > MAX_VALUES:
         raise LowbitError(f"the values of one image have more than {MAX_VALUES} elements")
+    work = sum(_work(op, values[op["inputs"][0]], value) for op, value in zip(ops, values[1:], strict=True))
+    if work > MAX_WORK:
+        raise LowbitError(f"one image takes {work} products, more than {MAX_WORK}")
     output = values[-1]
     if output.kind != "float":
         raise LowbitError(f"op {len(ops) - 1} writes the output, which must be float32, not {output}")
     return values
+
+
+def _work(op: Op, source: Value, value: Value) -> int:
+    """What `MAX_WORK` limits. Weights are in the file, so that its size bounds them; windows without weights are free."""
+    each = source.channels // op["groups"] if "channels" in op else POOL_WORK
+    return value.elements * math.prod(op["kernel"]) * each if "kernel" in op else 0
 
 
 _GEOMETRY = ("kernel", "stride", "padding")
@@ -138,7 +150,8 @@ def check_keys(what: str, found: Mapping[str, Any], wanted: set[str]) -> None:
             raise LowbitError(f"{what} lacks the entry '{key}'")
 
 
-def _integer(what: str, number: Any, low: int, high: int) -> int:
+def check_integer(what: str, number: Any, low: int, high: int) -> int:
+    """``number`` from a JSON object, when it is an integer from ``low`` to ``high``."""
     if not isinstance(number, int) or isinstance(number, bool) or not low <= number <= high:
         raise LowbitError(f"{what} holds {number!r:.40} where an integer from {low} to {high} is needed")
     return number
@@ -152,11 +165,13 @@ class _Checker:
         self.tensors = dict(tensors)
         self.values = values
         kind, source = op.get("op"), op.get("source")
-        self.name = f"op {index} ({kind!s:.20}, from '{source!s:.60}')"
+        self.name = f"op {index} ({kind!s:.20}, from {source!r:.60})"
         if not isinstance(kind, str) or kind not in OPS:
             raise LowbitError(f"op {index} is the unknown {kind!r:.40}; this lowbit knows {', '.join(OPS)}")
-        if not isinstance(source, str):
-            raise LowbitError(f"{self.name} must name its source, the module that it came from")
+        if not isinstance(source, str) or not source.isprintable():
+            raise LowbitError(
+                f"{self.name} must name its source, the module that it came from, in printable characters"
+            )
 
     def check(self) -> Value:
         kind = self.op["op"]
@@ -178,7 +193,7 @@ class _Checker:
         numbers = self.op["inputs"]
         if not isinstance(numbers, list) or len(numbers) != count:
             raise LowbitError(f"{self.name} must list {count} input{'s' if count > 1 else ''}")
-        return [self.values[_integer(f"{self.name}, inputs,", n, 0, len(self.values) - 1)] for n in numbers]
+        return [self.values[check_integer(f"{self.name}, inputs,", n, 0, len(self.values) - 1)] for n in numbers]
 
     def _need(self, value: Value, kind: str, bits: int | None = None) -> None:
         if value.kind != kind or (bits is not None and value.bits != bits):
@@ -190,7 +205,7 @@ class _Checker:
         if not isinstance(pair, list) or len(pair) != 2:
             raise LowbitError(f"{self.name}: '{name}' must be a list of two integers")
         what = f"{self.name}, {name},"
-        return _integer(what, pair[0], low, MAX_EXTENT), _integer(what, pair[1], low, MAX_EXTENT)
+        return check_integer(what, pair[0], low, MAX_EXTENT), check_integer(what, pair[1], low, MAX_EXTENT)
 
     def _number(self, name: str) -> float:
         number = self.op[name]
@@ -238,7 +253,7 @@ class _Checker:
 
     def _weight_codes(self, channels: int, terms: int) -> int:
         """Check packed codes, ``terms`` to a channel; returns the largest absolute value of their integers."""
-        width = _integer(f"{self.name}, weight_width,", self.op["weight_width"], 1, 8)
+        width = check_integer(f"{self.name}, weight_width,", self.op["weight_width"], 1, 8)
         words = self._tensor("weight_codes", np.uint64, channels, -(-terms * width // WORD_BITS))
         tail = terms * width % WORD_BITS
         if tail and np.any(words[:, -1] >> np.uint64(tail)):
@@ -248,8 +263,8 @@ class _Checker:
     def _largest_integer(self, which: str, bits: int) -> int:
         """The largest absolute value of ``multiplier * code + offset`` over codes of ``bits`` bits."""
         what = f"{self.name}, {which}"
-        multiplier = _integer(f"{what}_multiplier,", self.op[f"{which}_multiplier"], 1, MAX_INTEGER)
-        offset = _integer(f"{what}_offset,", self.op[f"{which}_offset"], -MAX_INTEGER, MAX_INTEGER)
+        multiplier = check_integer(f"{what}_multiplier,", self.op[f"{which}_multiplier"], 1, MAX_INTEGER)
+        offset = check_integer(f"{what}_offset,", self.op[f"{which}_offset"], -MAX_INTEGER, MAX_INTEGER)
         largest = max(abs(offset), abs(multiplier * ((1 << bits) - 1) + offset))
         if largest > MAX_INTEGER:
             raise LowbitError(f"{self.name}: an integer of the {which}'s grid passes {MAX_INTEGER}")
@@ -262,7 +277,7 @@ class _Checker:
         return falling.astype(bool)
 
     def _thresholds(self, dtype: type, channels: int) -> int:
-        bits = _integer(f"{self.name}, bits,", self.op["bits"], 1, 8)
+        bits = check_integer(f"{self.name}, bits,", self.op["bits"], 1, 8)
         thresholds = self._tensor("thresholds", dtype, channels, 2**bits - 1)
         if np.isnan(thresholds).any():
             raise LowbitError(f"{self.name}: tensor 'thresholds' holds a NaN")
@@ -277,13 +292,13 @@ class _Checker:
     def _convolution(self, value: Value) -> tuple[int, int, int, int, tuple[int, int]]:
         """(output height, width, channels, input channels per group, kernel) of a convolution of ``value``."""
         height, width = self._window(value, self._pair("dilation", 1))
-        channels = _integer(f"{self.name}, channels,", self.op["channels"], 1, MAX_EXTENT)
+        channels = check_integer(f"{self.name}, channels,", self.op["channels"], 1, MAX_EXTENT)
         kernel, depth = self._pair("kernel", 1), self._depth(value.channels, channels)
         return height, width, channels, depth, kernel
 
     def _depth(self, *channels: int) -> int:
         """Input channels of each group, the groups dividing all of ``channels``, those of the input first."""
-        groups = _integer(f"{self.name}, groups,", self.op["groups"], 1, MAX_EXTENT)
+        groups = check_integer(f"{self.name}, groups,", self.op["groups"], 1, MAX_EXTENT)
         if any(count % groups for count in channels):
             raise LowbitError(
                 f"{self.name}: {groups} groups divide {' and '.join(map(str, channels))} channels unevenly"
