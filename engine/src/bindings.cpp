@@ -139,6 +139,7 @@ class PyEngine {
     return result;
   }
 
+  void after_fork() { engine_.after_fork(); }
   std::string isa() const { return std::string(engine_.isa()); }
   std::vector<std::string> kernels() const {
     std::vector<std::string> names;
@@ -176,6 +177,7 @@ NB_MODULE(_engine, m) {
            "tensors"_a, "threads"_a)
       .def("run", &PyEngine::run, "images"_a, "seconds"_a = nb::none())
       .def("run_op", &PyEngine::run_op, "index"_a, "inputs"_a)
+      .def("after_fork", &PyEngine::after_fork)
       .def_prop_ro("isa", &PyEngine::isa)
       .def_prop_ro("kernels", &PyEngine::kernels)
       .def_prop_ro("threads", &PyEngine::threads);

@@ -9,8 +9,7 @@
 
 namespace lowbit {
 
-// A few threads that wait for work. The caller of `run` works too, and takes all items itself when no helper comes, so
-// an engine with threads still answers in a forked child, where the helpers are gone.
+// A few threads that wait for work. The caller of `run` works too, and takes all items itself when no helper comes.
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);

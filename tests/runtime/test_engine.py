@@ -184,15 +184,32 @@ def test_calls_from_many_threads(model):
     assert wrong == []
 
 
-def test_engine_with_threads_answers_in_a_forked_child(model):
-    engine, x = Engine(model, threads=2), images()
-    expected = engine(x)
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=lambda: queue.put(engine(x)))
-    child.start()
-    np.testing.assert_array_equal(queue.get(timeout=30), expected)
-    child.join()
+def test_engine_answers_in_a_forked_child_and_can_be_deleted_there(model):
+    """Its helpers are not there, and another thread of the parent is in the middle of a call."""
+    engines, x, stop = [Engine(model, threads=2)], images(20), threading.Event()
+    expected = engines[0](x)
+
+    def keep_busy(engine):
+        while not stop.is_set():
+            engine(x)
+
+    def work():
+        np.testing.assert_array_equal(engines[0](x), expected)
+        assert engines[0].threads == 1
+        del engines[0]
+
+    busy = threading.Thread(target=keep_busy, args=(engines[0],))
+    busy.start()
+    children = [multiprocessing.get_context("fork").Process(target=work) for _ in range(3)]
+    for child in children:
+        child.start()
+    stop.set()
+    for child in children:
+        child.join(timeout=30)
+        child.kill()
+    busy.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert engines[0].threads == 2
 
 
 def test_dense_layers_of_any_width():

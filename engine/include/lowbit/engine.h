@@ -63,6 +63,9 @@ class Engine {
   // Runs op `index` alone. Values are (batch, H, W, C): floats, or codes as a byte each, which must be below 2^bits.
   void run_op(size_t index, const std::vector<const void*>& inputs, int64_t batch, void* output);
 
+  // To be called in the child of a fork, before anything else is: from then on the engine runs on one thread.
+  void after_fork();
+
   size_t op_count() const;
   const std::vector<size_t>& op_inputs(size_t index) const;
   std::string_view op_kernel(size_t index) const;  // the entry of the kernel table that it calls, or empty

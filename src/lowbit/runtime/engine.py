@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -51,7 +52,8 @@ class Engine:
     """A packed network, ready to run on the CPU without torch.
 
     The outputs are the same bits for every batch size and number of threads. An engine may be called from several
-    threads: the calls wait for each other, and release Python's lock while they compute.
+    threads: the calls wait for each other, and release Python's lock while they compute. In a process that forked after
+    the engine was made, it runs on one thread.
 
     Args:
         model: path of a packed file, its bytes, or a model in memory.
@@ -81,6 +83,7 @@ class Engine:
             self._native = _engine.Engine(list(model.input_shape), model.ops, tensors, threads)
         except (ValueError, MemoryError) as error:
             raise LowbitError(f"the engine cannot load the network: {error}; export it again") from None
+        _engines.add(self)
 
     @property
     def classes(self) -> list[str] | None:
@@ -186,6 +189,18 @@ class Engine:
 
     def _flat(self, outputs: Floats) -> Floats:
         return outputs.reshape(outputs.shape[:2]) if outputs.shape[2:] == (1, 1) else outputs
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in _engines:
+        engine._native.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def kernels_of(engine: Engine) -> list[dict[str, Any]]:
