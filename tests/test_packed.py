@@ -20,6 +20,7 @@ from lowbit import _engine, packed
 from lowbit.errors import LowbitError
 from lowbit.packed import PackedModel
 from lowbit.runtime import Engine
+from lowbit.terminal import print_rows
 
 
 def coded_model() -> PackedModel:
@@ -159,7 +160,7 @@ def test_deep_nesting_is_refused():
     tensors = safetensors.numpy.load(DATA)
     for depth in (100_000, *range(800, 1000, 5)):
         for graph in ("[" * depth, '{"format": ' + "[" * depth + "]" * depth + "}"):
-            with pytest.raises(LowbitError, match="no JSON|nested too deeply|is unknown"):
+            with pytest.raises(LowbitError, match=r"no JSON|nested too deeply|is unknown"):
                 packed.parse(safetensors.numpy.save(tensors, {"lowbit": graph}))
 
 
@@ -403,6 +404,11 @@ def test_thresholds_out_of_order_are_refused():
     net.model.tensors["0.falling"] = falling[::-1].copy()
     with pytest.raises(LowbitError, match="must not decrease"):
         packed.validate(net.model)
+
+
+def test_names_are_no_markup_to_the_table_that_inspect_prints(capsys):
+    print_rows("a [/b] file", [{"source": "[/b] [red]layer[/red]"}], False)
+    assert "[/b] [red]layer[/red]" in capsys.readouterr().out
 
 
 def test_small_file_cannot_ask_for_much_memory():

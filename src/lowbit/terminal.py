@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from lowbit.registry import Registry
@@ -51,11 +53,11 @@ def print_rows(title: str, rows: Sequence[dict[str, Any]], as_json: bool) -> Non
     if as_json:
         print_json(list(rows))
         return
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=escape(title), title_justify="left", header_style="bold")
     for column, value in (rows[0] if rows else {}).items():
         table.add_column(column, justify="right" if type(value) in (int, float) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(f"{v:,}" if type(v) is int else str(v) for v in row.values()))
+        table.add_row(*(Text(f"{v:,}" if type(v) is int else str(v)) for v in row.values()))
     Console().print(table)
 
 

@@ -185,7 +185,7 @@ def _tensors(header: dict[str, Any], body: npt.NDArray[np.uint8]) -> dict[str, A
         if end - first != size:
             raise LowbitError(f"{what} has {end - first} bytes, not {size}")
         places.append((first, end))
-        # A writer puts wide types first, so that only a strange file's tensors are copied to where the CPU may read them.
+        # A writer puts wide types first: only the tensors of a strange file are copied to where the CPU may read them.
         tensors[name] = np.require(body[first:end].view(DTYPES[dtype]).reshape(shape), requirements="A")
     filled = 0
     for first, end in sorted(places):

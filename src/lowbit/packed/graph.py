@@ -113,7 +113,7 @@ def check_graph(input_shape: Sequence[Any], ops: Any, tensors: Mapping[str, Arra
 
 
 def _work(op: Op, source: Value, value: Value) -> int:
-    """What `MAX_WORK` limits. Weights are in the file, so that its size bounds them; windows without weights are free."""
+    """What `MAX_WORK` limits. Windows without weights cost a file nothing, so that its size does not bound them."""
     each = source.channels // op["groups"] if "channels" in op else POOL_WORK
     return value.elements * math.prod(op["kernel"]) * each if "kernel" in op else 0
 
