@@ -1,11 +1,11 @@
 """Fuzz the packed file's loader and the engine, guided by the coverage of both.
 
-    pip install atheris
+    pip install atheris nanobind
     python tests/fuzz/fuzz_packed.py --minutes 10
 
 Needs clang with its sanitizers, cmake and ninja. The engine is built in build/fuzz with the address and
-undefined-behaviour sanitizers; lowbit's Python is instrumented as it is imported. Files that reach new code are added to
-build/fuzz/corpus, findings are left in build/fuzz/finding-*; give such a file as an argument to see one again.
+undefined-behaviour sanitizers; lowbit's Python is instrumented as it is imported. Files that reach new code are added
+to build/fuzz/corpus, findings are left in build/fuzz/finding-*; give such a file as an argument to see one again.
 """
 
 from __future__ import annotations
