@@ -7,6 +7,7 @@ import pytest
 import torch
 from checks import checked, ops
 from nets import Plain, Residual, Shared, awkward_, chain, quantized
+from pairs import pairs
 from torch import Tensor, nn
 
 import lowbit
@@ -28,9 +29,8 @@ SMALL = {
 
 
 @pytest.mark.filterwarnings("ignore:an activation quantizer has seen no data")
-@pytest.mark.parametrize("method", list(methods.registry))
-@pytest.mark.parametrize("name", list(models.registry))
-def test_every_model_with_every_method(name: str, method: str) -> None:
+@pytest.mark.parametrize(("name", "method"), pairs({name: methods.registry[name]() for name in methods.registry}))
+def test_models_and_methods(name: str, method: str) -> None:
     options = {"image_size": 32, **SMALL.get(name, {})}
     model = awkward_(models.create(name, method=method, **options))
     exported, report = checked(model, torch.randn(3, 3, options["image_size"], options["image_size"]))
