@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from lowbit.arguments import load_data, parse_settings, with_bits
-from lowbit.errors import LowbitError, UsageError
+from lowbit.errors import LowbitError, UsageError, check_choice
 from lowbit.terminal import describe, first_line, notes, print_json, print_rows, short
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def train(
 
 @app.command()
 def calibrate(
-    run: Annotated[Path, typer.Argument(help="A finished run folder of the method float.")],
+    run: Annotated[Path, typer.Argument(help="A finished run folder with layers in float.")],
     out: Annotated[Path, typer.Option(help="The run folder to make, such as runs/INT8.")],
     method: Annotated[str, typer.Option(help="One whose activations have observers.")] = "affine",
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the method.")] = None,
@@ -187,7 +187,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Of the choice of images.", min=0)] = 0,
     data_dir: DataDir = None,
 ) -> None:
-    """Quantize a trained float network without training it, and leave a run folder."""
+    """Quantize what a trained network has in float (all of it, or the rest that a method leaves), without training."""
     from lowbit.runs import Run
     from lowbit.training import calibrate_run
 
@@ -196,8 +196,12 @@ def calibrate(
     if any(others):
         raise UsageError("calibrate takes settings of the method only: the model is the run's, and nothing is trained")
     made = calibrate_run(run, out, method, options, images=images, seed=seed, data_dir=data_dir)
-    seen = made.config["calibration"]["images"]
-    notes.print(f"{made.path}: {method}, its ranges from {seen:,} train images; `lowbit evaluate {made.path}` is next")
+    config = made.config
+    what = f"{config['method']['name']}, what it leaves in float {method}" if "rest" in config else method
+    notes.print(
+        f"{made.path}: {what}; ranges from {config['calibration']['images']:,} train images; "
+        f"`lowbit evaluate {made.path}` is next"
+    )
 
 
 @app.command()
@@ -240,11 +244,19 @@ def compare(
 def export(
     run: RunFolder,
     output: Annotated[Path, typer.Option("-o", "--output", help="The packed file to write.")] = Path("model.lowbit"),
+    rest: Annotated[str, typer.Option(help="Layers that the method leaves in float: float, or int8.")] = "float",
+    data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Pack a trained network, and say per layer what became packed, what stayed float, and why."""
+    """Pack a trained network, and say per layer what became packed, what stayed float, and why.
+
+    With --rest int8 they become 8-bit first, in a run folder beside RUN, and the accuracy is compared.
+    """
     from lowbit.deploy import export_run
 
+    check_choice("--rest", rest, ("float", "int8"))
+    if rest == "int8":
+        run = _with_int8_rest(run, data_dir)
     exported = export_run(run)
     exported.save(output)
     rows = [{"part": p.name, "kind": p.kind, "packed": p.packed, "how, or why not": p.note} for p in exported.parts]
@@ -432,6 +444,21 @@ TRAINING_PACKAGES = {
     "torch",
     "torchvision",
 }
+
+
+def _with_int8_rest(source: Path, data_dir: Path | None) -> Path:
+    from lowbit.rest import int8_rest
+    from lowbit.runs import Run
+
+    made = int8_rest(source, data_dir)
+    before, after = Run.open(source).evaluation, made.evaluation
+    assert before is not None
+    assert after is not None
+    notes.print(
+        f"{made.path}: what {source} has in float is 8-bit; test accuracy {100 * before['accuracy']:.2f} % -> "
+        f"{100 * after['accuracy']:.2f} %; this is the run to verify the file against"
+    )
+    return made.path
 
 
 def _summarise(run: Run) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lowbit import methods
 from lowbit.errors import UsageError
-from lowbit.layers import Shortcut, project_, quantized_twin
+from lowbit.layers import QuantizedLayer, Shortcut, project_, quantized_twin
 from lowbit.layers.quantized import is_quantizable, is_subclass
 from lowbit.methods import Method
 
@@ -48,6 +48,10 @@ def quantize_(
     stay float. A first layer that does not reads its input through the method's quantizer for inputs, or as it is where
     the method has none; one whose full name an override gives is a layer like any other.
 
+    Layers that are quantized already stay as they are, though they count as first and last ones. So a second call
+    quantizes what the first has left in float: ``quantize_(model, "affine")`` and then `lowbit.calibrate` give a
+    trained binary network an 8-bit stem, classifier and shortcuts.
+
     Args:
         model: any module; its layers are visited in the order of ``named_modules()``, which is taken for the order of
             the network. Subclasses of torch's layers, which may compute anything, stay as they are.
@@ -56,7 +60,8 @@ def quantize_(
             float. The last match wins.
 
     Returns:
-        One report per convolution and linear layer, in order; at the end those of subclasses.
+        One report per convolution and linear layer that was not quantized before, in order; at the end those of
+        subclasses.
 
     Raises:
         UsageError: the method is unknown, an override matches no layer, or the model has no layer to quantize. The
@@ -66,24 +71,27 @@ def quantize_(
     overrides = overrides or {}
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_quantizable(module):
+        if is_quantizable(module) or isinstance(module, QuantizedLayer):
             names.setdefault(module, []).append(name)
-    if not names or model in names:
+    if not any(is_quantizable(layer) for layer in names) or model in names:
         raise UsageError(
             "the model has no Conv1d, Conv2d, Conv3d or Linear inside; wrap a single layer in nn.Sequential"
         )
-    everything = [name for aliases in names.values() for name in aliases]
+    everything = [name for layer, aliases in names.items() if is_quantizable(layer) for name in aliases]
     for pattern in overrides:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in everything):
             raise UsageError(f"override '{pattern}' matches no layer; layers: {', '.join(everything)}")
     in_shortcuts = {layer for way in model.modules() if isinstance(way, Shortcut) for layer in way.modules()}
-    choices = [
-        _choose(aliases, i, len(names), layer in in_shortcuts, method, overrides)
+    choices = {
+        layer: _choose(aliases, i, len(names), layer in in_shortcuts, method, overrides)
         for i, (layer, aliases) in enumerate(names.items())
-    ]
+        if is_quantizable(layer)
+    }
+    first = next(iter(names))
     reports: list[LayerReport] = []
-    for (layer, aliases), (chosen, note) in zip(names.items(), choices, strict=True):
-        reads_input = not reports and not any(name in overrides for name in aliases)
+    for layer, (chosen, note) in choices.items():
+        aliases = names[layer]
+        reads_input = layer is first and not any(name in overrides for name in aliases)
         of_weight = chosen.weight() if chosen.weight else None
         make = chosen.input if reads_input else chosen.activation
         of_activation = make() if make else None
@@ -103,7 +111,7 @@ def quantize_(
         for name in aliases:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, twin)
-    project_(model)
+        project_(twin)
     reports += [
         LayerReport(name, type(module).__name__, FLOAT, FLOAT, "a subclass of torch's layer, left as it is")
         for name, module in model.named_modules()

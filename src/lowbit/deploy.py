@@ -34,6 +34,6 @@ def export_run(path: str | Path) -> Export:
             "data": {key: config["data"][key] for key in ("spec", "image_size", "hash")},
             "epochs": config["epochs"],
             "seed": config["seed"],
-            **{key: config[key] for key in ("calibration",) if key in config},
+            **{key: config[key] for key in ("rest", "calibration") if key in config},
         },
     )

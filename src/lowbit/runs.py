@@ -94,6 +94,12 @@ class Run:
         """Contents of ``evaluation.json``, or None before the run was evaluated."""
         return read_json(self.evaluation_path) if self.evaluation_path.is_file() else None
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the run is finished and was evaluated after that."""
+        config, evaluation = self.config, self.evaluation
+        return "finished" in config and evaluation is not None and evaluation.get("date", "") >= config["finished"]
+
     def metrics(self) -> list[dict[str, float]]:
         """Rows of ``metrics.csv``, one per epoch; empty cells are left out."""
         try:

@@ -21,13 +21,26 @@ from lowbit.exporter.grids import (
     is_quantized,
     largest_sum,
     scale_of_sums,
+    weight_codes,
     widths,
 )
-from lowbit.exporter.ops import Array, bias_of, float_op, float_weight, integer_op, kind_of, stored, window_of
+from lowbit.exporter.ops import (
+    Array,
+    bias_of,
+    float_op,
+    float_weight,
+    has_float_op,
+    integer_op,
+    kind_of,
+    stored,
+    window_of,
+)
 from lowbit.exporter.thresholds import Chain, Thresholds, find, floats, sums
 from lowbit.layers import QuantizedLayer
 from lowbit.packed import PackedModel
 from lowbit.preprocessing import Preprocessing
+
+FEW_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,7 @@ class _Lowering:
         )
 
     def _find_readers(self) -> None:
-        layers, read_as_float = [], {self.graph.output: ["the output"]}
+        layers, by_float, read_as_float = [], set(), {self.graph.output: ["the output"]}
         for step in self.graph.steps[1:]:
             if is_quantized(step):
                 layers.append(step)
@@ -163,12 +176,18 @@ class _Lowering:
                     largest_sum(step)
                 if has_k_map(step):
                     read_as_float.setdefault(step.inputs[0], []).append(f"the K map of '{step.source}'")
+                if _many_levels(step):
+                    by_float.add(step)
+                    read_as_float.setdefault(step.inputs[0], []).append(f"the quantizer of '{step.source}'")
             elif not _is_between(step):
                 for value in step.inputs:
                     read_as_float.setdefault(value, []).append(f"'{step.source}'")
         for value, readers in read_as_float.items():
             self.float_readers[_root(value)] += readers
-        self.readings = {layer: _trace_back(layer, read_as_float) for layer in layers}
+        self.readings = {
+            layer: _Reading(layer, layer.inputs[0], ()) if layer in by_float else _trace_back(layer, read_as_float)
+            for layer in layers
+        }
 
     def _find_thresholds(self) -> None:
         """Codes come of a layer's sums if all that reads it are layers with the same codes; else of its float value."""
@@ -201,7 +220,7 @@ class _Lowering:
             if present == thresholds:
                 return value
         bits = {"bits": activation_grid(layer).bits}
-        value = self._op("threshold", layer, [self._float(reading.root)], bits, stored(thresholds))
+        value = self._op("threshold", layer, [self._float(reading.root)], bits, stored(thresholds, shared=True))
         return self._finish_codes(reading, thresholds, value)
 
     def _finish_codes(self, reading: _Reading, thresholds: Thresholds, value: int) -> int:
@@ -288,6 +307,28 @@ def _root(step: Step) -> Step:
     while _is_between(step):
         (step,) = step.inputs
     return step
+
+
+def _many_levels(layer: Step) -> bool:
+    """Whether a layer's codes come by way of float32, where one row of thresholds serves all channels.
+
+    Codes of more than 4 bits take that way where thresholds of each channel would be larger than what they spare: from
+    any float, and from the sums of a layer of fewer bits, whose weights they would outweigh.
+    """
+    bits = activation_grid(layer).bits
+    step, root = layer.inputs[0], _root(layer.inputs[0])
+    if bits <= FEW_BITS or (is_quantized(root) and is_integer(root) and _bits(root) >= bits):
+        return False
+    while step is not root:
+        if not has_float_op(step):
+            return False
+        (step,) = step.inputs
+    return True
+
+
+def _bits(layer: Step) -> int:
+    """Of a weight and of what it is multiplied with, together."""
+    return weight_codes(layer)[1].bits + activation_grid(layer).bits
 
 
 def _trace_back(layer: Step, read_as_float: Container[Step]) -> _Reading:

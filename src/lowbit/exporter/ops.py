@@ -69,9 +69,16 @@ def bias_of(module: nn.Conv2d | nn.Linear) -> dict[str, Array]:
     return {} if module.bias is None else {"bias": module.bias.detach().numpy()}
 
 
-def stored(thresholds: Thresholds) -> dict[str, Array]:
-    """The tensors of thresholds."""
-    return {"thresholds": thresholds.values.numpy(), "falling": thresholds.falling.numpy()}
+def stored(thresholds: Thresholds, shared: bool = False) -> dict[str, Array]:
+    """The tensors of thresholds. ``shared`` allows one row for all channels, where they are alike."""
+    values = thresholds.values.numpy()
+    rows = values[:1] if shared and (values == values[:1]).all() else values
+    return {"thresholds": rows, "falling": thresholds.falling.numpy()}
+
+
+def has_float_op(step: Step) -> bool:
+    """Whether `float_op` takes a step between layers."""
+    return _FLOAT_OPS[type(step.module)] is not _refuse
 
 
 def window_of(module: nn.MaxPool2d | nn.AvgPool2d) -> dict[str, Any]:

@@ -87,6 +87,8 @@ def load_run(path: str | Path) -> nn.Module:
             method_options=config["method"]["options"],
             **config["model"]["options"],
         )
+        if "rest" in config:
+            quantize_(model, methods.registry[config["rest"]["name"]](**config["rest"]["options"]))
     except (KeyError, TypeError) as error:
         raise LowbitError(f"{run.config_path} is damaged: {error!r}") from None
     load_weights(model, run.weights_path)

@@ -276,9 +276,10 @@ class _Checker:
             raise LowbitError(f"{self.name}: tensor 'falling' must hold only 0 and 1")
         return falling.astype(bool)
 
-    def _thresholds(self, dtype: type, channels: int) -> int:
+    def _thresholds(self, dtype: type, channels: int, rows: int) -> int:
+        """Check thresholds; ``rows`` is how many there should be, 1 where all channels share them. Returns the bits."""
         bits = check_integer(f"{self.name}, bits,", self.op["bits"], 1, 8)
-        thresholds = self._tensor("thresholds", dtype, channels, 2**bits - 1)
+        thresholds = self._tensor("thresholds", dtype, rows, 2**bits - 1)
         if np.isnan(thresholds).any():
             raise LowbitError(f"{self.name}: tensor 'thresholds' holds a NaN")
         falling = self._falling(channels)
@@ -349,7 +350,7 @@ class _Checker:
     def _transformed(self, height: int, width: int, channels: int) -> Value:
         """What sums become: codes by thresholds, or floats by scale and bias."""
         if "thresholds" in self.tensors:
-            return Value("codes", height, width, channels, self._thresholds(np.int32, channels))
+            return Value("codes", height, width, channels, self._thresholds(np.int32, channels, channels))
         self._floats("scale", channels)
         if "bias" in self.tensors:
             self._floats("bias", channels)
@@ -357,7 +358,9 @@ class _Checker:
 
     def _threshold(self, value: Value) -> Value:
         self._need(value, "float")
-        return Value("codes", *value.shape, self._thresholds(np.float32, value.channels))
+        shared = "thresholds" in self.tensors and self.tensors["thresholds"].shape[:1] == (1,)
+        rows = 1 if shared else value.channels
+        return Value("codes", *value.shape, self._thresholds(np.float32, value.channels, rows))
 
     def _pool(self, value: Value) -> Value:
         height, width = self._window(value, (1, 1))

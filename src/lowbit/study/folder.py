@@ -43,17 +43,11 @@ def is_exported(run: Run) -> bool:
     return _export_path(run).is_file()
 
 
-def is_evaluated(run: Run) -> bool:
-    """Whether the run is finished and was evaluated after that."""
-    config, evaluation = run.config, run.evaluation
-    return "finished" in config and evaluation is not None and evaluation.get("date", "") >= config["finished"]
-
-
 def state(run: Run, epochs: int) -> str:
     """``to do``, ``epoch 3 of 8``, ``trained`` (but not evaluated and exported) or ``done``."""
     if not run.config_path.is_file():
         return "to do"
     if "finished" in run.config:
-        return DONE if is_evaluated(run) and is_exported(run) else "trained"
+        return DONE if run.is_evaluated and is_exported(run) else "trained"
     epoch = len(run.metrics()) if run.metrics_path.is_file() else 0
     return f"epoch {epoch} of {epochs}"

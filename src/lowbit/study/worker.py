@@ -23,7 +23,7 @@ from lowbit.deploy import export_run
 from lowbit.errors import LowbitError, UsageError
 from lowbit.evaluation import evaluate
 from lowbit.runs import Run
-from lowbit.study.folder import is_evaluated, is_exported, packed_path, record_export
+from lowbit.study.folder import is_exported, packed_path, record_export
 from lowbit.training import TrainConfig, calibrate_run, train
 
 
@@ -43,7 +43,7 @@ def work(settings: dict[str, Any], calibrate: int | None, threads: int) -> None:
         train(replace(config, resume=True, threads=None if started else threads))
     elif not started:
         _calibrate(run, config, calibrate)
-    if not is_evaluated(run):
+    if not run.is_evaluated:
         evaluate(run.path, data.load(config.data, config.data_dir, config.image_size))
     if not is_exported(run):
         try:

@@ -1,4 +1,4 @@
-"""Post-training quantization of a run: from a float run folder to that of its low-bit twin, without training."""
+"""Post-training quantization of what a run has left in float: from its folder to a new one, without training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from rich.progress import track
 from torch import nn
 
 from lowbit import data, methods, models
+from lowbit.convert import quantize_
 from lowbit.data import ImageData
 from lowbit.data.base import Labels
 from lowbit.errors import LowbitError, UsageError
 from lowbit.hardware import cpu_name, versions
 from lowbit.layers import calibrate, fold_batch_norms_
+from lowbit.layers.quantized import is_quantizable
 from lowbit.preprocessing import Preprocessing
 from lowbit.quantizers.observers import Observer
 from lowbit.runs import Run, write_json
@@ -43,22 +45,26 @@ def calibrate_run(
     seed: int = 0,
     data_dir: str | Path | None = None,
 ) -> Run:
-    """Quantize the network of a finished float run; ranges of activations come from some of its train images.
+    """Quantize what a finished run has left in float; ranges of activations come from some of its train images.
+
+    Of a float run that is the whole network, which becomes one of ``method``. Of a low-bit run it is the layers that
+    its own method leaves in float, such as the first, the last and those of shortcuts: they become layers of
+    ``method``, and config.json says so as ``rest``. All else, the batch norms too, stays as it was trained.
 
     The run folder in ``out`` holds config.json and model.safetensors, as training leaves them; there are no epochs, so
     there is no metrics.csv. Validation images of the source are left out of the choice.
 
     Args:
-        source: run folder of the method ``float``.
+        source: run folder with a layer in float.
         out: the run folder to make.
         method: one whose activations have observers.
-        method_options: its keyword arguments; ``fold`` is True unless they say otherwise.
+        method_options: its keyword arguments; ``fold`` is True for a float run unless they say otherwise.
         images: how many train images the observers see, chosen at random; all if there are fewer.
         seed: of that choice.
         data_dir: where the data set lies now, if not where the source found it.
 
     Raises:
-        UsageError: the source is no float run, the method has nothing to calibrate or no such option, or ``out``
+        UsageError: the source has no layer in float, the method has nothing to calibrate or no such option, or ``out``
             exists.
         LowbitError: the source is not finished, or the data set is not the one that it was trained on.
     """
@@ -69,14 +75,16 @@ def calibrate_run(
     if made.path.exists() and (not made.path.is_dir() or any(made.path.iterdir())):
         raise UsageError(f"{made.path} exists; choose another --out")
     trained, config = models.load_run(source), run.config
-    if config["method"]["name"] != "float":
-        raise UsageError(
-            f"{source} is a run of method '{config['method']['name']}'; calibration starts from a float run"
-        )
     options = dict(method_options or {})
-    if "fold" in methods.registry.options(method):
-        options.setdefault("fold", True)
-    model = _quantized(run, trained, method, options)
+    methods.registry.check_options(method, options)
+    whole = config["method"]["name"] == "float"
+    if whole:
+        if "fold" in methods.registry.options(method):
+            options.setdefault("fold", True)
+        model = _quantized(run, trained, method, options)
+    else:
+        model = _with_quantized_rest(run, trained, method, options)
+    quantized = {"name": method, "options": options}
     with sole_process(made.path):
         image_data = data.load(
             config["data"]["spec"], data_dir or config["data"]["data_dir"], config["data"]["image_size"]
@@ -93,7 +101,7 @@ def calibrate_run(
         record = {
             "lowbit": versions()["lowbit"],
             **{key: config[key] for key in INHERITED},
-            "method": {"name": method, "options": options},
+            **({"method": quantized} if whole else {"method": config["method"], "rest": quantized}),
             "calibration": {
                 "source": str(run.path),
                 "weights_sha256": hashlib.sha256(run.weights_path.read_bytes()).hexdigest(),
@@ -124,16 +132,7 @@ def _quantized(run: Run, trained: nn.Module, method: str, options: Mapping[str, 
         method_options=options,
         **config["model"]["options"],
     )
-    state = {
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        if isinstance(module, Observer)
-        for key in module.state_dict()
-    }
-    if not state:
-        raise UsageError(
-            f"method '{method}' has nothing to calibrate; train it with `lowbit train --init-from {run.path}`"
-        )
+    state = _state_of_observers(run, model, method)
     if options.get("fold"):
         fold_batch_norms_(trained)
     found = trained.state_dict()
@@ -145,6 +144,40 @@ def _quantized(run: Run, trained: nn.Module, method: str, options: Mapping[str, 
         )
     model.load_state_dict(found, strict=False)
     return model
+
+
+def _with_quantized_rest(run: Run, trained: nn.Module, method: str, options: Mapping[str, Any]) -> nn.Module:
+    """A low-bit run's network with its float layers quantized, not yet calibrated; ``trained`` is changed."""
+    own = run.config["method"]["name"]
+    modules = list(trained.modules())
+    if any(isinstance(module, Observer) for module in modules):
+        raise UsageError(f"{run.path} has calibrated layers already; start from the run without them")
+    if not any(is_quantizable(module) for module in modules):
+        raise UsageError(f"{run.path} has no layer in float: method '{own}' quantizes them all; export it as it is")
+    if options.get("fold"):
+        raise UsageError(f"fold is for float runs: the batch norms of {run.path} belong to method '{own}'")
+    quantize_(trained, methods.registry[method](**options))
+    _state_of_observers(run, trained, method)
+    return trained
+
+
+def _state_of_observers(run: Run, model: nn.Module, method: str) -> set[str]:
+    """Names of the tensors that a calibration fills in.
+
+    Raises:
+        UsageError: there are none.
+    """
+    state = {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, Observer)
+        for key in module.state_dict()
+    }
+    if not state:
+        raise UsageError(
+            f"method '{method}' has nothing to calibrate; train it with `lowbit train --init-from {run.path}`"
+        )
+    return state
 
 
 def _choose_images(images: ImageData, count: int, seed: int, config: Mapping[str, Any]) -> Labels:
