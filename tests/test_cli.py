@@ -42,6 +42,23 @@ def test_verify_passes_on_its_own_run_and_fails_on_another(road: Path) -> None:
     assert refused.stderr.startswith("lowbit: ")
 
 
+def test_export_makes_the_rest_8_bit_and_says_both_accuracies(road: Path) -> None:
+    packed, run = road / "int8.lowbit", road / "xnor_net-int8"
+    said = lowbit("export", road / "xnor_net", "--rest", "int8", "-o", packed, "--json")
+    assert all(part["packed"] for part in json.loads(said.stdout) if part["kind"].startswith("Quant"))
+    evaluations = [json.loads((path / "evaluation.json").read_text()) for path in (road / "xnor_net", run)]
+    before, after = (each["accuracy"] for each in evaluations)
+    assert f"test accuracy {100 * before:.2f} % -> {100 * after:.2f} %" in said.stderr
+    assert after > before - 0.02
+    assert json.loads(lowbit("verify", run, packed, "--images", "16", "--json").stdout)["passed"]
+    lowbit("evaluate", packed)
+    on_engine = json.loads((road / "int8.lowbit.evaluation.json").read_text())
+    differing = sum(a != b for a, b in zip(on_engine["predictions"], evaluations[1]["predictions"], strict=True))
+    assert differing <= 1
+    assert {kind.split("x")[0] for kind in on_engine["profile"]["macs"]} == {"1", "8"}
+    assert packed.stat().st_size < (road / "model.lowbit").stat().st_size
+
+
 def test_predict_names_the_class_of_an_image_file(road: Path) -> None:
     from lowbit import data
 

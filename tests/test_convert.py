@@ -150,6 +150,28 @@ def test_a_block_used_twice_is_converted_once():
     assert isinstance(block[0], QuantLinear)
 
 
+def test_a_second_method_takes_what_the_first_left_in_float():
+    model = network()
+    quantize_(model, "xnor_net")
+    binary = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    with torch.no_grad():
+        for layer in binary.values():
+            layer.weight.add_(0.5)  # not centred any more: a second projection would show
+    state = copy.deepcopy(model.state_dict())
+    reports = quantize_(model, methods.registry["affine"](bits_a=4))
+    # The first layer reads the image in 8 bits, whatever the others have.
+    assert reports == [LayerReport("features.0", "Conv2d", 8, 8), LayerReport("head", "Linear", 8, 4)]
+    assert all(model.get_submodule(name) is layer for name, layer in binary.items())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+def test_what_a_second_method_takes_first_need_not_read_the_image():
+    model = network()
+    quantize_(model, "bnn", {"features.4": None})
+    (report,) = quantize_(model, methods.registry["affine"](bits_a=4))
+    assert (report.name, report.bits_a) == ("features.4", 4)
+
+
 class OwnLinear(nn.Linear):
     """Not torch's own type."""
 

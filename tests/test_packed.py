@@ -411,6 +411,25 @@ def test_names_are_no_markup_to_the_table_that_inspect_prints(capsys):
     assert "[/b] [red]layer[/red]" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("bits", [1, 8])
+def test_channels_may_share_the_thresholds_of_floats(bits):
+    rng = np.random.default_rng(0)
+    row = np.sort(rng.normal(size=(1, 2**bits - 1))).astype(np.float32)
+    images = rng.normal(size=(2, 3, 4, 21)).astype(np.float32)
+    net = Builder((21, 3, 4))
+    net.op("threshold", tensors={"thresholds": row, "falling": np.zeros(21, np.uint8)}, bits=bits)
+    net.op("relu", inputs=[0])
+    found = Engine(net.model).run_op(0, [images])
+    np.testing.assert_array_equal(found, (images[..., None] >= row[0]).sum(axis=-1))
+    for rows in (2, 22):
+        net.model.tensors["0.thresholds"] = np.repeat(row, rows, axis=0)
+        with pytest.raises(LowbitError, match="'thresholds' must be float32 21x"):
+            packed.validate(net.model)
+    tensors = [net.model.op_tensors(index) for index in range(2)]
+    with pytest.raises(ValueError, match="'thresholds' has the wrong type or shape"):
+        _engine.Engine(net.model.input_shape, net.model.ops, tensors, 1)
+
+
 def test_small_file_cannot_ask_for_much_memory():
     net = Builder((1, 4096, 4096))
     for _ in range(20):

@@ -109,6 +109,12 @@ const void* tensor_data(const OpSpec& spec, const char* name, Type type, std::in
 
 inline bool has_tensor(const OpSpec& spec, const char* name) { return spec.tensors.count(name) != 0; }
 
+// The first extent of the tensor `name`; 0 where there is none.
+inline int64_t rows(const OpSpec& spec, const char* name) {
+  const auto found = spec.tensors.find(name);
+  return found == spec.tensors.end() || found->second.shape.empty() ? 0 : found->second.shape[0];
+}
+
 template <class T>
 struct TypeOf;
 template <>

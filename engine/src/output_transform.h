@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "op.h"
@@ -14,7 +15,10 @@ class Thresholds {
  public:
   Thresholds(const OpSpec& spec, int64_t channels) : bits_(static_cast<int>(spec.bits)) {
     require(spec.bits >= 1 && spec.bits <= 8, "bits must be 1 to 8");
-    const auto values = tensor<T>(spec, "thresholds", {channels, levels()});
+    // All channels may share the thresholds of floats.
+    const bool shared = std::is_same_v<T, float> && rows(spec, "thresholds") == 1;
+    const auto values = tensor<T>(spec, "thresholds", {shared ? 1 : channels, levels()});
+    stride_ = shared ? 0 : levels();
     const auto falling = tensor<uint8_t>(spec, "falling", {channels});
     values_.assign(values.begin(), values.end());
     falling_.assign(falling.begin(), falling.end());
@@ -23,7 +27,7 @@ class Thresholds {
   int bits() const { return bits_; }
   int levels() const { return (1 << bits_) - 1; }
   bool falling(int64_t channel) const { return falling_[channel] != 0; }
-  const T* of(int64_t channel) const { return values_.data() + channel * levels(); }
+  const T* of(int64_t channel) const { return values_.data() + channel * stride_; }
 
   // They are ordered, so those that v passes come first.
   uint8_t code(T v, int64_t channel) const {
@@ -35,6 +39,7 @@ class Thresholds {
 
  private:
   int bits_;
+  int64_t stride_;  // between the thresholds of one channel and the next
   std::vector<T> values_;
   std::vector<uint8_t> falling_;
 };

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from lowbit import models
 from lowbit.errors import LowbitError, UsageError
 from lowbit.report import compare
+from lowbit.rest import int8_rest
 from lowbit.runs import Run, write_json
 from lowbit.training import TrainConfig, calibrate_run, train
+from lowbit.training.checkpoints import save_weights
 
 SMALL = {"model": "lenet", "data": "digits", "model_options": {"width": 0.25}, "threads": 1, "progress": False}
 
@@ -76,7 +78,7 @@ def test_what_cannot_be_calibrated_is_refused_and_leaves_nothing(
     float_run: Path, int8_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="is a run of method 'affine'; calibration starts from a float run"):
+    with pytest.raises(UsageError, match="has calibrated layers already"):
         calibrate_run(int8_run, out)
     with pytest.raises(UsageError, match="method 'xnor_net' has nothing to calibrate"):
         calibrate_run(float_run, out, "xnor_net")
@@ -100,6 +102,55 @@ def test_what_cannot_be_calibrated_is_refused_and_leaves_nothing(
     with pytest.raises(LowbitError, match="digits is not the data that"):
         calibrate_run(other, out)
     assert not out.exists()
+
+
+def untrained(float_run: Path, out: Path, method: str) -> Path:
+    """A finished run of ``method``, with the weights that its network is made with."""
+    config = {**Run(float_run).config, "method": {"name": method, "options": {}}}
+    model = models.create("lenet", method=method, in_channels=1, image_size=32, width=0.25)
+    out.mkdir()
+    save_weights(model, Run(out).weights_path)
+    write_json(Run(out).config_path, config)
+    return out
+
+
+@pytest.mark.parametrize("method", ["wage", "fixed_point", "bnn"])
+def test_a_method_that_quantizes_every_layer_leaves_nothing_to_calibrate(
+    method: str, float_run: Path, tmp_path: Path
+) -> None:
+    run = untrained(float_run, tmp_path / "run", method)
+    with pytest.raises(UsageError, match=f"has no layer in float: method '{method}' quantizes them all"):
+        int8_rest(run)
+    assert not (tmp_path / "run-int8").exists()
+
+
+def test_the_rest_of_a_low_bit_run(float_run: Path, tmp_path: Path) -> None:
+    """What was low-bit keeps its method and every number; the source stays as it is, and nothing is made twice."""
+    run = untrained(float_run, tmp_path / "run", "xnor_net")
+    before = load_file(Run(run).weights_path)
+    with pytest.raises(UsageError, match="fold is for float runs"):
+        calibrate_run(run, tmp_path / "no", method_options={"fold": True})
+    with pytest.raises(UsageError, match="method 'bnn' has nothing to calibrate"):
+        calibrate_run(run, tmp_path / "no", "bnn")
+    with pytest.raises(UsageError, match="float is a float run, of which all would be the rest"):
+        int8_rest(float_run)
+    made = int8_rest(run)
+    assert made.path == tmp_path / "run-int8"
+    assert made.config["method"] == {"name": "xnor_net", "options": {}}
+    assert made.config["rest"] == {"name": "affine", "options": {}}
+    after = load_file(made.weights_path)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert {name.split(".activation")[0] for name in after.keys() - before.keys()} == {"0.conv", "3.conv"}
+    bits = [(layer["bits_w"], layer["bits_a"]) for layer in made.evaluation["profile"]["layers"] if layer["macs"]]
+    assert bits == [(8, 8), (1, 1), (1, 1), (8, 8)]
+    written = made.config_path.stat().st_mtime_ns, made.evaluation_path.stat().st_mtime_ns
+    assert int8_rest(run) == made
+    assert (made.config_path.stat().st_mtime_ns, made.evaluation_path.stat().st_mtime_ns) == written
+    with pytest.raises(UsageError, match="has calibrated layers already"):
+        int8_rest(made.path)
+    save_weights(models.load_run(untrained(float_run, tmp_path / "other", "xnor_net")), Run(run).weights_path)
+    with pytest.raises(UsageError, match="run-int8 exists, but does not come of"):
+        int8_rest(run)
 
 
 def test_the_command_line_from_calibration_to_the_packed_file(float_run: Path, tmp_path: Path) -> None:

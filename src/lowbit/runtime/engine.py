@@ -75,7 +75,10 @@ class Engine:
             model = packed.read(model)
         self.model = model
         self._values = model.values()
-        tensors = [_one_row_each(model.op_tensors(index)) for index in range(len(model.ops))]
+        tensors = [
+            {name: np.ascontiguousarray(tensor) for name, tensor in model.op_tensors(index).items()}
+            for index in range(len(model.ops))
+        ]
         try:
             self._native = _engine.Engine(list(model.input_shape), model.ops, tensors, threads)
         except (ValueError, MemoryError) as error:
@@ -206,14 +209,6 @@ def kernels_of(engine: Engine) -> list[dict[str, Any]]:
         {"op": index, "kind": op["op"], "source": op["source"], "kernel": kernel, "isa": engine.isa if kernel else ""}
         for index, (op, kernel) in enumerate(zip(engine.model.ops, engine.kernels, strict=True))
     ]
-
-
-def _one_row_each(tensors: dict[str, Array]) -> dict[str, Array]:
-    """An op's tensors as the native engine takes them: every channel has thresholds of its own."""
-    if "thresholds" in tensors:
-        row = tensors["thresholds"]
-        tensors = {**tensors, "thresholds": np.broadcast_to(row, (len(tensors["falling"]), row.shape[1]))}
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
 def _chosen_isa() -> str:
