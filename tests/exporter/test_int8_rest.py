@@ -41,7 +41,7 @@ def test_the_first_layer_against_its_formula() -> None:
     model = nn.Sequential(stem, nn.BatchNorm2d(5), nn.Conv2d(5, 5, 1), nn.Flatten(), nn.Linear(320, 3))
     lowbit.quantize_(model, "xnor_net")
     x, w, b = images(2), stem.weight.detach().numpy(), stem.bias.detach().numpy()
-    found = with_int8_rest(model, x)[0](x).numpy()
+    found = with_int8_rest(model, x)[0](x).detach().numpy()
     assert not (x == 0).any()
     x = x.numpy()
     step = (x.max() - x.min()) / np.float32(255)
