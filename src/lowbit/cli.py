@@ -250,7 +250,7 @@ def export(
 ) -> None:
     """Pack a trained network, and say per layer what became packed, what stayed float, and why.
 
-    With --rest int8 they become 8-bit first, in a run folder beside RUN, and the accuracy is compared.
+    With --rest int8 the latter become 8-bit first, in the run folder RUN-int8, and the accuracy of both runs is shown.
     """
     from lowbit.deploy import export_run
 

@@ -41,6 +41,7 @@ from lowbit.packed import PackedModel
 from lowbit.preprocessing import Preprocessing
 
 FEW_BITS = 4
+"""Up to so many bits, every channel has thresholds of its own."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,7 @@ def _root(step: Step) -> Step:
 def _many_levels(layer: Step) -> bool:
     """Whether a layer's codes come by way of float32, where one row of thresholds serves all channels.
 
-    Codes of more than 4 bits take that way where thresholds of each channel would be larger than what they spare: from
+    Codes of more than `FEW_BITS` take that way where thresholds of each channel would be larger than what they spare: from
     any float, and from the sums of a layer of fewer bits, whose weights they would outweigh.
     """
     bits = activation_grid(layer).bits
