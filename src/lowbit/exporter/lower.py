@@ -313,8 +313,8 @@ def _root(step: Step) -> Step:
 def _many_levels(layer: Step) -> bool:
     """Whether a layer's codes come by way of float32, where one row of thresholds serves all channels.
 
-    Codes of more than `FEW_BITS` take that way where thresholds of each channel would be larger than what they spare: from
-    any float, and from the sums of a layer of fewer bits, whose weights they would outweigh.
+    Codes of more than `FEW_BITS` take that way where thresholds of each channel would be larger than what they spare:
+    from any float, and from the sums of a layer of fewer bits, whose weights they would outweigh.
     """
     bits = activation_grid(layer).bits
     step, root = layer.inputs[0], _root(layer.inputs[0])
