@@ -66,6 +66,15 @@ std::unique_ptr<Op> make_elementwise(const OpSpec& spec, Inputs inputs) {
       for (int64_t c = 0; c < channels; ++c) y[c] = x[c] * scale[c] + shift[c];
     });
   }
+  if (spec.op == "prelu") {
+    const auto slope = tensor<float>(spec, "slope", {shape.channels});
+    return make(shape, [slope = std::vector<float>(slope.begin(), slope.end())](const Call& call, int64_t first,
+                                                                                int64_t channels) {
+      const float* x = call.input<float>() + first;
+      float* y = call.result<float>() + first;
+      for (int64_t c = 0; c < channels; ++c) y[c] = x[c] >= 0.0f ? x[c] : slope[c] * x[c];
+    });
+  }
   const bool relu = spec.op == "relu";
   const float low = relu ? 0.0f : static_cast<float>(spec.min);
   const float high = relu ? INFINITY : static_cast<float>(spec.max);

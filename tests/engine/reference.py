@@ -132,6 +132,10 @@ def relu(op, tensors, x):
     return np.maximum(x, np.float32(0))
 
 
+def prelu(op, tensors, x):
+    return np.where(x < 0, x * tensors["slope"], x)
+
+
 def hardtanh(op, tensors, x):
     return np.clip(x, np.float32(op["min"]), np.float32(op["max"]))
 

@@ -84,6 +84,9 @@ class Interpreter:
     def relu(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
         return np.maximum(x, np.float32(0))
 
+    def prelu(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+        return np.where(x >= 0, x, x * tensors["slope"])
+
     def hardtanh(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
         return x.clip(np.float32(op["min"]), np.float32(op["max"]))
 

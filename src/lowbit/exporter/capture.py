@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lowbit.errors import UsageError
-from lowbit.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from lowbit.layers import PReLU, QuantConv2d, QuantizedLayer, QuantLinear, Repeat, Shift
 
 Shape = tuple[int, int, int]
 
@@ -26,9 +26,10 @@ LINEARS = (nn.Linear, QuantLinear)
 LAYERS = CONVOLUTIONS + LINEARS
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Each element of the result depends on one element of the input, and on its channel.
-POINTWISE = (*NORMS, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU)
+POINTWISE = (*NORMS, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, PReLU, Shift)
 AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-LOWERED = (*LAYERS, *POINTWISE, nn.MaxPool2d, *AVERAGES)
+LOWERED = (*LAYERS, *POINTWISE, nn.MaxPool2d, *AVERAGES, Repeat)
+OWN = (QuantizedLayer, PReLU, Shift, Repeat)
 
 _NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 _VIEWS = (nn.Flatten, nn.Unflatten)
@@ -111,10 +112,10 @@ def capture(model: nn.Module, example_input: Tensor) -> Graph:
 
 
 class _Tracer(fx.Tracer):
-    """Quantized layers and torch's own modules are leaves; an error names the innermost module that it came from."""
+    """Lowbit's and torch's own modules are leaves; an error names the innermost module that it came from."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QuantizedLayer) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, OWN) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

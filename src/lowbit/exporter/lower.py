@@ -36,7 +36,7 @@ from lowbit.exporter.ops import (
     window_of,
 )
 from lowbit.exporter.thresholds import Chain, Thresholds, find, floats, sums
-from lowbit.layers import QuantizedLayer
+from lowbit.layers import PReLU, QuantizedLayer
 from lowbit.packed import PackedModel
 from lowbit.preprocessing import Preprocessing
 
@@ -299,8 +299,9 @@ def _is_layer(step: Step) -> bool:
 
 
 def _is_between(step: Step) -> bool:
-    """Whether a step can be inside a chain of thresholds."""
-    return type(step.module) in (*POINTWISE, nn.MaxPool2d)
+    """Whether a step can be inside a chain of thresholds. What falls and then rises cannot: it is made in float."""
+    bends = isinstance(step.module, nn.PReLU | PReLU) and bool((step.module.weight < 0).any())
+    return type(step.module) in (*POINTWISE, nn.MaxPool2d) and not bends
 
 
 def _root(step: Step) -> Step:

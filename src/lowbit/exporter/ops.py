@@ -14,7 +14,7 @@ from lowbit.errors import UsageError
 from lowbit.exporter.capture import Step, as_pair
 from lowbit.exporter.grids import activation_grid, is_binary, per_channel, weight_codes
 from lowbit.exporter.thresholds import Thresholds
-from lowbit.layers import QuantizedLayer
+from lowbit.layers import PReLU, QuantizedLayer, Repeat, Shift
 from lowbit.packed import WORD_BITS
 from lowbit.quantizers.base import Grid
 
@@ -56,11 +56,7 @@ def float_weight(step: Step) -> tuple[dict[str, Any], dict[str, Array], str]:
 
 
 def float_op(step: Step) -> Lowered:
-    """A step between layers, on float32.
-
-    Raises:
-        UsageError: there is no op for it.
-    """
+    """A step between layers, on float32."""
     return _FLOAT_OPS[type(step.module)](step)
 
 
@@ -169,11 +165,22 @@ def _lower_average(step: Step) -> Lowered:
     return "avg_pool", {"kernel": kernel, "stride": kernel, "padding": [0, 0], "count_include_pad": True}, {}
 
 
-def _refuse(step: Step) -> Lowered:
-    raise UsageError(
-        f"'{step.source}' ({kind_of(step)}) is read as float32, where the packed file has no op for it; "
-        "put it before a quantized layer without a K map, or use ReLU"
-    )
+def _lower_slope(step: Step) -> Lowered:
+    module = cast(nn.LeakyReLU | nn.PReLU | PReLU, step.module)
+    slope = torch.tensor(module.negative_slope) if isinstance(module, nn.LeakyReLU) else module.weight.detach()
+    return "prelu", {}, {"slope": slope.expand(step.shape[0]).numpy()}
+
+
+def _lower_shift(step: Step) -> Lowered:
+    shift = cast(Shift, step.module).bias.detach()
+    return "affine", {}, {"scale": torch.ones_like(shift).numpy(), "shift": shift.numpy()}
+
+
+def _lower_repeat(step: Step) -> Lowered:
+    """A convolution of 1x1 with a group to each channel, every weight 1."""
+    ones, pair = np.ones((step.shape[0], 1, 1, 1), np.float32), [1, 1]
+    geometry = {"kernel": pair, "stride": pair, "padding": [0, 0], "dilation": pair}
+    return "conv2d", geometry | {"groups": step.inputs[0].shape[0], "channels": step.shape[0]}, {"weight": ones}
 
 
 _FLOAT_OPS: dict[type, Callable[[Step], Lowered]] = {
@@ -183,8 +190,11 @@ _FLOAT_OPS: dict[type, Callable[[Step], Lowered]] = {
     nn.ReLU: lambda step: ("relu", {}, {}),
     nn.ReLU6: _lower_hardtanh,
     nn.Hardtanh: _lower_hardtanh,
-    nn.LeakyReLU: _refuse,
-    nn.PReLU: _refuse,
+    nn.LeakyReLU: _lower_slope,
+    nn.PReLU: _lower_slope,
+    PReLU: _lower_slope,
+    Shift: _lower_shift,
+    Repeat: _lower_repeat,
     nn.MaxPool2d: lambda step: ("max_pool", window_of(cast(nn.MaxPool2d, step.module)), {}),
     nn.AvgPool2d: _lower_average,
     nn.AdaptiveAvgPool2d: _lower_average,

@@ -41,7 +41,7 @@ _ON_CODES = _INTEGER | {"table_conv2d"}
 # Ops whose source is a layer with quantized activations, the last of them where it has a K map.
 _ON_LAYERS = _ON_CODES | {"multiply"}
 # Ops whose float result is exact when their input is: they select, or round once as torch does.
-_EXACT = {"threshold", "max_pool", "relu", "hardtanh"}
+_EXACT = {"threshold", "max_pool", "relu", "prelu", "hardtanh"}
 
 
 class Runner(Protocol):

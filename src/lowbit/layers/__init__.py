@@ -1,19 +1,24 @@
 """Quantized layers, the blocks that models are made of, and the rules that move latent weights."""
 
+from lowbit.layers.activations import PReLU, RPReLU, Shift
 from lowbit.layers.calibration import calibrate
 from lowbit.layers.folding import fold_batch_norms_
 from lowbit.layers.phases import start_epoch
 from lowbit.layers.quantized import QuantConv1d, QuantConv2d, QuantConv3d, QuantizedLayer, QuantLinear, quantized_twin
-from lowbit.layers.residual import Residual, Shortcut
+from lowbit.layers.residual import Repeat, Residual, Shortcut
 from lowbit.layers.rules import attach_rules, named_quantized_layers, project_, quantized_layers
 
 __all__ = [
+    "PReLU",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",
     "QuantLinear",
     "QuantizedLayer",
+    "RPReLU",
+    "Repeat",
     "Residual",
+    "Shift",
     "Shortcut",
     "attach_rules",
     "calibrate",

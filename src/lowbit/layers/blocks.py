@@ -14,6 +14,8 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
+from lowbit.layers.activations import PReLU, RPReLU, Shift
+
 Role: TypeAlias = Literal["first", "middle", "last"]
 Block: TypeAlias = Callable[..., nn.Sequential]
 
@@ -105,6 +107,38 @@ def conv_pool_bn_float_last(
     return conv_pool_bn(conv, pool=pool, dropout=dropout, role=role)
 
 
+def conv_bn(
+    conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
+) -> nn.Sequential:
+    """Dropout, (quantizer,) convolution, pooling, batch norm. Order of Bi-Real Net.
+
+    The last layer, which is float, stands alone behind its dropout.
+    """
+    if role == "last":
+        return _sequence(dropout=_dropout(dropout), conv=conv)
+    return conv_pool_bn(conv, pool=pool, dropout=dropout)
+
+
+def shift_conv_bn_prelu(
+    conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
+) -> nn.Sequential:
+    """Learned shift, dropout, (quantizer,) convolution, pooling, batch norm, PReLU: ReActNet with slopes alone.
+
+    The first layer, which is float, has no shift; the last one, float too, stands alone behind its dropout.
+    """
+    return _shifted(PReLU, conv, pool, dropout, role)
+
+
+def shift_conv_bn_rprelu(
+    conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
+) -> nn.Sequential:
+    """Learned shift, dropout, (quantizer,) convolution, pooling, batch norm, RPReLU. Order of ReActNet.
+
+    First and last layer as in `shift_conv_bn_prelu`.
+    """
+    return _shifted(RPReLU, conv, pool, dropout, role)
+
+
 def bn_act_conv(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
@@ -142,10 +176,35 @@ BLOCKS: dict[str, Block] = {
         conv_pool_bn_hardtanh,
         conv_pool_act,
         conv_pool_bn_float_last,
+        conv_bn,
+        shift_conv_bn_prelu,
+        shift_conv_bn_rprelu,
         bn_act_conv,
         bn_act_conv_relu,
     )
 }
+
+
+def mean_head(block: Block, channels: int, num_classes: int) -> nn.Sequential:
+    """The last layer in the order of ``block``, with the mean over the map in front of its convolution."""
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, part in block(nn.Conv2d(channels, num_classes, 1), role="last").named_children():
+        if name == "conv":
+            parts["mean"] = nn.AdaptiveAvgPool2d(1)
+        parts[name] = part
+    return nn.Sequential(parts)
+
+
+def _shifted(
+    act: type[PReLU] | type[RPReLU], conv: nn.Conv2d, pool: nn.Module | None, dropout: float, role: Role
+) -> nn.Sequential:
+    if role == "last":
+        return _sequence(dropout=_dropout(dropout), conv=conv)
+    shift = Shift(conv.in_channels) if role == "middle" else None
+    norm = nn.BatchNorm2d(conv.out_channels)
+    return _sequence(
+        shift=shift, dropout=_dropout(dropout), conv=conv, pool=pool, norm=norm, act=act(conv.out_channels)
+    )
 
 
 def _sequence(**parts: nn.Module | None) -> nn.Sequential:

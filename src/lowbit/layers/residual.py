@@ -23,7 +23,8 @@ class Residual(nn.Module):
 
     Args:
         branch: blocks of `lowbit.layers.blocks`, in order.
-        shortcut: gives the shape that the branch gives. The activation that ends its last block is dropped.
+        shortcut: gives the shape that the branch gives. The activation that ends its last block is dropped, and so is
+            the learned shift in front of a block's sign.
 
     Source: He, Zhang, Ren and Sun 2015, "Deep Residual Learning for Image Recognition", arXiv 1512.03385, figure 2,
     and 2016, "Identity Mappings in Deep Residual Networks", arXiv 1603.05027; Liu et al. 2018, "Bi-Real Net", arXiv
@@ -36,10 +37,33 @@ class Residual(nn.Module):
         self.shortcut = shortcut
         self.act = _take_activation(branch)
         _take_activation(shortcut)
+        for block in shortcut:
+            if isinstance(block, nn.Sequential) and hasattr(block, "shift"):
+                del block.shift
 
     def forward(self, x: Tensor) -> Tensor:
         total: Tensor = self.act(self.branch(x) + self.shortcut(x))
         return total
+
+
+class Repeat(nn.Module):
+    """Each channel ``times`` times: (N, C, H, W) to (N, C * times, H, W), output channel ``c`` is ``c // times``.
+
+    So a shortcut without parameters goes past a convolution that has more channels behind it.
+    """
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, channels, height, width = x.shape
+        # In this order a tensor that is channels-last stays so, in one copy.
+        copies = x.permute(0, 2, 3, 1).unsqueeze(-1).expand(-1, -1, -1, -1, self.times)
+        return copies.reshape(n, height, width, channels * self.times).permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        return str(self.times)
 
 
 def _take_activation(way: nn.Sequential) -> nn.Module:

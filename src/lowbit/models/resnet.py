@@ -12,7 +12,7 @@ from torch import nn
 
 from lowbit.errors import UsageError, check_choice
 from lowbit.layers import Residual, Shortcut
-from lowbit.layers.blocks import Block
+from lowbit.layers.blocks import Block, mean_head
 from lowbit.models.base import registry
 
 Row = tuple[tuple[int, int], ...]
@@ -64,7 +64,7 @@ def _resnet(
                 side = _halved(side) if branch[0].stride != (1, 1) else side
             channels = out
         parts[f"stage{number}"] = nn.Sequential(*units)
-    parts["head"] = _head(block, channels, num_classes)
+    parts["head"] = mean_head(block, channels, num_classes)
     parts["flatten"] = nn.Flatten()
     return nn.Sequential(parts)
 
@@ -89,16 +89,6 @@ def _shortcut(block: Block, first: nn.Conv2d, around: Around, side: int) -> Shor
 
 def _halved(side: int) -> int:
     return (side + 1) // 2
-
-
-def _head(block: Block, channels: int, num_classes: int) -> nn.Sequential:
-    """The last layer, with the mean over the map in front of its convolution."""
-    parts: OrderedDict[str, nn.Module] = OrderedDict()
-    for name, part in block(nn.Conv2d(channels, num_classes, 1), role="last").named_children():
-        if name == "conv":
-            parts["mean"] = nn.AdaptiveAvgPool2d(1)
-        parts[name] = part
-    return nn.Sequential(parts)
 
 
 @registry.register

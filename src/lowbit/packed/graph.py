@@ -131,6 +131,7 @@ OPS: Mapping[str, Sequence[str]] = {
     "abs_mean": (*_GEOMETRY, "dilation", "groups"),
     "affine": (),
     "relu": (),
+    "prelu": (),
     "hardtanh": ("min", "max"),
     "add": (),
     "multiply": (),
@@ -392,6 +393,11 @@ class _Checker:
 
     def _relu(self, value: Value) -> Value:
         self._need(value, "float")
+        return value
+
+    def _prelu(self, value: Value) -> Value:
+        self._need(value, "float")
+        self._floats("slope", value.channels)
         return value
 
     def _hardtanh(self, value: Value) -> Value:

@@ -42,6 +42,19 @@ class SignQuantizer(Quantizer):
         return binary_codes(x), Grid(1, 2, -1, torch.ones((), device=x.device))
 
 
+class PolynomialSign(SignQuantizer):
+    r"""`SignQuantizer` with the gradient $g\,\max(0, 2 - 2|x|)$ (see `lowbit.quantizers.ste.sign_polynomial`).
+
+    Source: Liu et al. 2018, "Bi-Real Net", arXiv 1808.00278, equations 5 and 6.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(stochastic=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ste.sign_polynomial(x)
+
+
 class ScaledSign(Quantizer):
     r"""$q = \alpha\,\mathrm{sign}(W)$ with $\alpha = \lVert W\rVert_1 / n$ for each output filter of $n$ weights.
 
@@ -49,12 +62,13 @@ class ScaledSign(Quantizer):
     $\frac{\partial L}{\partial W_i} =
     \frac{\mathrm{sign}(W_i)}{n}\sum_j g_j\,\mathrm{sign}(W_j) + \alpha\,g_i\,1\{|W_i| \le 1\}$.
     Gradient ``paper`` (XNOR-Net's equation after 11, elementwise): $g_i\,(1/n + \alpha\,1\{|W_i| \le 1\})$.
+    Gradient ``constant`` ($\alpha$ taken for a constant): $\alpha\,g_i\,1\{|W_i| \le 1\}$.
     Gradient ``identity``: $g_i$.
 
     Codes: 1 where ``W >= 0``; grid ``alpha * (2 code - 1)``.
 
     Args:
-        gradient: which of the three.
+        gradient: which of the four.
         per: one alpha for each output ``filter``, or one for the ``layer`` ($n$ then counts all of its weights).
 
     Raises:
@@ -68,11 +82,11 @@ class ScaledSign(Quantizer):
 
     def __init__(
         self,
-        gradient: Literal["exact", "paper", "identity"] = "exact",
+        gradient: Literal["exact", "paper", "constant", "identity"] = "exact",
         per: Literal["filter", "layer"] = "filter",
     ) -> None:
         super().__init__()
-        check_choice("gradient of alpha * sign(W)", gradient, ("exact", "paper", "identity"))
+        check_choice("gradient of alpha * sign(W)", gradient, ("exact", "paper", "constant", "identity"))
         check_choice("what has one alpha", per, ("filter", "layer"))
         self.gradient = gradient
         self.per = per
@@ -80,7 +94,7 @@ class ScaledSign(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         if self.gradient == "identity":
             return super().forward(x)
-        result: Tensor = _ScaledSign.apply(x, self._alpha(x), self.gradient == "exact")
+        result: Tensor = _ScaledSign.apply(x, self._alpha(x), self.gradient)
         return result
 
     def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
@@ -92,9 +106,9 @@ class ScaledSign(Quantizer):
 
 class _ScaledSign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, alpha: Tensor, exact: bool) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, alpha: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(weight, alpha)
-        ctx.exact = exact
+        ctx.kind = kind
         return ste.signs(weight).mul_(alpha)
 
     @staticmethod
@@ -102,7 +116,9 @@ class _ScaledSign(torch.autograd.Function):
         weight, alpha = ctx.saved_tensors
         n = weight.numel() // alpha.numel()
         through_sign = ste.window(gradient, weight).mul_(alpha)
-        if not ctx.exact:
+        if ctx.kind == "constant":
+            return through_sign, None, None
+        if ctx.kind == "paper":
             return through_sign.add_(gradient, alpha=1 / n), None, None
         signs = ste.signs(weight)
         through_alpha = (gradient * signs).sum_to_size(alpha.shape).div_(n)

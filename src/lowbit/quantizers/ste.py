@@ -32,6 +32,25 @@ def sign(x: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
     return result
 
 
+def sign_polynomial(x: Tensor) -> Tensor:
+    r"""Sign with the gradient of a piecewise polynomial that lies closer to it than a clip.
+
+    Forward: as `sign`.
+    Backward: $\partial L/\partial x = g\,\max(0, 2 - 2|x|)$, which is $2 + 2x$ on $[-1, 0)$ and $2 - 2x$ on $[0, 1)$.
+
+    ```
+     +1      ┌────   forward        2    /\     backward
+        ─────┘                         /  \
+     -1      0                      0 ─┘    └─
+                                      -1  0  1
+    ```
+
+    Source: Liu et al. 2018, "Bi-Real Net", arXiv 1808.00278, equations 5 and 6.
+    """
+    result: Tensor = _SignPolynomial.apply(x)
+    return result
+
+
 def window(gradient: Tensor, x: Tensor) -> Tensor:
     r"""$g \cdot 1\{|x| \le 1\}$ in one pass over memory."""
     # hardtanh's gradient is open at the ends, so the ends lie one step outside [-1, 1].
@@ -51,9 +70,22 @@ class _Sign(torch.autograd.Function):
         return window(gradient, x), None
 
 
+class _SignPolynomial(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return signs(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x.abs().clamp_(max=1).mul_(-2).add_(2).mul_(gradient)
+
+
 def signs(x: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
     """``+1`` where ``x >= threshold``, else ``-1``, in the dtype of ``x``; no gradient."""
-    return (x >= threshold).to(x.dtype).mul_(2).sub_(1)
+    # Comparing into numbers, and not into booleans that become numbers, is several times as fast on a CPU.
+    return torch.ge(x, threshold, out=torch.empty_like(x)).mul_(2).sub_(1)
 
 
 def clip(x: Tensor, low: float, high: float) -> Tensor:

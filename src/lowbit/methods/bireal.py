@@ -1,0 +1,39 @@
+"""Bi-Real Net: scaled binary weights, signs whose gradient is a piecewise polynomial, a shortcut around each layer."""
+
+from lowbit.methods.base import Method, Recipe, registry
+from lowbit.quantizers.binary import PolynomialSign, ScaledSign
+
+
+@registry.register
+def bireal() -> Method:
+    r"""$W \approx \alpha\,\mathrm{sign}(W)$ per filter, activations are their signs, with gradients of their own.
+
+    Forward: $\mathrm{sign}(x) * (\alpha\,\mathrm{sign}(W))$, $\alpha = \lVert W\rVert_1/n$ for each filter of $n$
+    weights.
+    Backward: $g\,(2 + 2x)$ for $-1 \le x < 0$, $g\,(2 - 2x)$ for $0 \le x < 1$, else 0, for the activations;
+    $\alpha\,g \cdot 1\{|W| \le 1\}$ for the weights, the "magnitude-aware" gradient.
+    Block order: sign, convolution, batch norm; no other activation. First and last layers and those of shortcuts stay
+    in float. The shortcut around each convolution, which keeps the sums that sign throws away, is the model's:
+    ``patchnet`` has it, ResNets have it with ``shortcut=conv``. The paper starts from a trained float network whose
+    ReLU was replaced by a clip; here ``--init-from`` takes any.
+
+    Source: Liu, Wu, Luo, Yang, Liu and Cheng 2018, "Bi-Real Net", arXiv 1808.00278, section 3.
+    """
+    return Method(
+        name="bireal",
+        title="Bi-Real Net",
+        paper="Liu et al. 2018",
+        url="https://arxiv.org/abs/1808.00278",
+        bits_w=1,
+        bits_a=1,
+        block="conv_bn",
+        weight=lambda: ScaledSign("constant"),
+        activation=PolynomialSign,
+        recipe=Recipe(
+            optimizer="adamw",
+            learning_rate=3e-3,
+            schedule="linear",
+            warmup=0.5,
+            source="AdamW with a line to zero, in place of the paper's SGD in two stages on ImageNet",
+        ),
+    )

@@ -1,0 +1,46 @@
+"""ReActNet: Bi-Real Net with learned shifts in front of the signs and around PReLUs."""
+
+from lowbit.methods.base import Method, Recipe, registry
+from lowbit.quantizers.binary import PolynomialSign, ScaledSign
+
+
+@registry.register
+def reactnet(shifts: bool = True) -> Method:
+    r"""Signs and PReLUs learn, by channel, where they bend.
+
+    Forward: RSign, $\mathrm{sign}(x - \alpha_c)$, in front of each binary convolution with $s\,\mathrm{sign}(W)$,
+    $s = \lVert W\rVert_1/n$ for each filter of $n$ weights; RPReLU behind the sum with the shortcut,
+    $\mathrm{PReLU}(x - \gamma_c) + \zeta_c$ with the slope $\beta_c$ below zero. $\alpha$, $\beta$, $\gamma$ and
+    $\zeta$ are learned.
+    Backward: $g\,\max(0, 2 - 2|x - \alpha_c|)$ through the sign, as in Bi-Real Net; $s\,g \cdot 1\{|W| \le 1\}$ for the
+    weights.
+    Block order: shift, sign, convolution, batch norm, RPReLU. First and last layers and those of shortcuts stay in
+    float. The model brings the shortcuts: ``patchnet``, or a ResNet with ``shortcut=conv``. The paper's distributional
+    loss against a float teacher is an option of training (``--distill-from``), its first stage a run with float weights
+    to start from.
+
+    Args:
+        shifts: learn $\gamma$ and $\zeta$ too. Without them ($\gamma = \zeta = 0$) a network with batch norms and
+            identity shortcuts can still compute the same: the batch norm's shift stands for $\gamma$, and $\zeta$ goes
+            into the next layers' shifts. A training step then makes fewer passes over memory.
+
+    Source: Liu, Shen, Savvides and Cheng 2020, "ReActNet", arXiv 2003.03488, sections 4.2 to 4.4.
+    """
+    return Method(
+        name="reactnet",
+        title="ReActNet",
+        paper="Liu et al. 2020",
+        url="https://arxiv.org/abs/2003.03488",
+        bits_w=1,
+        bits_a=1,
+        block="shift_conv_bn_rprelu" if shifts else "shift_conv_bn_prelu",
+        weight=lambda: ScaledSign("constant"),
+        activation=PolynomialSign,
+        recipe=Recipe(
+            optimizer="adamw",
+            learning_rate=3e-3,
+            schedule="linear",
+            warmup=0.5,
+            source="AdamW with a line to zero, in place of the paper's Adam over 256 epochs on ImageNet",
+        ),
+    )
