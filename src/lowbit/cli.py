@@ -109,6 +109,7 @@ def train(
     precision: Annotated[str, typer.Option(help="auto, bf16 or float32.")] = "auto",
     val_fraction: Annotated[float | None, typer.Option(help="Part of the train images that chooses the epoch.")] = None,
     init_from: Annotated[Path | None, typer.Option(help="Run or .safetensors to take fitting weights from.")] = None,
+    distill_from: Annotated[Path | None, typer.Option(help="Run on the same data to learn from, as a teacher.")] = None,
     diagnose: Annotated[bool, typer.Option("--diagnose", help="Write diagnostics.json, for the report.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     threads: Threads = None,
@@ -138,6 +139,7 @@ def train(
         seed,
         val_fraction,
         init_from,
+        distill_from,
         diagnose or None,
         threads,
     )
@@ -165,6 +167,7 @@ def train(
             precision=precision,
             val_fraction=val_fraction or 0.0,
             init_from=init_from,
+            distill_from=distill_from,
             resume=resume,
             threads=threads,
             diagnose=diagnose,

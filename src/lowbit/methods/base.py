@@ -30,6 +30,8 @@ class Recipe:
         warmup: epochs of linear warm-up from 0.
         epochs, batch_size: as they say.
         label_smoothing: of the cross entropy.
+        distill_weight, temperature: with a teacher (``distill_from``), the loss is ``1 - distill_weight`` times the
+            method's own plus ``distill_weight`` times that of `lowbit.training.distillation` at this temperature.
         augment: random crop with padding 4, and flip where the data set allows it.
         source: where the recipe comes from and what was changed.
     """
@@ -46,6 +48,8 @@ class Recipe:
     epochs: int = 10
     batch_size: int = 128
     label_smoothing: float = 0.0
+    distill_weight: float = 1.0
+    temperature: float = 1.0
     augment: bool = True
     source: str = ""
 

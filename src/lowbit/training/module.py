@@ -16,6 +16,7 @@ from lowbit.layers import attach_rules, start_epoch
 from lowbit.methods.base import Method, Recipe
 from lowbit.training.batches import Batch, TrainBatches, derived_seed
 from lowbit.training.checkpoints import Checkpoint
+from lowbit.training.distillation import distillation_loss, teach
 from lowbit.training.schedules import multiplier
 from lowbit.training.small_maps import SmallMapConvolutions
 
@@ -117,6 +118,7 @@ class TrainingModule(pl.LightningModule):
         sets: names of the evaluation sets, in the order of the validation loaders.
         seed: of the run; dropout of epoch e is drawn from (seed, e).
         checkpoint: to resume from, or None.
+        teacher: gives logits that are a target beside the labels, or None.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class TrainingModule(pl.LightningModule):
         sets: tuple[str, ...],
         seed: int,
         checkpoint: Checkpoint | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -137,6 +140,8 @@ class TrainingModule(pl.LightningModule):
         self.sets = sets
         self.seed = seed
         self.checkpoint = checkpoint
+        # In a list, so that it is no part of this module: train() and the state dictionary pass it by.
+        self.teachers = [] if teacher is None else [teacher]
         self.tallies: dict[str, Tally] = {}
         self.step_loss = torch.zeros(())
         self.step_batch: Batch | None = None
@@ -168,6 +173,9 @@ class TrainingModule(pl.LightningModule):
         with SmallMapConvolutions():
             logits = self.model(images).float()
         loss = loss_of(self.method.loss, logits, labels, self.recipe.label_smoothing)
+        for teacher in self.teachers:
+            distilled = distillation_loss(logits, teach(teacher, images), self.recipe.temperature)
+            loss = torch.lerp(loss, distilled, self.recipe.distill_weight)
         self.step_loss, self.step_batch = loss.detach(), batch
         self.tallies["train"].add(loss, (logits.detach().argmax(1) == labels).sum(), len(labels))
         return loss

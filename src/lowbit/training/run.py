@@ -32,11 +32,12 @@ from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
 from lowbit.training.callbacks import FiniteCheck, ProgressBar, Recorder, Row, best, write_metrics
 from lowbit.training.checkpoints import Checkpoint, remove_partial_files
 from lowbit.training.diagnostics import Diagnostics, Probe
-from lowbit.training.environment import PRECISIONS, auto_precision, device_name
+from lowbit.training.distillation import load_teacher
+from lowbit.training.environment import PRECISIONS, auto_precision, device_name, keep_freed_memory
 from lowbit.training.initialise import init_from
 from lowbit.training.lock import sole_process
 from lowbit.training.module import TrainingModule, loss_of
-from lowbit.training.settings import TrainConfig, choose_recipe, describe_data, describe_request, refuse_changes
+from lowbit.training.settings import TrainConfig, choose_recipe, describe_data, describe_request, refuse_changes, with_later_settings
 
 EVAL_BATCH = 500
 PROBE_IMAGES = 64
@@ -79,14 +80,15 @@ def train(config: TrainConfig) -> Run:
 
 
 def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], None]) -> Run:
-    # A run of an earlier version was not diagnosed.
-    recorded = {"diagnose": False, **run.config} if started else {}
+    recorded = with_later_settings(run.config) if started else {}
     methods.registry.check_options(config.method, config.method_options)
     method = methods.registry[config.method](**config.method_options)
     recipe_name, recipe = choose_recipe(method, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.threads is not None and config.threads < 1:
         raise UsageError(f"--threads is {config.threads}, but must be at least 1")
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.set_num_threads(config.threads or recorded.get("threads") or torch.get_num_threads())
     precision = config.precision
     if precision == "auto":
@@ -123,6 +125,9 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
             f"method '{config.method}' quantizes no layer of {config.model}: there is nothing to diagnose; "
             "leave --diagnose out"
         )
+    teacher = None
+    if config.distill_from is not None:
+        teacher = load_teacher(config.distill_from, settings).to(device, memory_format=torch.channels_last)
     report = init_from(model, config.init_from) if config.init_from is not None else None
     if report is not None and not (started and _checkpoint(run).is_file()):
         say(str(report))
@@ -137,7 +142,7 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
         if report is not None:
             recorded["init_report"] = asdict(report)
         write_json(run.config_path, recorded)
-    rows = fit(model, method, recipe, images, split, run, config, precision, device, say)
+    rows = fit(model, method, recipe, images, split, run, config, precision, device, say, teacher)
     summary: dict[str, Any] = {}
     if config.val_fraction:
         top = best(rows, "val_accuracy")
@@ -160,6 +165,7 @@ def fit(
     precision: str,
     device: torch.device,
     say: Callable[[str], None],
+    teacher: nn.Module | None = None,
 ) -> list[Row]:
     """Train from the run's checkpoint, or from the model as it is, to the recipe's last epoch.
 
@@ -197,6 +203,7 @@ def fit(
         tuple(evaluated),
         config.seed,
         checkpoint,
+        teacher,
     )
     callbacks: list[Callback] = [FiniteCheck(), Recorder(run, rows, bool(len(val_indices)), say, diagnosed)]
     if config.diagnose:

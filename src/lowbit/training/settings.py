@@ -14,6 +14,7 @@ from lowbit.data import ImageData
 from lowbit.errors import LowbitError, UsageError
 from lowbit.methods.base import Method, Recipe
 from lowbit.runs import Run
+from lowbit.training.distillation import weights_hash
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TrainConfig:
         precision: ``auto`` (bf16 on a GPU or a CPU with AMX, else float32), ``bf16`` or ``float32``.
         val_fraction: part of the train images that selects the best epoch; 0 keeps the last epoch's weights.
         init_from: run folder or safetensors file to take fitting weights from.
+        distill_from: run folder of a teacher on the same data, whose logits are a target beside the labels.
         resume: go on with the run in ``out``.
         threads: of torch on the CPU; None leaves torch's own number.
         progress: print the bar and a line per epoch to standard error.
@@ -53,6 +55,7 @@ class TrainConfig:
     precision: str = "auto"
     val_fraction: float = 0.0
     init_from: str | Path | None = None
+    distill_from: str | Path | None = None
     resume: bool = False
     threads: int | None = None
     progress: bool = True
@@ -85,6 +88,7 @@ class TrainConfig:
                 precision=config["precision"],
                 val_fraction=config["data"]["val_fraction"],
                 init_from=config["init_from"],
+                distill_from=(config.get("distill_from") or {}).get("run"),
                 resume=True,
                 threads=config["threads"],
                 progress=progress,
@@ -139,6 +143,8 @@ def check_recipe(recipe: Recipe) -> None:
         "warmup": (0 <= recipe.warmup < math.inf, "at least 0"),
         "epochs": (recipe.epochs >= 1, "at least 1"),
         "batch_size": (recipe.batch_size >= 2, "at least 2"),
+        "distill_weight": (0 <= recipe.distill_weight <= 1, "at least 0 and at most 1"),
+        "temperature": (0 < recipe.temperature < math.inf, "above 0"),
         "label_smoothing": (0 <= recipe.label_smoothing < 1, "at least 0 and below 1"),
         "milestones": (all(0 < milestone < 1 for milestone in recipe.milestones), "fractions between 0 and 1"),
     }
@@ -156,6 +162,9 @@ def describe_request(config: TrainConfig, recipe_name: str, recipe: Recipe) -> d
         "epochs": recipe.epochs,
         "seed": config.seed,
         "init_from": None if config.init_from is None else str(config.init_from),
+        "distill_from": None
+        if config.distill_from is None
+        else {"run": str(config.distill_from), "weights": weights_hash(config.distill_from)},
         "diagnose": config.diagnose,
     }
 
@@ -204,6 +213,12 @@ def refuse_changes(run: Run, recorded: Mapping[str, Any], settings: Mapping[str,
                 f"{run.path} was started with {key} {old.get(key)}, not {new.get(key)}; "
                 "go on with the same settings or train into another folder"
             )
+
+
+def with_later_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """``recorded``, and for settings that came after the version that wrote it, what it did then."""
+    later = {"diagnose": False, "distill_from": None}
+    return {**later, **recorded, "recipe": {**asdict(Recipe()), **recorded.get("recipe", {})}}
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
