@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.layers import quantized_layers
+from lowbit.layers import PReLU, Shift, quantized_layers
 
 
 def awkward_(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -27,6 +27,9 @@ def awkward_(model: nn.Module, seed: int = 0) -> nn.Module:
                     module.bias.copy_(torch.randn(channels, generator=generator))
                     module.weight[::4] = 0
                     module.bias[::8] = 0
+            elif isinstance(module, PReLU | Shift):
+                for parameter in module.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
             elif isinstance(module, nn.Conv2d | nn.Linear):
                 for parameter in (module.weight, module.bias):
                     if parameter is not None:

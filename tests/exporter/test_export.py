@@ -22,6 +22,7 @@ SMALL = {
     "nin": {"width": 0.1},
     **{f"vgg{n}": {"width": 0.05} for n in (11, 13, 16, 19)},
     "vgg_small": {"width": 0.07},
+    "patchnet": {"width": 0.05, "image_size": 10},
     "resnet18": {"width": 0.05, "image_size": 8},
     "resnet20": {"width": 0.2, "image_size": 9, "shortcut": "conv"},
     "resnet34": {"width": 0.03, "image_size": 8},
@@ -273,10 +274,6 @@ REFUSED = {
     "chain that rises and falls": (
         falling_and_rising(),
         "what '5' reads of '2': the code of channel 0 both rises and falls",
-    ),
-    "activation without an op": (
-        nn.Sequential(nn.Conv2d(3, 2, 1), nn.LeakyReLU()),
-        "'1' (LeakyReLU) is read as float32",
     ),
     "two outputs": (
         nn.Sequential(nn.Conv2d(3, 2, 1), nn.MaxPool2d(2, return_indices=True)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from lowbit.layers import PReLU, RPReLU
 from lowbit.layers.blocks import BLOCKS
 
 FLOAT = "dropout conv norm act pool"
@@ -21,6 +22,9 @@ ORDERS = {
     "conv_pool_bn_hardtanh": ("dropout conv pool norm act", "dropout conv pool norm act", "dropout conv"),
     "conv_pool_act": ("dropout conv pool act", "dropout conv pool act", "dropout conv"),
     "conv_pool_bn_float_last": ("dropout conv pool norm", "dropout conv pool norm", "act dropout conv"),
+    "conv_bn": ("dropout conv pool norm", "dropout conv pool norm", "dropout conv"),
+    "shift_conv_bn_prelu": ("dropout conv pool norm act", "shift dropout conv pool norm act", "dropout conv"),
+    "shift_conv_bn_rprelu": ("dropout conv pool norm act", "shift dropout conv pool norm act", "dropout conv"),
     "bn_act_conv": (FLOAT, "norm dropout conv pool", "norm act dropout conv pool"),
     "bn_act_conv_relu": (FLOAT, "norm dropout conv act pool", "norm act dropout conv pool"),
 }
@@ -42,7 +46,8 @@ def test_order(name, position, role):
     if "pool" in parts:
         assert block.pool is pool
     if "act" in parts:
-        assert isinstance(block.act, nn.Hardtanh if "hardtanh" in name else nn.ReLU)
+        acts = {"hardtanh": nn.Hardtanh, "prelu": PReLU, "rprelu": RPReLU}
+        assert isinstance(block.act, acts.get(name.rpartition("_")[2], nn.ReLU))
     if "norm" in parts:
         assert block.norm.num_features == (5 if parts.index("norm") > parts.index("conv") else 3)
 

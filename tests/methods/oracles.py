@@ -25,6 +25,28 @@ def sign_gradient(x: Array, g: Array) -> Array:
     return np.where(inside(x) == 1, g, 0.0)
 
 
+def bireal_sign_gradient(x: Array, g: Array) -> Array:
+    """Bi-Real Net (arXiv 1808.00278), equation 6: 2 + 2x on [-1, 0), 2 - 2x on [0, 1), else 0."""
+    slope = [2 + 2 * v if -1 <= v < 0 else 2 - 2 * v if 0 <= v < 1 else 0.0 for v in x.ravel()]
+    return np.where(np.array(slope).reshape(x.shape) == 0, 0.0, np.array(slope).reshape(x.shape) * g)
+
+
+def constant_alpha_gradient(weight: Array, g: Array) -> Array:
+    """Bi-Real Net, section 3.3: the mean of |W| of the filter, times g where |W| <= 1."""
+    rows = [gw * np.sum(np.abs(w)) / w.size * inside(w) for w, gw in zip(weight, g, strict=True)]
+    return np.stack(rows)
+
+
+def rprelu(x: Array, gamma: Array, slope: Array, zeta: Array) -> Array:
+    """ReActNet (arXiv 2003.03488), equation 3, over (N, C, ...), element by element."""
+    result = np.empty_like(x)
+    for index in np.ndindex(x.shape):
+        c = index[1]
+        moved = x[index] - gamma[c]
+        result[index] = (moved if moved > 0 else slope[c] * moved) + zeta[c]
+    return result
+
+
 def xnor_alpha(weight: Array) -> Array:
     """XNOR-Net (arXiv 1603.05279), equation 6: the mean of |W| over each filter, shape (filters,)."""
     return np.array([np.sum(np.abs(row)) / row.size for row in weight])

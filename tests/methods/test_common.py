@@ -47,7 +47,7 @@ QUANTIZERS = {
     if getattr(method, side) is not None
 }
 SMALL = {"width": 1 / 16}
-SIDES = {"vgg_small": 16, "nin": 8, "lenet": 16, "resnet18": 8, "resnet20": 8, "resnet34": 8}
+SIDES = {"vgg_small": 16, "nin": 8, "lenet": 16, "resnet18": 8, "resnet20": 8, "resnet34": 8, "patchnet": 8}
 
 
 def small(model: str, method: Method) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 
 from lowbit import methods
 from lowbit.errors import UsageError
+from lowbit.layers import RPReLU
 from lowbit.quantizers import ste
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -19,8 +20,14 @@ QUANTIZERS = {
     "bnn weight": lambda: methods.registry["bnn"]().weight(),
     "bnn activation": lambda: methods.registry["bnn"]().activation(),
     "xnor_net activation": lambda: methods.registry["xnor_net"]().activation(),
+    "bireal activation": lambda: methods.registry["bireal"]().activation(),
+    "reactnet activation": lambda: methods.registry["reactnet"]().activation(),
 }
-GRADIENTS = {"exact": oracles.xnor_gradient_exact, "paper": oracles.xnor_gradient_paper}
+GRADIENTS = {
+    "exact": oracles.xnor_gradient_exact,
+    "paper": oracles.xnor_gradient_paper,
+    "constant": oracles.constant_alpha_gradient,
+}
 
 
 def edges(dtype: torch.dtype) -> list[float]:
@@ -66,7 +73,11 @@ def test_sign(name, dtype):
     g = torch.randn(x.shape).to(dtype)
     q, gradient = run(QUANTIZERS[name](), x, g)
     np.testing.assert_array_equal(q, oracles.sign(array(x)))
-    np.testing.assert_array_equal(gradient, oracles.sign_gradient(array(x), array(g)))
+    if name.startswith(("bireal", "reactnet")):
+        expected = oracles.bireal_sign_gradient(array(x), array(g))
+        np.testing.assert_allclose(gradient, expected, rtol=4 * torch.finfo(dtype).eps)
+    else:
+        np.testing.assert_array_equal(gradient, oracles.sign_gradient(array(x), array(g)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,7 +93,8 @@ def test_window_stops_an_infinite_gradient_outside(dtype):
 def test_scaled_sign(gradient, shape, dtype):
     w = weights(shape, dtype)
     g = torch.randn(shape).to(dtype)
-    q, dw = run(methods.registry["xnor_net"](gradient=gradient).weight(), w, g)
+    method = methods.registry["bireal"]() if gradient == "constant" else methods.registry["xnor_net"](gradient=gradient)
+    q, dw = run(method.weight(), w, g)
     eps = torch.finfo(dtype).eps
     np.testing.assert_allclose(q, oracles.xnor_forward(array(w)), rtol=4 * eps)
     error = np.abs(dw - GRADIENTS[gradient](array(w), array(g)))
@@ -91,7 +103,7 @@ def test_scaled_sign(gradient, shape, dtype):
 
 def test_the_two_gradients_differ():
     w, g = weights((4, 3, 3, 3), torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
-    exact, paper = (run(methods.registry["xnor_net"](gradient=name).weight(), w, g)[1] for name in GRADIENTS)
+    exact, paper = (run(methods.registry["xnor_net"](gradient=name).weight(), w, g)[1] for name in ("exact", "paper"))
     assert np.abs(exact - paper).max() > 0.01
 
 
@@ -166,3 +178,31 @@ def test_bnn_projection_clamps():
 def test_an_unknown_gradient_is_refused():
     with pytest.raises(UsageError, match=r"gradient of alpha \* sign\(W\) is 'papper'"):
         methods.registry["xnor_net"](gradient="papper").weight()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 4, 2), (6, 3)], ids=str)
+def test_rprelu_and_its_gradients(shape, dtype):
+    """Against the formula, and against central differences of it, which are exact where no bend lies between."""
+    x, g = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(2))
+    act = RPReLU(3).double()
+    gamma, slope, zeta = (torch.randn(3, dtype=torch.float64).to(dtype).double() for _ in range(3))
+    with torch.no_grad():
+        for module, values in zip(act, (-gamma, slope, zeta), strict=True):
+            next(module.parameters()).copy_(values)
+    y, dx = run(act, x, g)
+    parts = [array(x), array(gamma), array(slope), array(zeta)]
+    eps = torch.finfo(dtype).eps
+    size = max(np.abs(part).max() for part in parts) ** 2
+    np.testing.assert_allclose(y, oracles.rprelu(*parts), atol=8 * eps * size)
+    assert [p.grad.dtype for p in act.parameters()] == [torch.float64] * 3
+    found = [dx, -array(act[0].bias.grad), array(act[1].weight.grad), array(act[2].bias.grad)]
+    for position, gradient in enumerate(found):
+        for index in np.ndindex(gradient.shape):
+            ends = []
+            for move in (1e-6, -1e-6):
+                moved = [part.copy() for part in parts]
+                moved[position][index] += move
+                ends.append(np.sum(array(g) * oracles.rprelu(*moved)))
+            expected = (ends[0] - ends[1]) / 2e-6
+            assert abs(gradient[index] - expected) <= 1e-6 + 40 * eps * size * x.numel()

@@ -28,6 +28,11 @@ PARAMETERS: dict[str, tuple[dict[str, Any], int, int]] = {
     "nin": ({}, 966_986 + 2 * 1_408, 9),
     # Caffe's LeNet for 28x28 grey images has 431,080; batch norm adds 2 per channel.
     "lenet": ({"in_channels": 1, "image_size": 28}, 431_080 + 2 * 570, 4),
+    "patchnet": (
+        {},
+        48 * 128 + 9 * (128**2 + 128 * 256 + 2 * 256**2 + 256 * 512 + 2 * 512**2) + 2 * (256 + 768 + 1536) + 5_130,
+        9,
+    ),
     # torchvision's, for ImageNet.
     "resnet18": ({"num_classes": 1000, "image_size": 224}, 11_689_512, 21),
     "resnet34": ({"num_classes": 1000, "image_size": 224}, 21_797_672, 37),
@@ -81,6 +86,7 @@ def test_shapes(name, classes, channels, side):
         ("vgg13", -32, "must be a multiple of 32"),
         ("vgg_small", 28, "halves its map 3 times: image size 28 must be a multiple of 8"),
         ("lenet", 15, "lenet needs images of at least 16x16, not 15x15"),
+        ("patchnet", 7, "patchnet needs images of at least 8x8, not 7x7"),
         ("nin", 7, "nin needs images of at least 8x8, not 7x7"),
     ],
 )
@@ -89,7 +95,10 @@ def test_wrong_image_sizes(name, side, message):
         models.create(name, image_size=side)
 
 
-@pytest.mark.parametrize(("name", "side"), [("vgg_small", 8), ("lenet", 16), ("lenet", 17), ("nin", 8), ("nin", 9)])
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("vgg_small", 8), ("lenet", 16), ("lenet", 17), ("nin", 8), ("nin", 9), ("patchnet", 8), ("patchnet", 11)],
+)
 def test_smallest_and_odd_image_sizes(name, side):
     model = tiny(name, image_size=side).eval()
     with torch.no_grad():

@@ -16,6 +16,7 @@ from lowbit.errors import LowbitError, UsageError
 from lowbit.methods.base import Recipe
 from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
 from lowbit.training.checkpoints import Checkpoint, remove_partial_files, save_weights
+from lowbit.training.distillation import distillation_loss
 from lowbit.training.initialise import init_from
 from lowbit.training.module import find_not_finite, parameter_groups, squared_hinge
 from lowbit.training.schedules import multiplier
@@ -59,6 +60,9 @@ def test_schedules_have_their_closed_forms(recipe: Recipe, epoch: float, expecte
         {"optimizer": "lion"},
         {"milestones": (0.5, 1.5)},
         {"label_smoothing": -0.1},
+        {"distill_weight": 1.5},
+        {"temperature": 0.0},
+        {"crop": -1},
     ],
 )
 def test_recipes_out_of_range_are_refused_by_field(change: dict[str, object]) -> None:
@@ -207,3 +211,12 @@ def test_not_finite_names_the_layer() -> None:
     with torch.no_grad():
         model.second.bias.fill_(math.nan)
     assert find_not_finite(model, torch.ones(1, 4)) == "the output of layer 'second'"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_distillation_loss_is_the_divergence_of_softmaxes(temperature: float) -> None:
+    student, teacher = np.random.default_rng(0).normal(size=(2, 6, 5))
+    p, q = (np.exp(z / temperature) / np.exp(z / temperature).sum(1, keepdims=True) for z in (teacher, student))
+    expected = temperature**2 * np.mean(np.sum(p * np.log(p / q), axis=1))
+    found = distillation_loss(torch.from_numpy(student), torch.from_numpy(teacher), temperature)
+    np.testing.assert_allclose(float(found), expected, rtol=1e-12)

@@ -267,6 +267,42 @@ def test_init_from_another_run(config: TrainConfig, tmp_path: Path, capfd: pytes
     assert not (tmp_path / "third").exists()
 
 
+def test_a_teacher_is_recorded_and_resuming_with_it_gives_the_same_bits(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = train(replace(config, method="float", epochs=1, out=tmp_path / "teacher"))
+    taught = replace(config, distill_from=teacher.path, overrides={**config.overrides, "distill_weight": 0.5})
+    whole = train(replace(taught, out=tmp_path / "whole"))
+    assert whole.config["distill_from"]["run"] == str(teacher.path)
+    assert whole.config["recipe"]["distill_weight"] == 0.5
+    assert not equal(weights(whole.path), weights(train(replace(config, out=tmp_path / "alone")).path))
+
+    step, steps = TrainingModule.training_step, 0
+
+    def stopping(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 8:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(taught)
+    with pytest.raises(UsageError, match="distill_from"):
+        train(replace(config, resume=True, overrides=taught.overrides))
+    resumed = train(TrainConfig.resuming(config.out, progress=False))
+    assert len(resumed.metrics()) == 2
+    assert equal(weights(resumed.path), weights(whole.path))
+
+    with pytest.raises(UsageError, match="its num_classes is 2, not 10"):
+        train(replace(taught, data="digits", out=tmp_path / "other"))
+    (teacher.path / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="the run has not finished"):
+        train(replace(taught, out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

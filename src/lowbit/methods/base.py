@@ -32,7 +32,8 @@ class Recipe:
         label_smoothing: of the cross entropy.
         distill_weight, temperature: with a teacher (``distill_from``), the loss is ``1 - distill_weight`` times the
             method's own plus ``distill_weight`` times that of `lowbit.training.distillation` at this temperature.
-        augment: random crop with padding 4, and flip where the data set allows it.
+        augment: random crop, and flip where the data set allows it.
+        crop: pixels of padding that an image is cropped out of; short trainings, which fit too little, want fewer.
         source: where the recipe comes from and what was changed.
     """
 
@@ -51,6 +52,7 @@ class Recipe:
     distill_weight: float = 1.0
     temperature: float = 1.0
     augment: bool = True
+    crop: int = 4
     source: str = ""
 
 

@@ -46,6 +46,7 @@ class TrainBatches:
         seed: of the run.
         augment: crop at random, and flip if ``flip``.
         device: where the images are kept and the batches are made.
+        crop: pixels of padding around an image that is cropped.
 
     Yields:
         Inputs (B, C, H, W) float32 and labels (B,).
@@ -61,10 +62,12 @@ class TrainBatches:
         augment: bool,
         flip: bool,
         device: torch.device,
+        crop: int = 4,
     ) -> None:
         self.images = torch.from_numpy(images).to(device)
         self.labels = torch.from_numpy(labels).to(device)
         self.normalise = Normalise(preprocessing, device)
+        self.crop = crop
         self.batch_size = min(batch_size, len(images))
         self.seed = seed
         self.augment = augment
@@ -80,7 +83,7 @@ class TrainBatches:
         for indices in order[: len(self) * self.batch_size].view(-1, self.batch_size):
             pixels = self.images[indices]
             if self.augment:
-                pixels = random_crop_flip(pixels, generator, flip=self.flip)
+                pixels = random_crop_flip(pixels, generator, self.crop, self.flip)
             yield self.normalise(pixels), self.labels[indices]
 
 

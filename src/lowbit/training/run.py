@@ -37,7 +37,14 @@ from lowbit.training.environment import PRECISIONS, auto_precision, device_name,
 from lowbit.training.initialise import init_from
 from lowbit.training.lock import sole_process
 from lowbit.training.module import TrainingModule, loss_of
-from lowbit.training.settings import TrainConfig, choose_recipe, describe_data, describe_request, refuse_changes, with_later_settings
+from lowbit.training.settings import (
+    TrainConfig,
+    choose_recipe,
+    describe_data,
+    describe_request,
+    refuse_changes,
+    with_later_settings,
+)
 
 EVAL_BATCH = 500
 PROBE_IMAGES = 64
@@ -190,6 +197,7 @@ def fit(
         recipe.augment,
         images.flip,
         device,
+        recipe.crop,
     )
     evaluated = {"test": (images.test_images, images.test_labels)}
     if len(val_indices):

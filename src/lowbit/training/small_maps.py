@@ -61,16 +61,18 @@ def _is_plain(
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
         ctx.padding = padding
         height, width = _output_size(x, weight, padding)
         if height * width > PIXELS_FORWARD:
+            ctx.save_for_backward(x, weight, None)
             return torch.conv2d(x, weight, None, 1, padding)
-        return _product(x, weight, padding)
+        windows = _windows(x, weight.shape[2:], padding)
+        ctx.save_for_backward(x, weight, windows if ctx.needs_input_grad[1] else None)
+        return _product(windows, weight, (len(x), height, width))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
+        x, weight, windows = ctx.saved_tensors
         padding = ctx.padding
         kernel = weight.shape[2:]
         gradient = gradient.bfloat16()
@@ -82,10 +84,12 @@ class _Conv2d(torch.autograd.Function):
                 )[0]
             else:
                 mirrored = weight.flip(2, 3).transpose(0, 1)
-                to_x = _product(gradient, mirrored, (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1]))
+                around = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
+                to_x = _product(_windows(gradient, kernel, around), mirrored, (len(x), *x.shape[2:]))
         if ctx.needs_input_grad[1]:
             rows = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1])
-            product = rows.t() @ _windows(x, kernel, padding)
+            # A transposed left factor that lies so in memory, too, halves the time of the product.
+            product = rows.t().contiguous() @ (_windows(x, kernel, padding) if windows is None else windows)
             to_weight = product.reshape(-1, *kernel, x.shape[1]).permute(0, 3, 1, 2)
         return to_x, to_weight, None
 
@@ -104,8 +108,7 @@ def _windows(x: Tensor, kernel: Sequence[int], padding: tuple[int, int]) -> Tens
     return windows.reshape(-1, kernel[0] * kernel[1] * channels)
 
 
-def _product(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
-    """Convolution as one matrix product; channels last in memory."""
-    height, width = _output_size(x, weight, padding)
-    rows = _windows(x, weight.shape[2:], padding) @ weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).t()
-    return rows.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+def _product(windows: Tensor, weight: Tensor, pixels: tuple[int, int, int]) -> Tensor:
+    """Convolution as one matrix product over ``pixels`` (N, OH, OW); channels last in memory."""
+    rows = windows @ weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).t()
+    return rows.view(*pixels, -1).permute(0, 3, 1, 2)
