@@ -227,9 +227,19 @@ class _AddVector(nn.Module):
         return x + x.mean((2, 3), keepdim=True)
 
 
+def test_a_prelu_that_falls_and_rises_is_computed_in_float() -> None:
+    """Thresholds cannot express it; a slope for all channels and a leaky ReLU have the same op."""
+    model = chain(nn.PReLU(init=-1.0), nn.BatchNorm2d(7))
+    model.append(nn.Unflatten(1, (4, 1, 1))).append(nn.LeakyReLU(0.3)).append(nn.Flatten())
+    exported, report = checked(model, IMAGES)
+    assert ops(exported)[2:5] == ["binary_conv2d", "prelu", "threshold"]
+    assert ops(exported)[-1] == "prelu"
+    assert [check.exact for check in report.layers if check.layer == "5"] == [True, True]
+
+
 def falling_and_rising() -> nn.Module:
     """|x| > 1, with a slope of -1 for what is below 0."""
-    act, norm = nn.PReLU(init=-1.0), nn.BatchNorm2d(7)
+    act, norm = nn.LeakyReLU(-1.0), nn.BatchNorm2d(7)
     model = chain(act, norm)
     norm.load_state_dict(nn.BatchNorm2d(7).state_dict())
     norm.running_mean.fill_(1)

@@ -19,6 +19,7 @@ from lowbit.evaluation.modes import evaluating
 from lowbit.evaluation.profile import profile, profile_packed
 from lowbit.hardware import versions
 from lowbit.models.base import load_run, load_weights
+from lowbit.layers.integer import IntegerConvolutions
 from lowbit.preprocessing import Inputs, Pixels, Preprocessing
 from lowbit.runs import Run, write_json
 
@@ -143,7 +144,7 @@ def evaluate_model(
         result: npt.NDArray[np.float32] = model(torch.from_numpy(inputs).to(device)).float().cpu().numpy()
         return result
 
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode(), IntegerConvolutions():
         found = logits(logits_of, data, batch_size, progress)
     example = torch.from_numpy(data.preprocessing.normalise(data.test_images[:1])).to(device)
     return {**scores(found, data.test_labels, data.classes), "profile": profile(model, example)}

@@ -34,9 +34,9 @@ class Shift(nn.Module):
 class PReLU(nn.Module):
     r"""$y = x$ where $x \ge 0$, else $\beta_c x$: torch's PReLU with a slope per channel, 0.25 at first.
 
-    Gradient: $\partial L/\partial x = g$ where $x \ge 0$, else $\beta_c g$; $\partial L/\partial \beta_c = \sum g x$ over
-    the $x < 0$. It is torch's own but for $x = 0$, which torch counts to the lower side. Torch first writes the
-    slope's gradient for each element and adds them up then, which takes several times as long on a CPU.
+    Gradient: $\partial L/\partial x = g$ where $x \ge 0$, else $\beta_c g$; $\partial L/\partial \beta_c$ is the sum
+    of $g x$ over the $x < 0$. It is torch's own but for $x = 0$, which torch counts to the lower side. Torch first
+    writes the slope's gradient for each element and adds them up then, which takes several times as long on a CPU.
 
     Source: He, Zhang, Ren and Sun 2015, "Delving Deep into Rectifiers", arXiv 1502.01852, equations 1 and 7 to 10.
     """

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from lowbit.layers import attach_rules, start_epoch
+from lowbit.layers.integer import IntegerConvolutions
 from lowbit.methods.base import Method, Recipe
 from lowbit.training.batches import Batch, TrainBatches, derived_seed
 from lowbit.training.checkpoints import Checkpoint
@@ -182,7 +183,7 @@ class TrainingModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         images, labels = batch
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), IntegerConvolutions():
             logits = self.model(images)
         loss = loss_of(self.method.loss, logits, labels)
         self.tallies[self.sets[dataloader_idx]].add(loss, (logits.argmax(1) == labels).sum(), len(labels))

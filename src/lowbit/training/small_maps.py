@@ -88,7 +88,7 @@ class _Conv2d(torch.autograd.Function):
                 to_x = _product(_windows(gradient, kernel, around), mirrored, (len(x), *x.shape[2:]))
         if ctx.needs_input_grad[1]:
             rows = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1])
-            # A transposed left factor that lies so in memory, too, halves the time of the product.
+            # The product is faster when its left factor is transposed in memory, too.
             product = rows.t().contiguous() @ (_windows(x, kernel, padding) if windows is None else windows)
             to_weight = product.reshape(-1, *kernel, x.shape[1]).permute(0, 3, 1, 2)
         return to_x, to_weight, None

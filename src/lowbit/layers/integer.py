@@ -1,0 +1,76 @@
+"""Convolutions of small integers as products of bytes: the same sums, several times as fast on a CPU.
+
+In ``eval()`` a quantized layer convolves integers that float32 holds exactly. Where they fit a byte, CPUs with VNNI or
+AMX multiply them as bytes and add in 32 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
+
+from lowbit.hardware import cpu_flags
+
+# Windows of an image lie side by side in memory; as many images at a time as fit.
+WINDOW_BYTES = 1 << 26
+
+
+class IntegerConvolutions(TorchFunctionMode):
+    """While active, `torch.conv2d` of float32 numbers that are all integers of a byte multiplies bytes.
+
+    Results are the same to the bit: both ways the sums are exact. Taken over are convolutions without gradient, groups
+    and bias, on a CPU with VNNI; everything else goes to torch as before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast = bool({"avx512_vnni", "avx_vnni", "asimddp"} & set(cpu_flags()))
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if self.fast and func is torch.conv2d and len(args) == 7:
+            x, weight, bias, stride, padding, dilation, groups = args
+            if bias is None and groups == 1 and isinstance(padding, tuple) and _is_plain(x, weight):
+                bytes_of_both = _as_bytes(x), _as_bytes(weight)
+                if bytes_of_both[0] is not None and bytes_of_both[1] is not None:
+                    return _convolve(*bytes_of_both, stride, padding, dilation)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    return on_cpu and x.dim() == 4 and x.dtype == weight.dtype == torch.float32 and not torch.is_grad_enabled()
+
+
+def _as_bytes(x: Tensor) -> Tensor | None:
+    """``x`` as int8, if that changes no number."""
+    small = x.to(torch.int8)
+    return small if torch.equal(small.to(x.dtype), x) else None
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> Tensor:
+    kernel = weight.shape[2:]
+    padded = pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
+    n, *size, channels = padded.shape
+    out = [(e - d * (k - 1) - 1) // s + 1 for e, d, k, s in zip(size, dilation, kernel, stride, strict=True)]
+    per_image, per_row, per_pixel, _ = padded.stride()
+    steps = (stride[0] * per_row, stride[1] * per_pixel, dilation[0] * per_row, dilation[1] * per_pixel, 1)
+    columns = weight.permute(2, 3, 1, 0).reshape(-1, len(weight)).contiguous()
+    at_once = max(1, WINDOW_BYTES // max(1, out[0] * out[1] * len(columns)))
+    sums = []
+    for part in padded.split(at_once):
+        windows = part.as_strided((len(part), *out, *kernel, channels), (per_image, *steps), part.storage_offset())
+        sums.append(torch._int_mm(windows.reshape(-1, len(columns)), columns).float())
+    return torch.cat(sums).view(n, *out, -1).permute(0, 3, 1, 2)
