@@ -14,6 +14,7 @@ from torch import nn
 from lowbit import data, models
 from lowbit.errors import LowbitError, UsageError
 from lowbit.methods.base import Recipe
+from lowbit.preprocessing import Preprocessing
 from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
 from lowbit.training.checkpoints import Checkpoint, remove_partial_files, save_weights
 from lowbit.training.distillation import distillation_loss
@@ -120,6 +121,19 @@ def test_batches_depend_on_seed_and_epoch_only() -> None:
     assert not torch.equal(first[0], batches(1, 3)[0])
     assert first[0].shape == (100, 1, 32, 32)
     assert first[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("crop", [0, 2])
+def test_a_crop_moves_images_by_so_many_pixels(crop: int) -> None:
+    corner = np.zeros((64, 9, 9, 1), np.uint8)
+    corner[:, 4, 4] = 255
+    preprocessing = Preprocessing("L", (9, 9), 0, (0.0,), (1.0,))
+    made = TrainBatches(corner, np.zeros(64, np.int64), preprocessing, 64, 0, True, False, CPU, crop)
+    (inputs, _), *_ = made
+    places = inputs[:, 0].nonzero()[:, 1:] - 4
+    assert len(places) == 64
+    assert int(places.min()) == -crop
+    assert int(places.max()) == crop
 
 
 def test_an_epoch_shows_each_image_at_most_once() -> None:

@@ -18,8 +18,8 @@ from lowbit.evaluation.metrics import scores
 from lowbit.evaluation.modes import evaluating
 from lowbit.evaluation.profile import profile, profile_packed
 from lowbit.hardware import versions
-from lowbit.models.base import load_run, load_weights
 from lowbit.layers.integer import IntegerConvolutions
+from lowbit.models.base import load_run, load_weights
 from lowbit.preprocessing import Inputs, Pixels, Preprocessing
 from lowbit.runs import Run, write_json
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -101,7 +102,9 @@ class ScaledSign(Quantizer):
         return binary_codes(x), Grid(1, 2, -1, self._alpha(x))
 
     def _alpha(self, weight: Tensor) -> Tensor:
-        return weight.detach().abs().mean(dim=axes(weight, self.per), keepdim=True)
+        dimensions = axes(weight, self.per)
+        n = math.prod(weight.shape[d] for d in dimensions)
+        return torch.linalg.vector_norm(weight.detach(), 1, dimensions, keepdim=True) / n
 
 
 class _ScaledSign(torch.autograd.Function):
@@ -109,7 +112,7 @@ class _ScaledSign(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, alpha: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(weight, alpha)
         ctx.kind = kind
-        return ste.signs(weight).mul_(alpha)
+        return ste.signs(weight, scale=alpha)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -82,10 +82,13 @@ class _SignPolynomial(torch.autograd.Function):
         return x.abs().clamp_(max=1).mul_(-2).add_(2).mul_(gradient)
 
 
-def signs(x: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
-    """``+1`` where ``x >= threshold``, else ``-1``, in the dtype of ``x``; no gradient."""
+def signs(x: Tensor, threshold: Tensor | float = 0.0, scale: Tensor | None = None) -> Tensor:
+    """``+1`` where ``x >= threshold``, else ``-1``, in the dtype of ``x``; no gradient. Times ``scale``, if given."""
     # Comparing into numbers, and not into booleans that become numbers, is several times as fast on a CPU.
-    return torch.ge(x, threshold, out=torch.empty_like(x)).mul_(2).sub_(1)
+    positive = torch.ge(x, threshold, out=torch.empty_like(x))
+    if scale is None:
+        return torch.add(x.new_tensor(-1), positive, alpha=2, out=positive)
+    return torch.addcmul(-scale, positive, 2 * scale, out=positive)
 
 
 def clip(x: Tensor, low: float, high: float) -> Tensor:
