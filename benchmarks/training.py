@@ -4,8 +4,8 @@
 
 Both loops train the same network from the same batches, in one process, a step each in turn; a figure is the median of
 its rounds. The plain loop is what one writes first: tensors as torch makes them (channels first), autocast, torch's own
-AdamW, PReLU and convolutions, and the straight-through sign in its usual form,
-``clip(x) + (sign(x) - clip(x)).detach()``. ``layers`` compares one binary convolution with its batch norm to the same in float, both as lowbit trains them.
+AdamW, PReLU and convolutions, and the straight-through sign in its usual form, clip(x) + (sign(x) - clip(x)).detach().
+"layers" compares one binary convolution with its batch norm to the same in float, both as lowbit trains them.
 """
 
 from __future__ import annotations

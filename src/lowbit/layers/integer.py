@@ -41,9 +41,9 @@ class IntegerConvolutions(TorchFunctionMode):
         if self.fast and func is torch.conv2d and len(args) == 7:
             x, weight, bias, stride, padding, dilation, groups = args
             if bias is None and groups == 1 and isinstance(padding, tuple) and _is_plain(x, weight):
-                bytes_of_both = _as_bytes(x), _as_bytes(weight)
-                if bytes_of_both[0] is not None and bytes_of_both[1] is not None:
-                    return _convolve(*bytes_of_both, stride, padding, dilation)
+                small = _as_bytes(x), _as_bytes(weight)
+                if small[0] is not None and small[1] is not None:
+                    return _convolve(small[0], small[1], stride, padding, dilation)
         return func(*args, **(kwargs or {}))
 
 
@@ -70,7 +70,7 @@ def _convolve(
     columns = weight.permute(2, 3, 1, 0).reshape(-1, len(weight)).contiguous()
     at_once = max(1, WINDOW_BYTES // max(1, out[0] * out[1] * len(columns)))
     sums = []
-    for part in padded.split(at_once):
+    for part in torch.split(padded, at_once):
         windows = part.as_strided((len(part), *out, *kernel, channels), (per_image, *steps), part.storage_offset())
         sums.append(torch._int_mm(windows.reshape(-1, len(columns)), columns).float())
     return torch.cat(sums).view(n, *out, -1).permute(0, 3, 1, 2)

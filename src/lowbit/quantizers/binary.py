@@ -104,7 +104,8 @@ class ScaledSign(Quantizer):
     def _alpha(self, weight: Tensor) -> Tensor:
         dimensions = axes(weight, self.per)
         n = math.prod(weight.shape[d] for d in dimensions)
-        return torch.linalg.vector_norm(weight.detach(), 1, dimensions, keepdim=True) / n
+        norm: Tensor = torch.linalg.vector_norm(weight.detach(), 1, dimensions, keepdim=True)
+        return norm / n
 
 
 class _ScaledSign(torch.autograd.Function):

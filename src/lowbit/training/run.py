@@ -134,7 +134,7 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
         )
     teacher = None
     if config.distill_from is not None:
-        teacher = load_teacher(config.distill_from, settings).to(device, memory_format=torch.channels_last)
+        teacher = load_teacher(config.distill_from, settings).to(device).to(memory_format=torch.channels_last)
     report = init_from(model, config.init_from) if config.init_from is not None else None
     if report is not None and not (started and _checkpoint(run).is_file()):
         say(str(report))
