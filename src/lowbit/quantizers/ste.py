@@ -79,11 +79,8 @@ class _SignPolynomial(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        slope = x.abs()
-        torch.add(x.new_tensor(2), slope, alpha=-2, out=slope)
-        # ReLU's gradient: what comes back where the slope is positive, else 0.
-        passed: Tensor = torch.ops.aten.threshold_backward(gradient, slope, 0)
-        return passed.mul_(slope)
+        slope = x.abs().clamp_(max=1)
+        return torch.add(x.new_tensor(2), slope, alpha=-2, out=slope).mul_(gradient)
 
 
 def signs(x: Tensor, threshold: Tensor | float = 0.0, scale: Tensor | None = None) -> Tensor:
