@@ -442,7 +442,9 @@ def test_a_resumed_run_gives_the_same_file(
 def test_a_run_from_before_there_were_diagnostics_goes_on(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     train_until(config, monkeypatch, batch=0)
     run = Run(Path(config.out))
-    old = {key: value for key, value in run.config.items() if key != "diagnose"}
+    old = {key: value for key, value in run.config.items() if key not in ("diagnose", "distill_from")}
+    for later in ("crop", "distill_weight", "temperature"):
+        del old["recipe"][later]
     run.config_path.write_text(json.dumps(old))
     path = run.checkpoints_path / "last.ckpt"
     state = torch.load(path, weights_only=True)
