@@ -28,9 +28,9 @@ def taken(monkeypatch):
 
     class Spy:
         @staticmethod
-        def apply(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
+        def apply(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
             shapes.append(tuple(x.shape))
-            return original.apply(x, weight, padding)
+            return original.apply(x, weight, stride, padding)
 
     original = small_maps._Conv2d
     monkeypatch.setattr(small_maps, "_Conv2d", Spy)
@@ -38,25 +38,32 @@ def taken(monkeypatch):
 
 
 @st.composite
-def convolutions(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int], bool, bool]:
-    """Shapes of x and weight, padding, whether there is a bias, whether x lies channels last."""
+def convolutions(
+    draw: st.DrawFn,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int], tuple[int, int], bool, bool]:
+    """Shapes of x and weight, stride, padding, whether there is a bias, whether x lies channels last."""
     pair = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))  # noqa: E731
     batch, inputs, outputs = (draw(st.integers(1, high)) for high in (3, 5, 4))
-    size, kernel, padding = draw(pair(1, 9)), draw(pair(1, 4)), draw(pair(0, 3))
-    out = [size[i] + 2 * padding[i] - kernel[i] + 1 for i in range(2)]
+    size, kernel, stride, padding = draw(pair(1, 9)), draw(pair(1, 4)), draw(pair(1, 3)), draw(pair(0, 3))
+    out = [(size[i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2)]
     assume(min(out) > 0)
     assume(out[0] * out[1] <= PIXELS_WEIGHT_GRADIENT)
-    return (batch, inputs, *size), (outputs, inputs, *kernel), padding, draw(st.booleans()), draw(st.booleans())
+    return (batch, inputs, *size), (outputs, inputs, *kernel), stride, padding, draw(st.booleans()), draw(st.booleans())
 
 
 def gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], g: Tensor | None, mode: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[tuple[int, int], tuple[int, int]],
+    g: Tensor | None,
+    mode: bool,
 ) -> list[Tensor]:
     """Output and gradients, in float32; under the mode and autocast, or plain."""
     leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias) if leaf is not None]
     layer_bias = leaves[2] if bias is not None else None
     with autocast() if mode else contextlib.nullcontext(), SmallMapConvolutions() if mode else contextlib.nullcontext():
-        y = torch.conv2d(leaves[0], leaves[1], layer_bias, (1, 1), padding, (1, 1), 1)
+        y = torch.conv2d(leaves[0], leaves[1], layer_bias, *geometry, (1, 1), 1)
     assert y.dtype == (BF16 if mode else torch.float32)
     y.backward(torch.ones_like(y) if g is None else g.to(y.dtype))
     for leaf in leaves:
@@ -69,17 +76,17 @@ def gradients(
 @given(convolutions(), st.integers(0, 1000))
 def test_equal_to_float32_up_to_bfloat16_rounding(shapes, seed):
     """The operands are exact in bfloat16, so only results round: once, and once more for the bias."""
-    x_shape, w_shape, padding, with_bias, channels_last = shapes
+    x_shape, w_shape, *geometry, with_bias, channels_last = shapes
     generator = torch.Generator().manual_seed(seed)
     x, weight = (torch.randn(shape, generator=generator).to(BF16).float() for shape in (x_shape, w_shape))
     bias = torch.randn(w_shape[0], generator=generator).to(BF16).float() if with_bias else None
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    g = torch.randn(torch.conv2d(x, weight, None, 1, padding).shape, generator=generator).to(BF16).float()
-    results = gradients(x, weight, bias, padding, g, mode=True)
-    references = gradients(x, weight, bias, padding, g, mode=False)
+    g = torch.randn(torch.conv2d(x, weight, None, *geometry).shape, generator=generator).to(BF16).float()
+    results = gradients(x, weight, bias, geometry, g, mode=True)
+    references = gradients(x, weight, bias, geometry, g, mode=False)
     absolute = [None if part is None else part.abs() for part in (x, weight, bias)]
-    sizes = gradients(absolute[0], absolute[1], absolute[2], padding, g.abs(), mode=False)
+    sizes = gradients(absolute[0], absolute[1], absolute[2], geometry, g.abs(), mode=False)
     for result, reference, size in zip(results, references, sizes, strict=True):
         assert ((result - reference).abs() <= 2.0**-7 * size + 1e-6).all()
 
@@ -121,12 +128,12 @@ TAKEN = {
     "forward limit": (layer(), (1, 4, 1, PIXELS_FORWARD)),
     "above the forward limit": (layer(), (1, 4, 1, PIXELS_FORWARD + 1)),
     "weight gradient limit": (layer(), (1, 4, SIDE, SIDE)),
+    "stride": (layer(stride=2), SMALL),
+    "stride in one axis": (layer(stride=(1, 2)), SMALL),
     "circular": (layer(padding_mode="circular"), SMALL),
 }
 LEFT = {
     "large map": (layer(), (1, 4, SIDE, SIDE + 1)),
-    "stride": (layer(stride=2), SMALL),
-    "stride in one axis": (layer(stride=(1, 2)), SMALL),
     "dilation": (layer(dilation=2), SMALL),
     "groups": (layer(groups=2), SMALL),
     "same": (layer(padding="same"), SMALL),

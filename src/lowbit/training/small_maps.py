@@ -2,7 +2,7 @@
 
 oneDNN tiles a convolution by rows of the output map. Where rows are 2 or 4 pixels wide, most of an AMX tile is empty:
 the weight gradient of a 512-channel layer on a 2x2 map runs at a tenth of the speed of the same product as a matrix
-multiplication.
+multiplication. With a stride of 2 the weight gradient is several times as slow, too.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PIXELS_WEIGHT_GRADIENT = 64
 class SmallMapConvolutions(TorchFunctionMode):
     """While active, `torch.conv2d` under CPU autocast to bfloat16 multiplies matrices where the output map is small.
 
-    Only plain convolutions are taken over (a batch of images in float32 or bfloat16, stride 1, dilation 1, one group,
-    gradients enabled, arguments as `nn.Conv2d` passes them); everything else goes to torch as before. Results differ
+    Only plain convolutions are taken over (a batch of images in float32 or bfloat16, dilation 1, one group, gradients
+    enabled, arguments as `nn.Conv2d` passes them); everything else goes to torch as before. Results differ
     from torch's by bfloat16 rounding only.
     """
 
@@ -36,8 +36,8 @@ class SmallMapConvolutions(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is torch.conv2d and len(args) == 7 and _is_plain(*args):
-            x, weight, bias, _, padding = args[:5]
-            result = _Conv2d.apply(x.bfloat16(), weight.bfloat16(), padding)
+            x, weight, bias, stride, padding = args[:5]
+            result = _Conv2d.apply(x.bfloat16(), weight.bfloat16(), stride, padding)
             return result if bias is None else result + bias.to(result.dtype).reshape(-1, 1, 1)
         return func(*args, **(kwargs or {}))
 
@@ -52,59 +52,66 @@ def _is_plain(
         return False
     if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
-    if stride != (1, 1) or dilation != (1, 1) or groups != 1 or not isinstance(padding, tuple) or len(padding) != 2:
+    if dilation != (1, 1) or groups != 1 or not all(isinstance(v, tuple) and len(v) == 2 for v in (stride, padding)):
         return False
-    height, width = _output_size(x, weight, padding)
+    height, width = _output_size(x, weight, stride, padding)
     return min(height, width) > 0 and height * width <= PIXELS_WEIGHT_GRADIENT
 
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
-        ctx.padding = padding
-        height, width = _output_size(x, weight, padding)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        ctx.stride, ctx.padding = stride, padding
+        height, width = _output_size(x, weight, stride, padding)
         if height * width > PIXELS_FORWARD:
             ctx.save_for_backward(x, weight, None)
-            return torch.conv2d(x, weight, None, 1, padding)
-        windows = _windows(x, weight.shape[2:], padding)
+            return torch.conv2d(x, weight, None, stride, padding)
+        windows = _windows(x, weight.shape[2:], stride, padding)
         ctx.save_for_backward(x, weight, windows if ctx.needs_input_grad[1] else None)
         return _product(windows, weight, (len(x), height, width))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, windows = ctx.saved_tensors
-        padding = ctx.padding
+        stride, padding = ctx.stride, ctx.padding
         kernel = weight.shape[2:]
         gradient = gradient.bfloat16()
         to_x = to_weight = None
         if ctx.needs_input_grad[0]:
-            if gradient.shape[2] * gradient.shape[3] > PIXELS_FORWARD:
+            if gradient.shape[2] * gradient.shape[3] > PIXELS_FORWARD or stride != (1, 1):
                 to_x = torch.ops.aten.convolution_backward(
-                    gradient, x, weight, None, [1, 1], list(padding), [1, 1], False, [0, 0], 1, [True, False, False]
+                    gradient, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, (True, False, False)
                 )[0]
             else:
                 mirrored = weight.flip(2, 3).transpose(0, 1)
                 around = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
-                to_x = _product(_windows(gradient, kernel, around), mirrored, (len(x), *x.shape[2:]))
+                to_x = _product(_windows(gradient, kernel, (1, 1), around), mirrored, (len(x), *x.shape[2:]))
         if ctx.needs_input_grad[1]:
             rows = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1])
             # The product is faster when its left factor is transposed in memory, too.
-            product = rows.t().contiguous() @ (_windows(x, kernel, padding) if windows is None else windows)
+            product = rows.t().contiguous() @ (_windows(x, kernel, stride, padding) if windows is None else windows)
             to_weight = product.reshape(-1, *kernel, x.shape[1]).permute(0, 3, 1, 2)
-        return to_x, to_weight, None
+        return to_x, to_weight, None, None
 
 
-def _output_size(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> tuple[int, int]:
-    return x.shape[2] + 2 * padding[0] - weight.shape[2] + 1, x.shape[3] + 2 * padding[1] - weight.shape[3] + 1
+def _output_size(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[int, int]:
+    height, width = ((x.shape[d + 2] + 2 * padding[d] - weight.shape[d + 2]) // stride[d] + 1 for d in range(2))
+    return height, width
 
 
-def _windows(x: Tensor, kernel: Sequence[int], padding: tuple[int, int]) -> Tensor:
+def _windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Each output pixel's window as a row: (N*OH*OW, KH*KW*C)."""
     padded = pad(x, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1).contiguous()
     n, height, width, channels = padded.shape
-    shape = (n, height - kernel[0] + 1, width - kernel[1] + 1, kernel[0], kernel[1] * channels)
+    shape = (
+        n,
+        (height - kernel[0]) // stride[0] + 1,
+        (width - kernel[1]) // stride[1] + 1,
+        kernel[0],
+        kernel[1] * channels,
+    )
     per_image, per_row, per_pixel, _ = padded.stride()
-    windows = padded.as_strided(shape, (per_image, per_row, per_pixel, per_row, 1))
+    windows = padded.as_strided(shape, (per_image, stride[0] * per_row, stride[1] * per_pixel, per_row, 1))
     return windows.reshape(-1, kernel[0] * kernel[1] * channels)
 
 
