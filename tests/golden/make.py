@@ -33,10 +33,18 @@ def float_ops() -> PackedModel:
     return net.model
 
 
+def prelu() -> PackedModel:
+    """The op that came with ReActNet, slopes of both signs."""
+    net = Builder((4, 5, 5))
+    net.op("prelu", tensors={"slope": np.array([0.25, -1.5, 0, 2], np.float32)})
+    return net.model
+
+
 MODELS = {
     "binary": described_net,
     "codes": lambda: quant_net(np.random.default_rng(2)),
     "floats": float_ops,
+    "prelu": prelu,
     "tables": lambda: table_net(np.random.default_rng(3)),
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit import methods, models
 from lowbit.errors import UsageError
-from lowbit.layers import QuantizedLayer, Residual, Shortcut, quantized_layers
+from lowbit.layers import PReLU, QuantizedLayer, Residual, RPReLU, Shortcut, quantized_layers
 from lowbit.layers.blocks import BLOCKS
 
 
@@ -57,6 +57,23 @@ ORDERS = {
     "conv_pool_bn_hardtanh": ("conv norm act", "conv norm act", "conv norm", "conv norm", "mean conv", nn.Hardtanh),
     "conv_pool_act": ("conv act", "conv act", "conv", "conv", "mean conv", nn.ReLU),
     "conv_pool_bn_float_last": ("conv norm", "conv norm", "conv norm", "conv norm", "act mean conv", nn.Identity),
+    "conv_bn": ("conv norm", "conv norm", "conv norm", "conv norm", "mean conv", nn.Identity),
+    "shift_conv_bn_prelu": (
+        "conv norm act",
+        "shift conv norm act",
+        "shift conv norm",
+        "conv norm",
+        "mean conv",
+        PReLU,
+    ),
+    "shift_conv_bn_rprelu": (
+        "conv norm act",
+        "shift conv norm act",
+        "shift conv norm",
+        "conv norm",
+        "mean conv",
+        RPReLU,
+    ),
     "bn_act_conv": ("conv norm act", "norm conv", "norm conv", "norm conv", "norm act mean conv", nn.Identity),
     "bn_act_conv_relu": ("conv norm act", "norm conv act", "norm conv", "norm conv", "norm act mean conv", nn.ReLU),
 }
