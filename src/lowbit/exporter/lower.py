@@ -29,7 +29,6 @@ from lowbit.exporter.ops import (
     bias_of,
     float_op,
     float_weight,
-    has_float_op,
     integer_op,
     kind_of,
     stored,
@@ -318,14 +317,8 @@ def _many_levels(layer: Step) -> bool:
     from any float, and from the sums of a layer of fewer bits, whose weights they would outweigh.
     """
     bits = activation_grid(layer).bits
-    step, root = layer.inputs[0], _root(layer.inputs[0])
-    if bits <= FEW_BITS or (is_quantized(root) and is_integer(root) and _bits(root) >= bits):
-        return False
-    while step is not root:
-        if not has_float_op(step):
-            return False
-        (step,) = step.inputs
-    return True
+    root = _root(layer.inputs[0])
+    return bits > FEW_BITS and not (is_quantized(root) and is_integer(root) and _bits(root) >= bits)
 
 
 def _bits(layer: Step) -> int:

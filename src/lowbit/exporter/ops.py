@@ -72,11 +72,6 @@ def stored(thresholds: Thresholds, shared: bool = False) -> dict[str, Array]:
     return {"thresholds": rows, "falling": thresholds.falling.numpy()}
 
 
-def has_float_op(step: Step) -> bool:
-    """Whether `float_op` takes a step between layers."""
-    return _FLOAT_OPS[type(step.module)] is not _refuse
-
-
 def window_of(module: nn.MaxPool2d | nn.AvgPool2d) -> dict[str, Any]:
     """The attributes of a pool's window."""
     kernel = as_pair(module.kernel_size)
