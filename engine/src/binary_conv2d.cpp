@@ -1,10 +1,10 @@
 // Binary convolutions: counts of differing bits.
 #include <bit>
 #include <limits>
-#include <map>
 #include <optional>
 
 #include "binary_blocks.h"
+#include "border_cases.h"
 #include "convolution.h"
 #include "output_transform.h"
 
@@ -14,70 +14,31 @@ namespace {
 // Sums of a binary convolution with zero padding, from counts of differing bits.
 //
 // Inside the image, sum = n - 2 * count over the n bits of all taps. A tap outside reads words of zeros and adds the
-// number of its weights' ones to the count, but must add nothing to the sum. Which taps are outside depends only on the
-// case of the pixel's row and column, so with base = n_inside + 2 * ones_outside, per case and channel, sum = base - 2
-// * count.
-class BorderCases {
+// number of its weights' ones to the count, but must add nothing to the sum. So with base = n_inside + 2 *
+// ones_outside, per border case and channel, sum = base - 2 * count.
+class CountBases : public BorderCases {
  public:
-  BorderCases(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth) {
-    std::vector<int64_t> row_case, column_case;
-    const auto rows = ranges(window, 0, window.height, input.height, row_case);
-    const auto columns = ranges(window, 1, window.width, input.width, column_case);
-    for (const int64_t row : row_case)
-      for (const int64_t column : column_case) of_position_.push_back(row * columns.size() + column);
+  CountBases(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth)
+      : BorderCases(input, window) {
     const int64_t words = ceil_div(depth, 64), kh = window.kernel[0], kw = window.kernel[1];
     const auto weights = tensor<uint64_t>(spec, "weight_bits", {spec.channels, kh, kw, words});
-    bases_.resize(rows.size() * columns.size() * spec.channels);
-    std::vector<int64_t> ones((kh + 1) * (kw + 1));  // of the taps above and to the left of (ky, kx)
-    const auto at = [&](int64_t ky, int64_t kx) -> int64_t& { return ones[ky * (kw + 1) + kx]; };
+    std::vector<int64_t> of_tap(kh * kw);
     for (int64_t o = 0; o < spec.channels; ++o) {
-      for (int64_t ky = 0; ky < kh; ++ky)
-        for (int64_t kx = 0; kx < kw; ++kx) {
-          const auto tap = weights.subspan(((o * kh + ky) * kw + kx) * words, words);
-          at(ky + 1, kx + 1) = at(ky, kx + 1) + at(ky + 1, kx) - at(ky, kx);
-          for (const uint64_t word : tap) at(ky + 1, kx + 1) += std::popcount(word);
-        }
-      int64_t number = 0;
-      for (const Range& row : rows)
-        for (const Range& column : columns) {
-          const int64_t inside = at(row.end, column.end) - at(row.begin, column.end) - at(row.end, column.begin) +
-                                 at(row.begin, column.begin);
-          bases_[number++ * spec.channels + o] =
-              (row.end - row.begin) * (column.end - column.begin) * depth + 2 * (at(kh, kw) - inside);
-        }
+      int64_t ones = 0;
+      for (int64_t tap = 0; tap < kh * kw; ++tap) {
+        int64_t of_this = 0;
+        for (const uint64_t word : weights.subspan((o * kh * kw + tap) * words, words)) of_this += std::popcount(word);
+        of_tap[tap] = depth - 2 * of_this;
+        ones += of_this;
+      }
+      for (const int64_t inside : sums_inside(of_tap)) bases_.push_back(inside + 2 * ones);
     }
-    channels_ = spec.channels;
   }
 
-  int64_t size() const { return static_cast<int64_t>(bases_.size()) / channels_; }
-  int64_t of_position(int64_t position) const { return of_position_[position]; }
-  int64_t base(int64_t number, int64_t channel) const { return bases_[number * channels_ + channel]; }
+  int64_t base(int64_t number, int64_t channel) const { return bases_[channel * size() + number]; }
 
  private:
-  struct Range {
-    int64_t begin, end;  // taps inside the image
-    auto operator<=>(const Range&) const = default;
-  };
-
-  // The different ranges of taps along one axis; `cases` gets the number of each output position's range.
-  static std::vector<Range> ranges(const Window& window, int axis, int64_t outputs, int64_t extent,
-                                   std::vector<int64_t>& cases) {
-    std::map<Range, int64_t> numbers;
-    std::vector<Range> found;
-    for (int64_t i = 0; i < outputs; ++i) {
-      const int64_t start = i * window.stride[axis] - window.padding[axis], step = window.dilation[axis];
-      Range range{0, window.kernel[axis]};
-      range.begin = std::min(range.end, start < 0 ? ceil_div(-start, step) : 0);
-      range.end = std::clamp(extent > start ? ceil_div(extent - start, step) : 0, range.begin, range.end);
-      const auto [entry, fresh] = numbers.try_emplace(range, static_cast<int64_t>(found.size()));
-      if (fresh) found.push_back(range);
-      cases.push_back(entry->second);
-    }
-    return found;
-  }
-
-  int64_t channels_;
-  std::vector<int64_t> of_position_, bases_;
+  std::vector<int64_t> bases_;  // [channel][case]
 };
 
 class BinaryConv2d : public Op {
@@ -147,7 +108,7 @@ class BinaryConv2d : public Op {
   Shape input_;
   int64_t groups_, depth_;  // depth: input channels per group
   Product<uint64_t> product_;
-  BorderCases cases_;
+  CountBases cases_;
   std::optional<BinaryBlocks> blocks_;
 
  private:

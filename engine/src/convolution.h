@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 #include "op.h"
 
@@ -26,7 +27,25 @@ inline int64_t panels_at_once(int64_t panels, int64_t blocks, int threads) {
   return blocks < 2 * threads && threads > 1 ? kPanelsPerChunk : panels;
 }
 
-// The product loop that all convolutions share; T is float, uint64_t or int16_t.
+// Where the input of output pixels first..first+count-1 starts in padded images, `pixel` elements to a pixel and
+// `image_size` to an image, and their numbers within their images.
+inline void locate(const Window& window, int64_t padded_width, int64_t pixel, int64_t image_size, int64_t first,
+                   int64_t count, int64_t* offsets, int64_t* positions) {
+  const int64_t image_pixels = window.height * window.width;
+  int64_t image = first / image_pixels, y = first % image_pixels / window.width,
+          x = first % image_pixels % window.width;
+  for (int64_t p = 0; p < count; ++p) {
+    positions[p] = y * window.width + x;
+    offsets[p] = image * image_size + (y * window.stride[0] * padded_width + x * window.stride[1]) * pixel;
+    if (++x < window.width) continue;
+    x = 0;
+    if (++y < window.height) continue;
+    y = 0;
+    ++image;
+  }
+}
+
+// The product loop that most convolutions share; T is float, uint64_t or int16_t.
 template <class T>
 class Product {
  public:
@@ -123,20 +142,8 @@ class Product {
     return static_cast<T*>(call.scratch) + image * (planes_bytes() / sizeof(T));
   }
 
-  // Where the input of pixels first..first+count-1 starts in the planes, and their numbers within their images.
   void locate(int64_t first, int64_t count, int64_t* offsets, int64_t* positions) const {
-    const int64_t image_pixels = window_.height * window_.width, image_size = planes_bytes() / sizeof(T);
-    int64_t image = first / image_pixels, y = first % image_pixels / window_.width,
-            x = first % image_pixels % window_.width;
-    for (int64_t p = 0; p < count; ++p) {
-      positions[p] = y * window_.width + x;
-      offsets[p] = image * image_size + y * window_.stride[0] * padded_width_ + x * window_.stride[1];
-      if (++x < window_.width) continue;
-      x = 0;
-      if (++y < window_.height) continue;
-      y = 0;
-      ++image;
-    }
+    lowbit::locate(window_, padded_width_, 1, planes_bytes() / sizeof(T), first, count, offsets, positions);
   }
 
  private:
@@ -232,6 +239,7 @@ class WeightCodes {
         codes_(tensor<uint64_t>(spec, "weight_codes", {spec.channels, words_})) {}
 
   int64_t largest() const { return grid_.largest; }
+  bool are_signs() const { return width_ == 1 && grid_.multiplier == 2 && grid_.offset == -1; }
 
   // The integer of output channel o's weight number n. Its code may cross into the next word.
   int64_t at(int64_t o, int64_t n) const {

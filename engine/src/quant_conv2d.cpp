@@ -1,6 +1,8 @@
 // Convolutions of codes on any integer grid.
 #include <optional>
 
+#include "border_cases.h"
+#include "byte_blocks.h"
 #include "convolution.h"
 #include "output_transform.h"
 
@@ -9,17 +11,138 @@ namespace {
 
 constexpr int64_t kMaxSum = (int64_t{1} << 31) - 2;
 
-// Codes become the integers that they stand for when the planes are filled, so that the border's zeros add nothing to a
-// sum, whatever the grid.
+Shape output_shape(const OpSpec& spec, const Window& window) {
+  return {window.height, window.width, spec.channels, has_tensor(spec, "thresholds") ? static_cast<int>(spec.bits) : 0};
+}
+
+// The products are of the codes themselves: with integers W of the weight, sum = m * (sum of code * W) + o * (sum of W
+// inside the image) for a grid m * code + o. A code of zero adds nothing at the border. Modulo 2^32, which the sum
+// fits.
+class ByteConv2d final : public Op {
+ public:
+  ByteConv2d(const OpSpec& spec, const Shape& input, const Window& window, const WeightCodes& weights, int64_t depth,
+             const ByteKernels& kernels)
+      : Op(output_shape(spec, window)),
+        kernels_(kernels),
+        multiplier_(static_cast<int32_t>(spec.input_multiplier)),
+        groups_(spec.groups),
+        group_channels_(spec.channels / spec.groups),
+        product_(spec, input, window, depth, weights, kernels) {
+    if (spec.input_offset != 0) cases_.emplace(input, window);
+    bases_.emplace(spec.channels, spec.groups, 0, cases_ ? cases_->size() : 1);
+    if (cases_) fill_bases(window, weights, depth, spec.input_offset);
+    if (!has_tensor(spec, "thresholds")) {
+      epilogue_.emplace(spec, "scale");
+      return;
+    }
+    const Thresholds<int32_t> thresholds(spec, spec.channels);
+    levels_ = thresholds.levels();
+    limits_.assign(groups_ * product_.panels() * levels_ * kTileChannels, 0);
+    flips_.emplace(spec.channels, spec.groups, 0);
+    for (int64_t c = 0; c < spec.channels; ++c) {
+      // v <= t is ~v >= ~t.
+      const int32_t flip = thresholds.falling(c) ? -1 : 0;
+      flips_->at(c) = flip;
+      const int64_t inside = c % group_channels_;
+      int32_t* of_channel = limits_.data() + limits_at(c / group_channels_, inside / kTileChannels);
+      for (int level = 0; level < levels_; ++level)
+        of_channel[level * kTileChannels + inside % kTileChannels] = thresholds.of(c)[level] ^ flip;
+    }
+  }
+
+  int64_t scratch_bytes() const override { return product_.scratch_bytes(); }
+  int64_t thread_scratch_bytes() const override { return product_.thread_scratch_bytes(); }
+  const char* kernel(bool) const override { return product_.kernel(); }
+
+  void run(const Call& call) const override {
+    product_.fill(call);
+    const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
+      if (output().bits == 1) clear_bits(call, output(), first, count, channel, end);
+    };
+    product_.run(call, clear, [&](const SumBlock& block) {
+      for (int64_t number = 0; number < block.panels; ++number)
+        for (int64_t p = 0; p < block.count; p += kTilePixels) {
+          const int count = static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p));
+          const int64_t pixel = block.first_pixel + p, panel = block.first_panel + number;
+          const int32_t* bases[kTilePixels];
+          for (int i = 0; i < count; ++i)
+            bases[i] = bases_->panel(block.group, panel, cases_ ? cases_->of_position(block.positions[p + i]) : 0);
+          const IntegerSums sums{block.sums[number] + p, count, multiplier_, bases};
+          if (epilogue_)
+            epilogue_->emit(call.result<float>(), pixel, count, block.group, panel,
+                            [&](const FloatOutput& out) { kernels_.floats(sums, out); });
+          else
+            put_codes(call, sums, pixel, block.group, panel);
+        }
+    });
+  }
+
+ private:
+  void fill_bases(const Window& window, const WeightCodes& weights, int64_t depth, int64_t offset) {
+    const int64_t taps = window.kernel[0] * window.kernel[1];
+    std::vector<int64_t> of_tap(taps);  // sums of a channel's weights
+    for (int64_t o = 0; o < output().channels; ++o) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        of_tap[tap] = 0;
+        for (int64_t d = 0; d < depth; ++d) of_tap[tap] += weights.at(o, tap * depth + d);
+      }
+      const auto inside = cases_->sums_inside(of_tap);
+      for (int64_t number = 0; number < cases_->size(); ++number)
+        bases_->at(o, number) = static_cast<int32_t>(offset * inside[number]);
+    }
+  }
+
+  int64_t limits_at(int64_t group, int64_t panel) const {
+    return (group * product_.panels() + panel) * levels_ * kTileChannels;
+  }
+
+  void put_codes(const Call& call, const IntegerSums& sums, int64_t pixel, int64_t group, int64_t panel) const {
+    const IntegerLimits limits{limits_.data() + limits_at(group, panel), flips_->panel(group, panel), levels_};
+    const int64_t inside = panel * kTileChannels, first = group * group_channels_ + inside;
+    const int64_t wanted = std::min<int64_t>(kTileChannels, group_channels_ - inside);
+    uint8_t codes[kTilePixels][kTileChannels];
+    const bool in_place = output().bits != 1 && wanted == kTileChannels;
+    if (in_place) {
+      kernels_.codes(sums, limits, call.result<uint8_t>() + pixel * output().channels + first, output().channels);
+      return;
+    }
+    kernels_.codes(sums, limits, codes[0], kTileChannels);
+    for (int p = 0; p < sums.count; ++p) {
+      if (output().bits != 1) {
+        std::copy_n(codes[p], wanted, call.result<uint8_t>() + (pixel + p) * output().channels + first);
+        continue;
+      }
+      uint64_t bits = 0;
+      for (int64_t c = 0; c < wanted; ++c) bits |= uint64_t{codes[p][c]} << c;
+      add_bits(call.result<uint64_t>() + (pixel + p) * output().words(), first, bits);
+    }
+  }
+
+  const ByteKernels& kernels_;
+  int32_t multiplier_;
+  int64_t groups_, group_channels_;
+  ByteBlocks product_;
+  std::optional<BorderCases> cases_;  // where the grid has an offset; else there is one
+  std::optional<PerChannel<int32_t>> bases_;
+  int levels_ = 0;          // for codes, as what follows
+  Buffer<int32_t> limits_;  // [group][panel][level][16]
+  std::optional<PerChannel<int32_t>> flips_;
+  std::optional<FloatEpilogue> epilogue_;  // for floats
+};
+
+// For weights that do not fit a byte: codes become the integers that they stand for when the planes are filled, so that
+// the border's zeros add nothing to a sum, whatever the grid.
 class QuantConv2d final : public Op {
  public:
-  QuantConv2d(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
-      : Op({window.height, window.width, spec.channels,
-            has_tensor(spec, "thresholds") ? static_cast<int>(spec.bits) : 0}),
+  QuantConv2d(const OpSpec& spec, const Shape& input, const Window& window, const WeightCodes& weights, int64_t depth,
+              const IntegerGrid& grid, const Kernels& kernels)
+      : Op(output_shape(spec, window)),
         kernels_(kernels),
         input_(input),
-        grid_(spec.input_multiplier, spec.input_offset, input.bits),
-        product_(make_product(spec, input, window, grid_)) {
+        grid_(grid),
+        product_(spec, input, window, depth, [&](int64_t o, int64_t tap, int64_t d) {
+          return static_cast<int16_t>(weights.at(o, tap * depth + d));
+        }) {
     if (has_tensor(spec, "thresholds"))
       thresholds_.emplace(spec, spec.channels);
     else
@@ -51,15 +174,6 @@ class QuantConv2d final : public Op {
   }
 
  private:
-  static Product<int16_t> make_product(const OpSpec& spec, const Shape& input, const Window& window,
-                                       const IntegerGrid& grid) {
-    const int64_t depth = group_depth(spec, input, window), terms = spec.kernel[0] * spec.kernel[1] * depth;
-    const WeightCodes codes(spec, terms);
-    require(terms * grid.largest * codes.largest() <= kMaxSum, "a sum may overflow an int32");
-    return {spec, input, window, depth,
-            [&](int64_t o, int64_t tap, int64_t d) { return static_cast<int16_t>(codes.at(o, tap * depth + d)); }};
-  }
-
   void fill_planes(const Call& call) const {
     product_.fill_planes(call, input_, [&](int64_t row, int16_t* line, int64_t plane_size) {
       const int64_t first = row * input_.width;
@@ -95,7 +209,14 @@ class QuantConv2d final : public Op {
 
 std::unique_ptr<Op> make_quant_conv2d(const OpSpec& spec, const Shape& input, const Kernels& kernels) {
   require(!input.is_float(), "quant_conv2d needs codes as input");
-  return std::make_unique<QuantConv2d>(spec, input, Window(spec, input), kernels);
+  const Window window(spec, input);
+  const IntegerGrid grid(spec.input_multiplier, spec.input_offset, input.bits);
+  const int64_t depth = group_depth(spec, input, window), terms = spec.kernel[0] * spec.kernel[1] * depth;
+  const WeightCodes weights(spec, terms);
+  require(terms * grid.largest * weights.largest() <= kMaxSum, "a sum may overflow an int32");
+  if (ByteBlocks::fits(spec, input.bits, weights.largest(), kernels.bytes))
+    return std::make_unique<ByteConv2d>(spec, input, window, weights, depth, *kernels.bytes);
+  return std::make_unique<QuantConv2d>(spec, input, window, weights, depth, grid, kernels);
 }
 
 }  // namespace lowbit

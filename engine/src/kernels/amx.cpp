@@ -11,7 +11,8 @@ namespace lowbit {
 namespace {
 
 constexpr size_t kTileBytes = 1024;
-constexpr size_t kRing = 4;   // pairs of weight tiles that are kept: they never leave the L1 cache
+constexpr size_t kSlice = 1024;  // of 32 pixels: 32 KB
+constexpr size_t kRing = 4;      // pairs of weight tiles that are kept: they never leave the L1 cache
 constexpr size_t kAhead = 3;  // how far expanding runs ahead of multiplying, so that a tile is not read while written
 
 // Eight tiles of 16 rows x 64 bytes. The processor keeps this per thread; others in the process set their own.
@@ -58,11 +59,18 @@ void expand(const uint64_t* masks, std::byte* tiles) {
     _mm512_store_si512(tiles + row * 64, _mm512_mask_blend_epi8(masks[row], minus, plus));
 }
 
-// All panels for 16 pixels or, where Both, 32.
-template <bool Both>
-void multiply(const std::byte* pixels, const uint64_t* masks, const int32_t* ones, size_t depth, int panels,
+// Where a block's pixels lie: bytes from one to the next, and from 64 of their depth to the next 64.
+struct Rows {
+  const void* start;
+  size_t row, step, second;  // second: where pixel 16 starts
+};
+
+// All panels for 16 pixels or, where Both, 32. Codes are products of unsigned bytes, and start from 0.
+template <bool Codes, bool Both>
+void multiply(const Rows& rows, const uint64_t* masks, const int32_t* ones, size_t depth, int panels,
               BlockCounts* counts) {
   alignas(64) std::byte ring[kRing * 2 * kTileBytes];
+  const auto* pixels = static_cast<const std::byte*>(rows.start);
   const size_t pairs = depth * static_cast<size_t>(panels / 2);
   size_t expanded = 0;
   const auto expand_next = [&]() __attribute__((always_inline)) {
@@ -72,24 +80,41 @@ void multiply(const std::byte* pixels, const uint64_t* masks, const int32_t* one
   };
   for (size_t i = 0; i < kAhead; ++i) expand_next();
   size_t pair = 0;
-  for (int panel = 0; panel < panels; panel += 2, ones += kBlockChannels) {
-    _tile_loadd(0, ones, 0);  // a stride of 0: every row is the same
-    _tile_loadd(1, ones + kTileChannels, 0);
-    if constexpr (Both) {
-      _tile_loadd(2, ones, 0);
-      _tile_loadd(3, ones + kTileChannels, 0);
+  for (int panel = 0; panel < panels; panel += 2) {
+    if constexpr (Codes) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else {
+      const int32_t* start = ones + panel * kTileChannels;
+      _tile_loadd(0, start, 0);  // a stride of 0: every row is the same
+      _tile_loadd(1, start + kTileChannels, 0);
+      _tile_loadd(2, start, 0);
+      _tile_loadd(3, start + kTileChannels, 0);
     }
     for (size_t k = 0; k < depth; ++k, ++pair) {
       const std::byte* weights = ring + pair % kRing * 2 * kTileBytes;
-      _tile_loadd(4, pixels + k * kTileBytes, 64);
+      _tile_loadd(4, pixels + k * rows.step, rows.row);
       _tile_loadd(6, weights, 64);
-      _tile_dpbssd(0, 4, 6);
+      if constexpr (Codes)
+        _tile_dpbusd(0, 4, 6);
+      else
+        _tile_dpbssd(0, 4, 6);
       _tile_loadd(7, weights + kTileBytes, 64);
-      _tile_dpbssd(1, 4, 7);
+      if constexpr (Codes)
+        _tile_dpbusd(1, 4, 7);
+      else
+        _tile_dpbssd(1, 4, 7);
       if constexpr (Both) {
-        _tile_loadd(5, pixels + (depth + k) * kTileBytes, 64);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
+        _tile_loadd(5, pixels + rows.second + k * rows.step, rows.row);
+        if constexpr (Codes) {
+          _tile_dpbusd(2, 5, 6);
+          _tile_dpbusd(3, 5, 7);
+        } else {
+          _tile_dpbssd(2, 5, 6);
+          _tile_dpbssd(3, 5, 7);
+        }
       }
       expand_next();
     }
@@ -102,14 +127,77 @@ void multiply(const std::byte* pixels, const uint64_t* masks, const int32_t* one
   }
 }
 
-void count(const std::byte* arranged, const uint64_t* masks, const int32_t* ones, size_t depth, int count, int panels,
-           BlockCounts* counts) {
+template <bool Codes>
+void multiply_by_bits(const Rows& rows, const uint64_t* masks, const int32_t* ones, size_t depth, int count, int panels,
+                      BlockCounts* counts) {
   const TileConfig config;
   _tile_loadconfig(&config);
   if (count > 16)
-    multiply<true>(arranged, masks, ones, depth, panels, counts);
+    multiply<Codes, true>(rows, masks, ones, depth, panels, counts);
   else
-    multiply<false>(arranged, masks, ones, depth, panels, counts);
+    multiply<Codes, false>(rows, masks, ones, depth, panels, counts);
+  _tile_release();
+}
+
+void count(const std::byte* arranged, const uint64_t* masks, const int32_t* ones, size_t depth, int count, int panels,
+           BlockCounts* counts) {
+  multiply_by_bits<false>({arranged, 64, kTileBytes, depth * kTileBytes}, masks, ones, depth, count, panels, counts);
+}
+
+void sign_sums(const uint8_t* pixels, const uint64_t* masks, size_t depth, int count, int panels, BlockSums* sums) {
+  multiply_by_bits<true>({pixels, depth, 64, 16 * depth}, masks, nullptr, depth / 64, count, panels, sums);
+}
+
+// Weights that are bytes in memory. A slice of the depth at a time, so that its pixels stay in the L1 cache.
+template <bool Both>
+void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, int panels, BlockSums* sums) {
+  for (size_t first = 0; first < depth; first += kSlice) {
+    const size_t end = depth - first > kSlice ? first + kSlice : depth;
+    for (int panel = 0; panel < panels; panel += 2) {
+      const int8_t *left = weights + panel * depth * kTileChannels, *right = left + depth * kTileChannels;
+      if (first == 0) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      } else {
+        _tile_loadd(0, sums[panel], 64);
+        _tile_loadd(1, sums[panel + 1], 64);
+        if constexpr (Both) {
+          _tile_loadd(2, sums[panel] + 16, 64);
+          _tile_loadd(3, sums[panel + 1] + 16, 64);
+        }
+      }
+      for (size_t k = first; k < end; k += 64) {
+        _tile_loadd(4, pixels + k, depth);
+        _tile_loadd(6, left + k * kTileChannels, 64);
+        _tile_dpbusd(0, 4, 6);
+        _tile_loadd(7, right + k * kTileChannels, 64);
+        _tile_dpbusd(1, 4, 7);
+        if constexpr (Both) {
+          _tile_loadd(5, pixels + 16 * depth + k, depth);
+          _tile_dpbusd(2, 5, 6);
+          _tile_dpbusd(3, 5, 7);
+        }
+      }
+      _tile_stored(0, sums[panel], 64);
+      _tile_stored(1, sums[panel + 1], 64);
+      if constexpr (Both) {
+        _tile_stored(2, sums[panel] + 16, 64);
+        _tile_stored(3, sums[panel + 1] + 16, 64);
+      }
+    }
+  }
+}
+
+void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t,
+               BlockSums* sums) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  if (count > 16)
+    multiply_bytes<true>(pixels, weights, depth, panels, sums);
+  else
+    multiply_bytes<false>(pixels, weights, depth, panels, sums);
   _tile_release();
 }
 
@@ -153,5 +241,12 @@ lowbit::Kernels lowbit::amx_kernels() {
   Kernels kernels = kAvx512VpopcntdqKernels;
   kernels.isa = "amx";
   kernels.blocks = &kBlocks;
+  static const ByteKernels bytes = [](ByteKernels table) {
+    table.depth_multiple = 64;
+    table.sums = byte_sums;
+    table.sign_sums = sign_sums;
+    return table;
+  }(*kernels.bytes);
+  kernels.bytes = &bytes;
   return kernels;
 }

@@ -223,6 +223,88 @@ void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
   LOWBIT_BY_FOURS(multiply_integers, tile, sums)
 }
 
+void arrange_rows(const uint8_t* plane, const int64_t* runs, size_t run_count, size_t length, const int64_t* pixels,
+                  int count, size_t depth, uint8_t* arranged) {
+  for (int p = 0; p < count; ++p) {
+    uint8_t* row = arranged + p * depth;
+    for (size_t run = 0; run < run_count; ++run, row += length) {
+      const uint8_t* from = plane + runs[run] + pixels[p];
+      for (size_t i = 0; i < length; i += 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + i), load(from + i));
+    }
+  }
+}
+
+// Pairs of products are added up in 16 bits for as many steps as fit, then in 32; 8 channels.
+template <int P>
+void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, size_t steps,
+                    int32_t (*result)[kTileChannels]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int half = 0; half < kTileChannels; half += 8, weights += 32) {
+    __m256i sums[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) sums[p] = _mm256_setzero_si256();
+    for (size_t k = 0; k < depth;) {
+      const size_t end = depth - k > 4 * steps ? k + 4 * steps : depth;
+      __m256i pairs[P];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) pairs[p] = _mm256_setzero_si256();
+      for (; k < end; k += 4) {
+        const __m256i row = load(weights + k * kTileChannels);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          int32_t four;
+          __builtin_memcpy(&four, pixels + p * depth + k, 4);
+          pairs[p] = _mm256_add_epi16(pairs[p], _mm256_maddubs_epi16(_mm256_set1_epi32(four), row));
+        }
+      }
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) sums[p] = _mm256_add_epi32(sums[p], _mm256_madd_epi16(pairs[p], ones));
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) _mm256_storeu_si256(reinterpret_cast<__m256i*>(result[p] + half), sums[p]);
+  }
+}
+
+void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t pair,
+               BlockSums* sums) {
+  const auto steps = static_cast<size_t>(INT16_MAX / (pair > 0 ? pair : 1));
+  for (int panel = 0; panel < panels; ++panel, weights += depth * kTileChannels)
+    LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
+}
+
+// Eight channels from `first` on.
+__m256i completed(const IntegerSums& sums, int p, int first) {
+  const __m256i product = _mm256_mullo_epi32(load(sums.sums[p] + first), _mm256_set1_epi32(sums.multiplier));
+  return _mm256_add_epi32(product, load(sums.bases[p] + first));
+}
+
+__m256i passed(__m256i integers, const IntegerLimits& limits, int first) {
+  const __m256i flipped = _mm256_xor_si256(integers, load(limits.flips + first));
+  __m256i passed = _mm256_set1_epi32(limits.levels);
+  for (int level = 0; level < limits.levels; ++level)
+    passed =
+        _mm256_add_epi32(passed, _mm256_cmpgt_epi32(load(limits.thresholds + level * kTileChannels + first), flipped));
+  return passed;
+}
+
+void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t* codes, ptrdiff_t stride) {
+  for (int p = 0; p < sums.count; ++p) {
+    const __m256i low = passed(completed(sums, p, 0), limits, 0), high = passed(completed(sums, p, 8), limits, 8);
+    // Packing works by halves of a vector, so their quarters come out as 0, 2, 1, 3.
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + p * stride), bytes);
+  }
+}
+
+void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
+  for (int p = 0; p < sums.count; ++p)
+    for (int i = 0; i < kTileChannels; i += 8)
+      _mm256_storeu_ps(out.output + p * out.stride + i, scaled(_mm256_cvtepi32_ps(completed(sums, p, i)), out, i));
+}
+
+constexpr ByteKernels kBytes{4, INT16_MAX, arrange_rows, byte_sums, sums_to_codes, sums_to_floats};
+
 void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
   const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   for (size_t first = 0; first < channels; first += 64) {
@@ -242,8 +324,8 @@ void float_bits(const float* x, const float* thresholds, const uint32_t* flips, 
 
 }  // namespace
 
-const Kernels kAvx2Kernels{"avx2",     binary_counts,   binary_bits,  binary_floats,
-                           float_tile, float_tile_bits, integer_sums, float_bits};
+const Kernels kAvx2Kernels{"avx2",          binary_counts, binary_bits, binary_floats, float_tile,
+                           float_tile_bits, integer_sums,  float_bits,  nullptr,       &kBytes};
 
 }  // namespace lowbit
 

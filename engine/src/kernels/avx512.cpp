@@ -83,7 +83,48 @@ struct Counts {
 
 #include "kernels/avx512.h"
 
-const lowbit::Kernels lowbit::kAvx512Kernels{"avx512",   binary_counts,   binary_bits,  binary_floats,
-                                             float_tile, float_tile_bits, integer_sums, float_bits};
+namespace lowbit {
+namespace {
+
+// Pairs of products are added up in 16 bits for as many steps as fit, then in 32.
+template <int P>
+void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, size_t steps,
+                    int32_t (*result)[kTileChannels]) {
+  const __m512i ones = _mm512_set1_epi16(1);
+  __m512i sums[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) sums[p] = _mm512_setzero_si512();
+  for (size_t k = 0; k < depth;) {
+    const size_t end = depth - k > 4 * steps ? k + 4 * steps : depth;
+    __m512i pairs[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) pairs[p] = _mm512_setzero_si512();
+    for (; k < end; k += 4) {
+      const __m512i row = _mm512_loadu_si512(weights + k * kTileChannels);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p)
+        pairs[p] = _mm512_add_epi16(pairs[p], _mm512_maddubs_epi16(four_codes(pixels + p * depth + k), row));
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) sums[p] = _mm512_add_epi32(sums[p], _mm512_madd_epi16(pairs[p], ones));
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) _mm512_storeu_si512(result[p], sums[p]);
+}
+
+void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t pair,
+               BlockSums* sums) {
+  const auto steps = static_cast<size_t>(INT16_MAX / (pair > 0 ? pair : 1));
+  for (int panel = 0; panel < panels; ++panel, weights += depth * kTileChannels)
+    LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
+}
+
+constexpr ByteKernels kBytes{4, INT16_MAX, arrange_rows, byte_sums, sums_to_codes, sums_to_floats};
+
+}  // namespace
+}  // namespace lowbit
+
+const lowbit::Kernels lowbit::kAvx512Kernels{"avx512",        binary_counts, binary_bits, binary_floats, float_tile,
+                                             float_tile_bits, integer_sums,  float_bits,  nullptr,       &kBytes};
 
 LOWBIT_TARGET_CLOSE

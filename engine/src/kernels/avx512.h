@@ -104,6 +104,47 @@ void multiply_integers(const IntegerTile& tile, int32_t (*result)[kTileChannels]
   for (int p = 0; p < P; ++p) _mm512_storeu_si512(result[p], sums[p]);
 }
 
+void arrange_rows(const uint8_t* plane, const int64_t* runs, size_t run_count, size_t length, const int64_t* pixels,
+                  int count, size_t depth, uint8_t* arranged) {
+  for (int p = 0; p < count; ++p) {
+    uint8_t* row = arranged + p * depth;
+    for (size_t run = 0; run < run_count; ++run, row += length) {
+      const uint8_t* from = plane + runs[run] + pixels[p];
+      for (size_t i = 0; i < length; i += 64) _mm512_storeu_si512(row + i, _mm512_loadu_si512(from + i));
+    }
+  }
+}
+
+// Four codes of a pixel for all channels.
+__m512i four_codes(const uint8_t* codes) {
+  int32_t four;
+  __builtin_memcpy(&four, codes, 4);
+  return _mm512_set1_epi32(four);
+}
+
+__m512i completed(const IntegerSums& sums, int p) {
+  return _mm512_add_epi32(_mm512_mullo_epi32(_mm512_loadu_si512(sums.sums[p]), _mm512_set1_epi32(sums.multiplier)),
+                          _mm512_loadu_si512(sums.bases[p]));
+}
+
+void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t* codes, ptrdiff_t stride) {
+  const __m512i flips = _mm512_loadu_si512(limits.flips), one = _mm512_set1_epi32(1);
+  for (int p = 0; p < sums.count; ++p) {
+    const __m512i flipped = _mm512_xor_si512(completed(sums, p), flips);
+    __m512i passed = _mm512_setzero_si512();
+    for (int level = 0; level < limits.levels; ++level) {
+      const __m512i limit = _mm512_loadu_si512(limits.thresholds + level * kTileChannels);
+      passed = _mm512_mask_add_epi32(passed, _mm512_cmpge_epi32_mask(flipped, limit), passed, one);
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + p * stride), _mm512_cvtepi32_epi8(passed));
+  }
+}
+
+void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
+  for (int p = 0; p < sums.count; ++p)
+    _mm512_storeu_ps(out.output + p * out.stride, scaled(_mm512_cvtepi32_ps(completed(sums, p)), out));
+}
+
 void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
   LOWBIT_BY_COUNT(store_counts, tile, counts)
 }

@@ -39,3 +39,33 @@
         kernel<4>(tile, first, __VA_ARGS__);              \
     }                                                     \
   }
+
+// Up to eight pixels of `pixels` at a time, from pixel `first` on, which the arguments may name.
+#define LOWBIT_BY_EIGHTS(kernel, pixels, ...)         \
+  for (int first = 0; first < (pixels); first += 8) { \
+    switch ((pixels) - first) {                       \
+      case 1:                                         \
+        kernel<1>(__VA_ARGS__);                       \
+        break;                                        \
+      case 2:                                         \
+        kernel<2>(__VA_ARGS__);                       \
+        break;                                        \
+      case 3:                                         \
+        kernel<3>(__VA_ARGS__);                       \
+        break;                                        \
+      case 4:                                         \
+        kernel<4>(__VA_ARGS__);                       \
+        break;                                        \
+      case 5:                                         \
+        kernel<5>(__VA_ARGS__);                       \
+        break;                                        \
+      case 6:                                         \
+        kernel<6>(__VA_ARGS__);                       \
+        break;                                        \
+      case 7:                                         \
+        kernel<7>(__VA_ARGS__);                       \
+        break;                                        \
+      default:                                        \
+        kernel<8>(__VA_ARGS__);                       \
+    }                                                 \
+  }

@@ -65,6 +65,51 @@ struct BlockKernels {
   void (*floats)(const int32_t (*counts)[kTileChannels], int count, const int64_t* const* bases, const FloatOutput&);
 };
 
+// A product of codes, a byte each, with signed bytes, by blocks: up to 32 pixels meet any even number of panels. A
+// pixel has its codes in a row, zeros or anything else up to `depth`, where the weights are zero; so weights are
+// [panel][depth / 4][16][4].
+using BlockSums = int32_t[kBlockPixels][kTileChannels];
+
+// Sums of up to 8 pixels of one panel on their way out: multiplier * sums[p][c] + bases[p][c], modulo 2^32.
+struct IntegerSums {
+  const int32_t (*sums)[kTileChannels];
+  int count;
+  int32_t multiplier;
+  const int32_t* const* bases;
+};
+
+// What the integers of 16 channels are held against, [levels][16]: x >= thresholds, both with their bits flipped where
+// the channel falls (flips all ones, else zero); thresholds come flipped already.
+struct IntegerLimits {
+  const int32_t* thresholds;
+  const int32_t* flips;
+  int levels;
+};
+
+struct ByteKernels {
+  int64_t depth_multiple;
+  int64_t largest_pair;  // the products of two neighbours in a row, added up, must not pass it
+
+  // Pixel p's row, `depth` bytes after the one before, is made of `length` bytes from each of plane[runs[i] +
+  // pixels[p]]. 64 bytes beyond what is read or written belong to the buffers.
+  void (*arrange_pixels)(const uint8_t* plane, const int64_t* runs, size_t run_count, size_t length,
+                         const int64_t* pixels, int count, size_t depth, uint8_t* arranged);
+
+  // sums[panel][p][c] = sum of products. `pair` is a bound of what two neighbours add, at most largest_pair.
+  void (*sums)(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t pair,
+               BlockSums* sums);
+
+  // codes[p * stride + c] = how many limits the integer passes.
+  void (*codes)(const IntegerSums&, const IntegerLimits&, uint8_t* codes, ptrdiff_t stride);
+
+  void (*floats)(const IntegerSums&, const FloatOutput&);
+
+  // As sums, with weights that are 1 where their bit is set and -1 where not, and nothing beyond the depth, a multiple
+  // of 64. Bits are laid out as in BlockKernels. Null where bytes are as good.
+  void (*sign_sums)(const uint8_t* pixels, const uint64_t* masks, size_t depth, int count, int panels,
+                    BlockSums* sums) = nullptr;
+};
+
 // What 16 channels are held against: x >= thresholds, both with their sign flipped (bit 31 of flips set) where the
 // channel falls; thresholds come flipped already.
 struct FloatLimits {
@@ -99,6 +144,9 @@ struct Kernels {
 
   // For binary products of many pixels; null where the tiles are as good.
   const BlockKernels* blocks = nullptr;
+
+  // For products of codes with weights that fit a byte; null where integer_sums is as good.
+  const ByteKernels* bytes = nullptr;
 };
 
 extern const Kernels kScalarKernels;

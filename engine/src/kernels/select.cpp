@@ -30,16 +30,16 @@ struct Built {
 // The best first.
 std::vector<Built> built() {
   std::vector<Built> tables;
-#ifdef LOWBIT_AMX
-  static const Kernels amx = amx_kernels();
-  tables.push_back(
-      {&amx, __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512vpopcntdq") && may_use_tiles()});
-#endif
 #ifdef LOWBIT_AVX512
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #ifdef LOWBIT_AVX512_VPOPCNTDQ
-  tables.push_back({&kAvx512VpopcntdqKernels, avx512 && __builtin_cpu_supports("avx512vpopcntdq")});
+  const bool vpopcntdq = avx512 && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vnni");
+#ifdef LOWBIT_AMX
+  static const Kernels amx = amx_kernels();
+  tables.push_back({&amx, vpopcntdq && __builtin_cpu_supports("amx-int8") && may_use_tiles()});
+#endif
+  tables.push_back({&kAvx512VpopcntdqKernels, vpopcntdq});
 #endif
   tables.push_back({&kAvx512Kernels, avx512});
 #endif

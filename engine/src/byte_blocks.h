@@ -1,0 +1,157 @@
+// The product of codes, a byte each, with weights of a signed byte each, by blocks of 32 pixels.
+//
+// A copy of the input with a border of zeros keeps the channels of a pixel together, so that what a pixel sees of a
+// group is a few runs of bytes: one per row of taps where neighbouring taps are neighbours in memory, else one per tap.
+// Put in a row they leave no gaps: the depth is taps times channels, rounded up once.
+#pragma once
+
+#include "convolution.h"
+
+namespace lowbit {
+
+// Sums that are there, of all panels of one group that an item of work covers.
+struct SumBlock {
+  const BlockSums* sums;  // [panel]
+  int64_t first_pixel, count;
+  const int64_t* positions;  // of each pixel within its image
+  int64_t group, first_panel, panels;
+};
+
+class ByteBlocks {
+ public:
+  // Whether the product of codes of `bits` bits with weights from -largest to largest is one for `kernels`.
+  static bool fits(const OpSpec& spec, int bits, int64_t largest, const ByteKernels* kernels) {
+    return kernels != nullptr && largest <= std::numeric_limits<int8_t>::max() &&
+           pair(bits, largest) <= kernels->largest_pair &&
+           (spec.groups == 1 || spec.channels / spec.groups > kTileChannels);
+  }
+
+  ByteBlocks(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth, const WeightCodes& weights,
+             const ByteKernels& kernels)
+      : kernels_(kernels),
+        input_(input),
+        window_(window),
+        groups_(spec.groups),
+        channels_(spec.channels),
+        padded_width_(input.width + 2 * window.padding[1]),
+        padded_rows_(input.height + 2 * window.padding[0]),
+        pair_(pair(input.bits, weights.largest())),
+        panels_(ceil_div(channels_ / groups_, kTileChannels)) {
+    const bool joined = groups_ == 1 && window.dilation[1] == 1;
+    run_bytes_ = joined ? window.kernel[1] * depth : depth;
+    for (int64_t ky = 0; ky < window.kernel[0]; ++ky)
+      for (int64_t kx = 0; kx < (joined ? 1 : window.kernel[1]); ++kx)
+        runs_.push_back((ky * window.dilation[0] * padded_width_ + kx * window.dilation[1]) * input.channels);
+    const int64_t terms = window.kernel[0] * window.kernel[1] * depth;
+    depth_ = round_up(terms, kernels.depth_multiple);
+    by_signs_ = kernels.sign_sums != nullptr && weights.are_signs() && terms == depth_ &&
+                terms * channels_ > kMostWeightBytes && groups_ == 1;
+    if (by_signs_)
+      arrange_signs(weights);
+    else
+      arrange_bytes(weights, terms);
+  }
+
+  int64_t panels() const { return panels_; }  // of one group
+  int64_t scratch_bytes() const {
+    return round_up(input_.channels * padded_width_ * padded_rows_, kAlignment) + kSlack;
+  }
+  int64_t thread_scratch_bytes() const { return sums_offset() + even_panels() * sizeof(BlockSums); }
+  const char* kernel() const { return by_signs_ ? "bytes.sign_sums" : "bytes.sums"; }
+
+  // Copies the input into the padded images, codes of 1 bit as bytes.
+  void fill(const Call& call) const {
+    const int64_t channels = input_.channels, border = window_.padding[1] * channels, length = input_.width * channels;
+    call.pool.run(static_cast<size_t>(call.batch * padded_rows_), [&](size_t row, int) {
+      const int64_t image = row / padded_rows_, y = row % padded_rows_ - window_.padding[0];
+      auto* line =
+          static_cast<uint8_t*>(call.scratch) + image * scratch_bytes() + row % padded_rows_ * padded_width_ * channels;
+      if (y < 0 || y >= input_.height) {
+        std::fill_n(line, padded_width_ * channels, uint8_t{0});
+        return;
+      }
+      std::fill_n(line, border, uint8_t{0});
+      std::fill_n(line + border + length, border, uint8_t{0});
+      const int64_t first = (image * input_.height + y) * input_.width;
+      if (input_.bits != 1)
+        std::copy_n(call.input<uint8_t>() + first * channels, length, line + border);
+      else
+        for (int64_t i = 0; i < input_.width; ++i)
+          for (int64_t c = 0; c < channels; ++c)
+            line[border + i * channels + c] = static_cast<uint8_t>(code_at(call, input_, first + i, c));
+    });
+  }
+
+  // Calls begin(first pixel, count, first channel, end channel) for every item of work, then emit(SumBlock) for each of
+  // its groups. Weights that fill the cache stay there while all pixels pass by.
+  template <class Begin, class Emit>
+  void run(const Call& call, const Begin& begin, const Emit& emit) const {
+    const int64_t pixels = call.batch * window_.height * window_.width, blocks = ceil_div(pixels, kBlockPixels);
+    const int64_t at_once = panels_at_once(even_panels(), blocks, call.pool.size());
+    const int64_t cached = std::max<int64_t>(kMostWeightBytes / (depth_ * kTileChannels) / 4 * 4, kPanelsPerChunk);
+    const int64_t chunk_panels = groups_ > 1 ? even_panels() : by_signs_ ? at_once : std::min(at_once, cached);
+    const int64_t chunks = ceil_div(even_panels(), chunk_panels);
+    call.pool.run(static_cast<size_t>(blocks * chunks), [&](size_t item, int thread) {
+      auto* arranged = reinterpret_cast<uint8_t*>(call.thread_scratch + thread * call.thread_bytes);
+      auto* sums = reinterpret_cast<BlockSums*>(arranged + sums_offset());
+      const int64_t first = item % blocks * kBlockPixels, count = std::min<int64_t>(kBlockPixels, pixels - first);
+      const int64_t panel = item / blocks * chunk_panels, end = std::min(panel + chunk_panels, even_panels());
+      int64_t offsets[kBlockPixels], positions[kBlockPixels];
+      locate(window_, padded_width_, input_.channels, scratch_bytes(), first, count, offsets, positions);
+      begin(first, count, panel * kTileChannels, chunks == 1 ? channels_ : std::min(end * kTileChannels, channels_));
+      const int size = static_cast<int>(count), size_panels = static_cast<int>(end - panel);
+      for (int64_t group = 0; group < groups_; ++group) {
+        kernels_.arrange_pixels(static_cast<const uint8_t*>(call.scratch) + group * (input_.channels / groups_),
+                                runs_.data(), runs_.size(), run_bytes_, offsets, size, depth_, arranged);
+        const int64_t weights = (group * even_panels() + panel) * depth_ * kTileChannels;
+        if (by_signs_)
+          kernels_.sign_sums(arranged, masks_.data() + weights / 64, depth_, size, size_panels, sums);
+        else
+          kernels_.sums(arranged, weights_.data() + weights, depth_, size, size_panels, pair_, sums);
+        emit(SumBlock{sums, first, count, positions, group, panel, std::min(end, panels_) - panel});
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kSlack = 64;                 // see ByteKernels::arrange_pixels
+  static constexpr int64_t kMostWeightBytes = 3 << 18;  // that stay in the L2 cache
+
+  static int64_t pair(int64_t bits, int64_t largest) { return 2 * ((int64_t{1} << bits) - 1) * largest; }
+
+  int64_t even_panels() const { return round_up(panels_, 2); }
+  int64_t sums_offset() const { return round_up(kBlockPixels * depth_ + kSlack, kAlignment); }
+
+  void arrange_bytes(const WeightCodes& weights, int64_t terms) {
+    weights_.assign(groups_ * even_panels() * depth_ * kTileChannels, 0);
+    const int64_t group_channels = channels_ / groups_;
+    for (int64_t o = 0; o < channels_; ++o) {
+      const int64_t inside = o % group_channels, panel = o / group_channels * even_panels() + inside / kTileChannels;
+      int8_t* of_channel = weights_.data() + panel * depth_ * kTileChannels + inside % kTileChannels * 4;
+      for (int64_t n = 0; n < terms; ++n)
+        of_channel[n / 4 * 4 * kTileChannels + n % 4] = static_cast<int8_t>(weights.at(o, n));
+    }
+  }
+
+  void arrange_signs(const WeightCodes& weights) {
+    masks_.assign(even_panels() * depth_ / 64 * kTileChannels, 0);
+    for (int64_t o = 0; o < channels_; ++o) {
+      const int64_t panel = o / kTileChannels, c = o % kTileChannels;
+      for (int64_t n = 0; n < depth_; ++n)
+        if (weights.at(o, n) > 0)
+          masks_[((panel / 2 * (depth_ / 64) + n / 64) * 2 + panel % 2) * kTileChannels + n % 64 / 4] |=
+              uint64_t{1} << (4 * c + n % 4);
+    }
+  }
+
+  const ByteKernels& kernels_;
+  Shape input_;
+  Window window_;
+  int64_t groups_, channels_, padded_width_, padded_rows_, pair_, panels_, run_bytes_, depth_;
+  bool by_signs_;
+  std::vector<int64_t> runs_;
+  Buffer<int8_t> weights_;  // [group][panel][depth / 4][16][4]
+  Buffer<uint64_t> masks_;  // as BlockKernels has them
+};
+
+}  // namespace lowbit
