@@ -6,6 +6,7 @@
 #include "binary_blocks.h"
 #include "border_cases.h"
 #include "convolution.h"
+#include "measure.h"
 #include "output_transform.h"
 
 namespace lowbit {
@@ -52,6 +53,7 @@ class BinaryConv2d : public Op {
         product_(make_product(spec, input, window, depth_)),
         cases_(spec, input, window, depth_) {
     if (kernels.blocks != nullptr && groups_ == 1 && product_.panels() > 1) blocks_.emplace(product_, *kernels.blocks);
+    shape_ = describe(spec, input, output().bits);
   }
 
   int64_t scratch_bytes() const override { return product_.planes_bytes(); }
@@ -59,8 +61,25 @@ class BinaryConv2d : public Op {
     return std::max(product_.block_bytes(), blocks_ ? blocks_->thread_scratch_bytes() : int64_t{0});
   }
 
+  // Blocks or tiles, for few pixels and for many: they give the same bits.
+  void tune(const Measure& measure) override {
+    if (!blocks_) return;
+    for (const int64_t fewest : {kMinBlockPixels, kManyPixels}) {
+      bool& blocks = by_blocks_[fewest == kManyPixels];
+      const int64_t batch = ceil_div(fewest, output().pixels());
+      if (batch > kMostImages || (fewest < kManyPixels && output().pixels() >= kManyPixels)) continue;
+      blocks = measure.first_is_faster(*this, input_, shape_, batch, [&](bool first) { blocks = first; });
+    }
+  }
+
  protected:
-  bool by_blocks(const Call& call) const { return blocks_ && product_.pixels(call) >= kMinBlockPixels; }
+  bool by_blocks(const Call& call) const {
+    const int64_t pixels = product_.pixels(call);
+    return blocks_ && pixels >= kMinBlockPixels && by_blocks_[pixels >= kManyPixels];
+  }
+
+  // Of one image, if it has pixels enough.
+  bool shown_by_blocks() const { return blocks_ && by_blocks_[output().pixels() >= kManyPixels]; }
 
   // Calls emit(counts, pixels, first pixel, positions, panel) for up to 8 pixels times 16 channels of a block.
   template <class Emit>
@@ -74,9 +93,11 @@ class BinaryConv2d : public Op {
   void fill_planes(const Call& call) const {
     const int64_t words = input_.words(), group_words = ceil_div(depth_, 64);
     const bool aligned = groups_ == 1 || depth_ % 64 == 0;
-    product_.fill_planes(call, input_, [&](int64_t row, uint64_t* line, int64_t plane_size) {
+    product_.fill_planes(call, input_, [&](int64_t row, uint64_t* line, const int64_t* columns) {
+      const int64_t plane_size = product_.plane_size();
       const uint64_t* x = call.input<uint64_t>() + row * input_.width * words;
-      for (int64_t i = 0; i < input_.width; ++i, x += words) {
+      for (int64_t column = 0; column < input_.width; ++column, x += words) {
+        const int64_t i = columns[column];
         if (aligned)
           for (int64_t w = 0; w < words; ++w) line[w * plane_size + i] = x[w];
         else
@@ -112,7 +133,10 @@ class BinaryConv2d : public Op {
   std::optional<BinaryBlocks> blocks_;
 
  private:
-  static constexpr int64_t kMinBlockPixels = 8;
+  static constexpr int64_t kMinBlockPixels = 8, kManyPixels = 64, kMostImages = 64;
+
+  bool by_blocks_[2] = {true, true};  // from kMinBlockPixels and from kManyPixels on
+  std::string shape_;
 
   // `count` bits (at most 64) of x from bit `start` on.
   static uint64_t extract(const uint64_t* x, int64_t start, int64_t count) {
@@ -135,7 +159,7 @@ class BinaryConv2dFloat final : public BinaryConv2d {
   BinaryConv2dFloat(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
       : BinaryConv2d(spec, input, window, kernels, 0), bases_(base_table()), epilogue_(spec, "scale") {}
 
-  const char* kernel(bool) const override { return blocks_ ? "blocks.floats" : "binary_floats"; }
+  const char* kernel(bool) const override { return shown_by_blocks() ? "blocks.floats" : "binary_floats"; }
 
   void run(const Call& call) const override {
     fill_planes(call);
@@ -192,7 +216,7 @@ class BinaryConv2dBits final : public BinaryConv2d {
     if (blocks_) prepare_blocks();
   }
 
-  const char* kernel(bool) const override { return blocks_ ? "blocks.bits" : "binary_bits"; }
+  const char* kernel(bool) const override { return shown_by_blocks() ? "blocks.bits" : "binary_bits"; }
 
   void run(const Call& call) const override {
     fill_planes(call);
@@ -248,7 +272,7 @@ class BinaryConv2dCodes final : public BinaryConv2d {
         bases_(base_table()),
         thresholds_(spec, spec.channels) {}
 
-  const char* kernel(bool) const override { return blocks_ ? "blocks.count" : "binary_counts"; }
+  const char* kernel(bool) const override { return shown_by_blocks() ? "blocks.count" : "binary_counts"; }
 
   void run(const Call& call) const override {
     fill_planes(call);

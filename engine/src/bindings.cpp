@@ -158,7 +158,9 @@ class PyEngine {
     for (size_t i = 0; i < ops.size(); ++i)
       specs.push_back(to_spec(nb::cast<nb::dict>(ops[i]), nb::cast<nb::dict>(tensors[i]), kept));
     const char* isa = std::getenv("LOWBIT_ISA");
-    return lowbit::Engine({input_shape[1], input_shape[2], input_shape[0]}, specs, threads, isa == nullptr ? "" : isa);
+    const char* tune = std::getenv("LOWBIT_TUNE");
+    return lowbit::Engine({input_shape[1], input_shape[2], input_shape[0]}, specs, threads, isa == nullptr ? "" : isa,
+                          tune == nullptr || std::string_view(tune) != "0");
   }
 
   lowbit::Engine engine_;

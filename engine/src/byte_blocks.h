@@ -44,8 +44,7 @@ class ByteBlocks {
         runs_.push_back((ky * window.dilation[0] * padded_width_ + kx * window.dilation[1]) * input.channels);
     const int64_t terms = window.kernel[0] * window.kernel[1] * depth;
     depth_ = round_up(terms, kernels.depth_multiple);
-    by_signs_ = kernels.sign_sums != nullptr && weights.are_signs() && terms == depth_ &&
-                terms * channels_ > kMostWeightBytes && groups_ == 1;
+    by_signs_ = kernels.sign_sums != nullptr && weights.are_signs() && terms == depth_ && groups_ == 1;
     if (by_signs_)
       arrange_signs(weights);
     else
@@ -97,7 +96,8 @@ class ByteBlocks {
       const int64_t first = item % blocks * kBlockPixels, count = std::min<int64_t>(kBlockPixels, pixels - first);
       const int64_t panel = item / blocks * chunk_panels, end = std::min(panel + chunk_panels, even_panels());
       int64_t offsets[kBlockPixels], positions[kBlockPixels];
-      locate(window_, padded_width_, input_.channels, scratch_bytes(), first, count, offsets, positions);
+      locate(window_, window_.stride[0] * padded_width_ * input_.channels, window_.stride[1] * input_.channels,
+             scratch_bytes(), first, count, offsets, positions);
       begin(first, count, panel * kTileChannels, chunks == 1 ? channels_ : std::min(end * kTileChannels, channels_));
       const int size = static_cast<int>(count), size_panels = static_cast<int>(end - panel);
       for (int64_t group = 0; group < groups_; ++group) {

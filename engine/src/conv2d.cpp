@@ -26,11 +26,15 @@ class Conv2d final : public Op {
 
   void run(const Call& call) const override {
     fill_planes(call);
-    product_.run(call, kNoBegin,
-                 [&](const FloatTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
-                   epilogue_.emit(call.result<float>(), pixel, tile.count, group, panel,
-                                  [&](const FloatOutput& output) { kernels_.float_tile(tile, output); });
-                 });
+    product_.run(
+        call, kNoBegin,
+        [&](FloatTile tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
+          for_panels(tile, group, panel, [&](int64_t number) {
+            epilogue_.emit(call.result<float>(), pixel, tile.count, group, number,
+                           [&](const FloatOutput& output) { kernels_.float_tile(tile, output); });
+          });
+        },
+        kernels_.float_panels);
   }
 
   bool joins(const Op& next) const override { return dynamic_cast<const ThresholdBits*>(&next) != nullptr; }
@@ -42,23 +46,42 @@ class Conv2d final : public Op {
     const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
       clear_bits(call, next.output(), first, count, channel, end);
     };
-    product_.run(call, clear, [&](const FloatTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
-      const int64_t inside = panel * kTileChannels, first = group * group_channels + inside;
-      const unsigned wanted = (1u << std::min<int64_t>(kTileChannels, group_channels - inside)) - 1;
-      uint16_t bits[kTilePixels];
-      kernels_.float_tile_bits(tile, epilogue_.tile(nullptr, group, panel), threshold.limits(first), bits);
-      for (int p = 0; p < tile.count; ++p)
-        add_bits(call.result<uint64_t>() + (pixel + p) * words, first, bits[p] & wanted);
-    });
+    product_.run(
+        call, clear,
+        [&](FloatTile tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
+          for_panels(tile, group, panel, [&](int64_t number) {
+            const int64_t inside = number * kTileChannels, first = group * group_channels + inside;
+            const int64_t width = std::min<int64_t>(tile.panels * kTileChannels, group_channels - inside);
+            const uint64_t wanted = (uint64_t{1} << width) - 1;
+            uint32_t bits[kTilePixels];
+            kernels_.float_tile_bits(tile, epilogue_.tile(nullptr, group, number), threshold.limits(first), bits);
+            for (int p = 0; p < tile.count; ++p)
+              add_bits(call.result<uint64_t>() + (pixel + p) * words, first, bits[p] & wanted);
+          });
+        },
+        kernels_.float_panels);
   }
 
  private:
+  // Calls compute(panel) for one full pair of panels, or for one or two panels one by one; `tile` is set for each.
+  template <class Compute>
+  void for_panels(FloatTile& tile, int64_t group, int64_t panel, const Compute& compute) const {
+    if (kernels_.float_panels == 2 && epilogue_.is_pair(panel)) {
+      tile.panels = 2;
+      return compute(panel);
+    }
+    for (int64_t number = panel; number < std::min(panel + kernels_.float_panels, product_.panels()); ++number) {
+      tile.weights = product_.panel(group, number);
+      compute(number);
+    }
+  }
+
   void fill_planes(const Call& call) const {
-    product_.fill_planes(call, input_, [&](int64_t row, float* line, int64_t plane_size) {
-      const int64_t first = row * input_.width;
+    product_.fill_planes(call, input_, [&](int64_t row, float* line, const int64_t* columns) {
+      const int64_t first = row * input_.width, plane_size = product_.plane_size();
       const auto fill = [&](const auto& value) {
-        for (int64_t i = 0; i < input_.width; ++i)
-          for (int64_t c = 0; c < input_.channels; ++c) line[c * plane_size + i] = value(first + i, c);
+        for (int64_t c = 0; c < input_.channels; ++c)
+          for (int64_t i = 0; i < input_.width; ++i) line[c * plane_size + columns[i]] = value(first + i, c);
       };
       if (input_.is_float())
         fill([x = call.input<float>(), this](int64_t pixel, int64_t c) { return x[pixel * input_.channels + c]; });

@@ -3,7 +3,7 @@
 // The input is first copied into planes: one per channel (floats, integers) or per 64-bit word of channels (bits), with
 // a border of zeros. There, the input of output pixel p under tap k lies at taps[k] + pixels[p], for every stride,
 // dilation and border, and neighbouring pixels are neighbours in memory, so that a tile is gathered mostly by whole
-// vectors.
+// vectors: a row has its columns 0, s, 2s, ... first, then 1, s + 1, ..., for a stride of s.
 #pragma once
 
 #include <algorithm>
@@ -27,16 +27,16 @@ inline int64_t panels_at_once(int64_t panels, int64_t blocks, int threads) {
   return blocks < 2 * threads && threads > 1 ? kPanelsPerChunk : panels;
 }
 
-// Where the input of output pixels first..first+count-1 starts in padded images, `pixel` elements to a pixel and
-// `image_size` to an image, and their numbers within their images.
-inline void locate(const Window& window, int64_t padded_width, int64_t pixel, int64_t image_size, int64_t first,
-                   int64_t count, int64_t* offsets, int64_t* positions) {
+// Where the input of output pixels first..first+count-1 starts in padded images, `down` elements from a row of them to
+// the next, `right` to the next pixel and `image_size` to the next image, and their numbers within their images.
+inline void locate(const Window& window, int64_t down, int64_t right, int64_t image_size, int64_t first, int64_t count,
+                   int64_t* offsets, int64_t* positions) {
   const int64_t image_pixels = window.height * window.width;
   int64_t image = first / image_pixels, y = first % image_pixels / window.width,
           x = first % image_pixels % window.width;
   for (int64_t p = 0; p < count; ++p) {
     positions[p] = y * window.width + x;
-    offsets[p] = image * image_size + (y * window.stride[0] * padded_width + x * window.stride[1]) * pixel;
+    offsets[p] = image * image_size + y * down + x * right;
     if (++x < window.width) continue;
     x = 0;
     if (++y < window.height) continue;
@@ -57,13 +57,15 @@ class Product {
         channels_(spec.channels),
         planes_(groups_ * depth),
         padded_height_(input.height + 2 * window.padding[0]),
-        padded_width_(input.width + 2 * window.padding[1]),
+        phases_(window.width > 1 ? window.stride[1] : 1),
+        padded_width_(round_up(input.width + 2 * window.padding[1], phases_)),
         panels_(ceil_div(group_channels(), kTileChannels)) {
+    for (int64_t x = 0; x < input.width; ++x) columns_.push_back(column(x + window.padding[1]));
     const int64_t kernel = window.kernel[0] * window.kernel[1];
     for (int64_t tap = 0; tap < kernel; ++tap)
       for (int64_t d = 0; d < depth; ++d)
         taps_.push_back((d * padded_height_ + tap / window.kernel[1] * window.dilation[0]) * padded_width_ +
-                        tap % window.kernel[1] * window.dilation[1]);
+                        column(tap % window.kernel[1] * window.dilation[1]));
     weights_.assign(groups_ * panels_ * taps_.size() * kTileChannels, T{});
     for (int64_t o = 0; o < channels_; ++o) {
       const int64_t inside = o % group_channels();
@@ -82,32 +84,26 @@ class Product {
   int64_t pixels(const Call& call) const { return call.batch * window_.height * window_.width; }
   int64_t block_bytes() const { return block_tiles() * kTilePixels * taps_.size() * sizeof(T); }
 
-  // Fills the planes; spread(row y of an image, x) must write the planes' elements of input pixel (y, x) by put(plane,
-  // value).
+  // Fills the planes; spread(row y of an image, line, columns) must write every plane's element of input pixel (y, x)
+  // to line[plane * plane_size() + columns[x]].
   template <class Spread>
   void fill_planes(const Call& call, const Shape& input, const Spread& spread) const {
     call.pool.run(static_cast<size_t>(call.batch * padded_height_), [&](size_t row, int) {
-      T* start = planes_of(call, row / padded_height_) + row % padded_height_ * padded_width_;
+      T* line = planes_of(call, row / padded_height_) + row % padded_height_ * padded_width_;
       const int64_t y = static_cast<int64_t>(row % padded_height_) - window_.padding[0];
       const bool inside = y >= 0 && y < input.height;
-      for (int64_t plane = 0; plane < planes_; ++plane) {
-        T* line = start + plane * plane_size();
-        if (!inside) {
-          std::fill_n(line, padded_width_, T{});
-          continue;
-        }
-        std::fill_n(line, window_.padding[1], T{});
-        std::fill_n(line + window_.padding[1] + input.width, window_.padding[1], T{});
-      }
-      if (inside) spread(row / padded_height_ * input.height + y, start + window_.padding[1], plane_size());
+      if (!inside || padded_width_ > input.width)
+        for (int64_t plane = 0; plane < planes_; ++plane) std::fill_n(line + plane * plane_size(), padded_width_, T{});
+      if (inside) spread(row / padded_height_ * input.height + y, line, columns_.data());
     });
   }
 
   // Calls emit(tile, first pixel, positions, group, panel) for every tile: pixels are numbered through the batch, and
   // positions[p] is pixel p's number within its image. An item of work covers some channels of some pixels; before its
-  // tiles, begin(first pixel, count, first channel, end channel) is called.
+  // tiles, begin(first pixel, count, first channel, end channel) is called. Where `step` is 2, only even panels are
+  // named, and emit sees to the next one too.
   template <class Begin, class Emit>
-  void run(const Call& call, const Begin& begin, const Emit& emit) const {
+  void run(const Call& call, const Begin& begin, const Emit& emit, int64_t step = 1) const {
     const int64_t pixels = this->pixels(call);
     const int64_t block = block_pixels(pixels, call.pool.size());
     const int64_t blocks = ceil_div(pixels, block);
@@ -127,10 +123,10 @@ class Product {
         const T* plane = static_cast<const T*>(call.scratch) + group * (planes_ / groups_) * plane_size();
         for (int64_t p = 0; p < count; p += kTilePixels)
           gather(plane, offsets + p, static_cast<int>(std::min<int64_t>(kTilePixels, count - p)), gathered + p * depth);
-        for (int64_t number = first_panel; number < end_panel; ++number)
+        for (int64_t number = first_panel; number < end_panel; number += step)
           for (int64_t p = 0; p < count; p += kTilePixels) {
             const int size = static_cast<int>(std::min<int64_t>(kTilePixels, count - p));
-            emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size}, first + p, positions + p, group,
+            emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size, 1}, first + p, positions + p, group,
                  number);
           }
       }
@@ -143,10 +139,14 @@ class Product {
   }
 
   void locate(int64_t first, int64_t count, int64_t* offsets, int64_t* positions) const {
-    lowbit::locate(window_, padded_width_, 1, planes_bytes() / sizeof(T), first, count, offsets, positions);
+    lowbit::locate(window_, window_.stride[0] * padded_width_, 1, planes_bytes() / sizeof(T), first, count, offsets,
+                   positions);
   }
 
  private:
+  // Where a row has the padded image's column x.
+  int64_t column(int64_t x) const { return x % phases_ * (padded_width_ / phases_) + x / phases_; }
+
   T* panel(int64_t group, int64_t number) {
     return weights_.data() + (group * panels_ + number) * taps_.size() * kTileChannels;
   }
@@ -175,8 +175,8 @@ class Product {
   }
 
   Window window_;
-  int64_t groups_, channels_, planes_, padded_height_, padded_width_, panels_;
-  std::vector<int64_t> taps_;
+  int64_t groups_, channels_, planes_, padded_height_, phases_, padded_width_, panels_;
+  std::vector<int64_t> taps_, columns_;
   Buffer<T> weights_;  // [group][panel][tap][16], zero beyond the last channel
 };
 
@@ -276,6 +276,9 @@ class FloatEpilogue {
     return {scale_.panel(group, panel), bias_.panel(group, panel), values, kTileChannels};
   }
 
+  // Whether this panel and the next are full, so that emit may be called for both at once.
+  bool is_pair(int64_t panel) const { return (panel + 2) * kTileChannels <= group_channels_; }
+
   // Calls compute(FloatOutput) for the tile at (pixel, group, panel); a panel that is not full goes by way of a copy.
   template <class Compute>
   void emit(float* output, int64_t pixel, int count, int64_t group, int64_t panel, const Compute& compute) const {
@@ -309,12 +312,12 @@ inline void clear_bits(const Call& call, const Shape& output, int64_t first, int
   }
 }
 
-// Adds up to 16 bits of a pixel, of which the first is `channel`, to words that were cleared.
+// Adds up to 32 bits of a pixel, of which the first is `channel`, to words that were cleared.
 inline void add_bits(uint64_t* words, int64_t channel, uint64_t bits) {
   const int64_t shift = channel % 64;
   words += channel / 64;
   *words |= bits << shift;
-  if (shift > 64 - kTileChannels && bits >> (64 - shift) != 0) words[1] |= bits >> (64 - shift);
+  if (shift > 32 && bits >> (64 - shift) != 0) words[1] |= bits >> (64 - shift);
 }
 
 inline constexpr auto kNoBegin = [](int64_t, int64_t, int64_t, int64_t) {};

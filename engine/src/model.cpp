@@ -5,6 +5,7 @@
 
 #include "kernels/select.h"
 #include "lowbit/engine.h"
+#include "measure.h"
 #include "op.h"
 
 namespace lowbit {
@@ -113,7 +114,7 @@ struct Engine::State {
   Buffer<std::byte> arena, thread_scratch;
 };
 
-Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::string_view isa) {
+Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::string_view isa, bool tune) {
   require(threads >= 1 && threads <= kMaxThreads, "threads must be 1 to 256");
   require(!specs.empty() && specs.size() <= kMaxOps, "the graph must have 1 to 4096 ops");
   for (const int64_t extent : {input.height, input.width, input.channels})
@@ -172,6 +173,8 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
   s.image_bytes = place(blocks);
   s.arena.resize(s.image_bytes);
   s.thread_scratch.resize(s.thread_bytes * s.pool->size());
+  if (tune)
+    for (const auto& op : s.ops) op->tune(Measure(s.kernels.isa, *s.pool));
 }
 
 Engine::~Engine() = default;

@@ -55,6 +55,8 @@ struct Call {
   }
 };
 
+class Measure;
+
 class Op {
  public:
   explicit Op(Shape output) : output_(output) {}
@@ -66,6 +68,9 @@ class Op {
   // The entry of the kernel table that it calls, if any.
   virtual const char* kernel(bool /*joined*/) const { return ""; }
   virtual void run(const Call& call) const = 0;
+
+  // Chooses between ways to compute the same, by their times on this machine.
+  virtual void tune(const Measure&) {}
 
   // Whether this op can write what `next` makes of its output, at once, without that output being anywhere.
   virtual bool joins(const Op&) const { return false; }

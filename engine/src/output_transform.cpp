@@ -10,22 +10,48 @@ Shape codes_like(const Shape& input, int64_t bits) {
   return {input.height, input.width, input.channels, static_cast<int>(bits)};
 }
 
+// v <= t is -v >= -t.
+float flipped(float threshold, uint32_t flip) {
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(threshold) ^ flip);
+}
+
 class ThresholdCodes final : public Op {
  public:
-  ThresholdCodes(const OpSpec& spec, const Shape& input)
-      : Op(codes_like(input, spec.bits)), thresholds_(spec, input.channels) {}
+  ThresholdCodes(const OpSpec& spec, const Shape& input, const Kernels& kernels)
+      : Op(codes_like(input, spec.bits)), kernels_(kernels), thresholds_(spec, input.channels) {
+    if (spec.bits > kMostCounted) return;
+    limits_.resize(thresholds_.levels() * input.channels);
+    flips_.resize(input.channels);
+    for (int64_t c = 0; c < input.channels; ++c) {
+      flips_[c] = thresholds_.falling(c) ? 0x80000000u : 0u;
+      for (int level = 0; level < thresholds_.levels(); ++level)
+        limits_[level * input.channels + c] = flipped(thresholds_.of(c)[level], flips_[c]);
+    }
+  }
+
+  const char* kernel(bool) const override { return limits_.empty() ? "" : "float_codes"; }
 
   void run(const Call& call) const override {
     const int64_t channels = output().channels, length = output().width * channels;
     call.pool.run(static_cast<size_t>(call.batch * output().height), [&](size_t row, int) {
       const float* x = call.input<float>() + row * length;
       uint8_t* codes = call.result<uint8_t>() + row * length;
-      for (int64_t i = 0; i < length; ++i) codes[i] = thresholds_.code(x[i], i % channels);
+      if (limits_.empty())
+        for (int64_t i = 0; i < length; ++i) codes[i] = thresholds_.code(x[i], i % channels);
+      else
+        for (int64_t i = 0; i < length; i += channels)
+          kernels_.float_codes(x + i, limits_.data(), channels, flips_.data(), channels, thresholds_.levels(),
+                               codes + i);
     });
   }
 
  private:
+  static constexpr int64_t kMostCounted = 4;  // bits up to which counting limits is faster than searching them
+
+  const Kernels& kernels_;
   Thresholds<float> thresholds_;
+  Buffer<float> limits_;  // [level][channel], flipped; empty where they are searched
+  Buffer<uint32_t> flips_;
 };
 
 }  // namespace
@@ -35,7 +61,7 @@ ThresholdBits::ThresholdBits(const OpSpec& spec, const Shape& input, const Kerne
   const Thresholds<float> thresholds(spec, input.channels);
   for (int64_t c = 0; c < input.channels; ++c) {
     flips_[c] = thresholds.falling(c) ? 0x80000000u : 0u;
-    limits_[c] = std::bit_cast<float>(std::bit_cast<uint32_t>(*thresholds.of(c)) ^ flips_[c]);
+    limits_[c] = flipped(*thresholds.of(c), flips_[c]);
   }
 }
 
@@ -50,7 +76,7 @@ void ThresholdBits::run(const Call& call) const {
 
 std::unique_ptr<Op> make_threshold(const OpSpec& spec, const Shape& input, const Kernels& kernels) {
   if (spec.bits == 1) return std::make_unique<ThresholdBits>(spec, input, kernels);
-  return std::make_unique<ThresholdCodes>(spec, input);
+  return std::make_unique<ThresholdCodes>(spec, input, kernels);
 }
 
 }  // namespace lowbit

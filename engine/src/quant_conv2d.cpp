@@ -175,11 +175,12 @@ class QuantConv2d final : public Op {
 
  private:
   void fill_planes(const Call& call) const {
-    product_.fill_planes(call, input_, [&](int64_t row, int16_t* line, int64_t plane_size) {
+    product_.fill_planes(call, input_, [&](int64_t row, int16_t* line, const int64_t* columns) {
       const int64_t first = row * input_.width;
       for (int64_t i = 0; i < input_.width; ++i)
         for (int64_t c = 0; c < input_.channels; ++c)
-          line[c * plane_size + i] = static_cast<int16_t>(grid_.integer(code_at(call, input_, first + i, c)));
+          line[c * product_.plane_size() + columns[i]] =
+              static_cast<int16_t>(grid_.integer(code_at(call, input_, first + i, c)));
     });
   }
 

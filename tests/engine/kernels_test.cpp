@@ -41,7 +41,7 @@ struct TileData {
   TileData(size_t depth, int count, const Make& pixel, const Make& weight)
       : pixels(filled<T>(depth * count, pixel)),
         weights(filled<T>(depth * kTileChannels, weight)),
-        tile{pixels.data(), weights.data(), depth, count} {}
+        tile{pixels.data(), weights.data(), depth, count, 1} {}
 };
 
 // A table of 16 numbers for each pixel.
@@ -183,6 +183,95 @@ void check_blocks(Comparison& comparison, size_t depth, int count, int panels) {
   comparison.compare("blocks.floats", depth, count, expected, written);
 }
 
+// Rows of codes with signed bytes, from a plane whose codes are the largest that `bits` give, or any.
+void check_bytes(Comparison& comparison, size_t length, size_t run_count, int bits, int64_t largest, int count,
+                 int panels) {
+  const ByteKernels& bytes = *comparison.kernels.bytes;
+  constexpr size_t kSlack = 64;
+  const size_t terms = length * run_count, multiple = bytes.depth_multiple;
+  const size_t depth = (terms + multiple - 1) / multiple * multiple;
+  const int64_t top = (1 << bits) - 1, pair = 2 * top * largest;
+  if (pair > bytes.largest_pair) return;
+  const auto ends = [](int64_t low, int64_t high) {
+    return integer(0, 2) == 0 ? (integer(0, 1) ? high : low) : integer(low, high);
+  };
+  const bool extreme = integer(0, 1) == 0;  // every product the largest, of one sign: sums that would saturate
+  const auto plane = filled<uint8_t>(4 * length + 200 + kSlack, [&] { return extreme ? top : ends(0, top); });
+  const auto runs = filled<int64_t>(run_count, [&] { return integer(0, 3 * static_cast<int64_t>(length)); });
+  const auto pixels = filled<int64_t>(count, [] { return integer(0, 200); });
+  std::vector<int> weights(panels * kTileChannels * depth);  // [channel][depth]
+  for (int o = 0; o < panels * kTileChannels; ++o)
+    for (size_t k = 0; k < terms; ++k)
+      weights[o * depth + k] = static_cast<int>(extreme ? (o % 2 ? largest : -largest) : ends(-largest, largest));
+  Aligned<int8_t> arranged_weights(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const size_t o = i / depth, k = i % depth;
+    arranged_weights.data()[(o / 16 * depth + k / 4 * 4) * 16 + o % 16 * 4 + k % 4] = static_cast<int8_t>(weights[i]);
+  }
+  Aligned<uint8_t> arranged(kBlockPixels * depth + kSlack);
+  Aligned<int32_t> sums(panels * kBlockPixels * kTileChannels);
+  bytes.arrange_pixels(plane.data(), runs.data(), run_count, length, pixels.data(), count, depth, arranged.data());
+  auto* found = reinterpret_cast<BlockSums*>(sums.data());
+
+  const auto expect = [&](const char* entry, const auto& weight) {
+    for (int p = 0; p < count; ++p) {
+      Results<int32_t> expected(panels * kTileChannels), row(expected);
+      for (int o = 0; o < panels * kTileChannels; ++o) {
+        for (size_t k = 0; k < terms; ++k)
+          expected[o] += weight(o, k) * plane[runs[k / length] + pixels[p] + k % length];
+        row[o] = found[o / kTileChannels][p][o % kTileChannels];
+      }
+      comparison.compare(entry, depth, count, expected, row);
+    }
+  };
+  bytes.sums(arranged.data(), arranged_weights.data(), depth, count, panels, pair, found);
+  expect("bytes.sums", [&](int o, size_t k) { return weights[o * depth + k]; });
+  if (bytes.sign_sums != nullptr && terms == depth) {
+    Aligned<uint64_t> masks(panels * kTileChannels * depth / 64);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const size_t o = i / depth, k = i % depth;
+      masks.data()[((o / 32 * (depth / 64) + k / 64) * 2 + o / 16 % 2) * 16 + k % 64 / 4] |= uint64_t{weights[i] > 0}
+                                                                                             << (o % 16 * 4 + k % 4);
+    }
+    bytes.sign_sums(arranged.data(), masks.data(), depth, count, panels, found);
+    expect("bytes.sign_sums", [&](int o, size_t k) { return weights[o * depth + k] > 0 ? 1 : -1; });
+  }
+}
+
+// What sums become: modulo 2^32 on the way, compared with limits of either direction.
+void check_byte_outputs(Comparison& comparison, int count, int levels) {
+  const ByteKernels& bytes = *comparison.kernels.bytes;
+  const auto any = [] { return static_cast<int32_t>(random_bits() >> integer(32, 60)); };
+  const auto sums = filled<int32_t>(kTilePixels * kTileChannels, any);
+  const auto bases = filled<int32_t>(kTilePixels * kTileChannels, any);
+  const auto flips = filled<int32_t>(kTileChannels, [] { return integer(0, 1) ? -1 : 0; });
+  const auto multiplier = static_cast<int32_t>(integer(1, 5));
+  const int32_t* rows[kTilePixels];
+  for (int p = 0; p < count; ++p) rows[p] = bases.data() + (count - 1 - p) * kTileChannels;
+  const IntegerSums all{reinterpret_cast<const int32_t (*)[kTileChannels]>(sums.data()), count, multiplier, rows};
+  const auto integer_of = [&](int p, int c) {
+    return static_cast<int32_t>(static_cast<uint32_t>(sums[p * kTileChannels + c]) * static_cast<uint32_t>(multiplier) +
+                                static_cast<uint32_t>(rows[p][c]));
+  };
+  auto thresholds = filled<int32_t>(levels * kTileChannels, any);
+  for (int c = 0; c < kTileChannels; ++c) thresholds[c] = integer_of(0, c) ^ flips[c];  // just passed
+
+  Results<uint8_t> codes(kTilePixels * kStride, 77), written = codes;
+  const auto scale = filled<float>(kTileChannels, real), bias = filled<float>(kTileChannels, real);
+  Results<float> floats(kTilePixels * kStride, 77), found = floats;
+  for (int p = 0; p < count; ++p)
+    for (int c = 0; c < kTileChannels; ++c) {
+      codes[p * kStride + c] = 0;
+      for (int level = 0; level < levels; ++level)
+        codes[p * kStride + c] += (integer_of(p, c) ^ flips[c]) >= thresholds[level * kTileChannels + c];
+      floats[p * kStride + c] = static_cast<float>(integer_of(p, c)) * scale[c] + bias[c];
+    }
+  bytes.codes(all, {thresholds.data(), flips.data(), levels}, written.data(), kStride);
+  comparison.compare("bytes.codes", levels, count, codes, written);
+  bytes.floats(all, {scale.data(), bias.data(), found.data(), kStride});
+  comparison.compare("bytes.floats", levels, count, floats, found);
+}
+
 void check_integers(Comparison& comparison, size_t depth, int count) {
   const auto largest = static_cast<int64_t>(std::sqrt(INT32_MAX / static_cast<double>(depth == 0 ? 1 : depth)));
   const int64_t end = std::min<int64_t>(largest, INT16_MAX);
@@ -196,37 +285,39 @@ void check_integers(Comparison& comparison, size_t depth, int count) {
 }
 
 // The scalar table rounds products before it adds them; all others fuse the two, in the same order.
-void check_floats(Comparison& comparison, size_t depth, int count) {
-  const TileData<float> data(depth, count, real, real);
-  const auto scale = filled<float>(kTileChannels, real), bias = filled<float>(kTileChannels, real);
-  Results<float> expected(kTilePixels * kStride, 77), found = expected;
+void check_floats(Comparison& comparison, size_t depth, int count, int panels) {
+  const int channels = panels * kTileChannels, stride = channels + 3;
+  const auto pixels = filled<float>(depth * count, real), weights = filled<float>(depth * channels, real);
+  const auto scale = filled<float>(channels, real), bias = filled<float>(channels, real);
+  const FloatTile tile{pixels.data(), weights.data(), depth, count, panels};
+  Results<float> expected(kTilePixels * stride, 77), found = expected;
   for (int p = 0; p < count; ++p)
-    for (int c = 0; c < kTileChannels; ++c) {
+    for (int c = 0; c < channels; ++c) {
+      const float* w = weights.data() + c / kTileChannels * depth * kTileChannels + c % kTileChannels;
       float sum = 0;
-      for (size_t k = 0; k < depth; ++k)
-        sum = std::fma(data.pixels[k * count + p], data.weights[k * kTileChannels + c], sum);
-      expected[p * kStride + c] = sum * scale[c] + bias[c];
+      for (size_t k = 0; k < depth; ++k) sum = std::fma(pixels[k * count + p], w[k * kTileChannels], sum);
+      expected[p * stride + c] = sum * scale[c] + bias[c];
     }
-  comparison.kernels.float_tile(data.tile, {scale.data(), bias.data(), found.data(), kStride});
+  comparison.kernels.float_tile(tile, {scale.data(), bias.data(), found.data(), stride});
   comparison.compare("float_tile", depth, count, expected, found);
 
-  auto thresholds = filled<float>(kTileChannels, real);
-  const auto flips = filled<uint32_t>(kTileChannels, [] { return integer(0, 1) ? 0x80000000u : 0u; });
-  for (int c = 0; c < kTileChannels; ++c)
+  auto thresholds = filled<float>(channels, real);
+  const auto flips = filled<uint32_t>(channels, [] { return integer(0, 1) ? 0x80000000u : 0u; });
+  for (int c = 0; c < channels; ++c)
     if (const int64_t kind = integer(0, 3); kind == 0)
       thresholds[c] = std::numeric_limits<float>::quiet_NaN();
     else if (kind == 1)
       thresholds[c] = flips[c] != 0 ? -expected[c] : expected[c];  // just passed
-  Results<uint16_t> bits(kTilePixels, 77), written = bits;
+  Results<uint32_t> bits(kTilePixels, 77), written = bits;
   for (int p = 0; p < count; ++p) {
     bits[p] = 0;
-    for (int c = 0; c < kTileChannels; ++c) {
-      const float value = expected[p * kStride + c];
-      bits[p] |= static_cast<uint16_t>(((flips[c] != 0 ? -value : value) >= thresholds[c]) << c);
+    for (int c = 0; c < channels; ++c) {
+      const float value = expected[p * stride + c];
+      bits[p] |= static_cast<uint32_t>((flips[c] != 0 ? -value : value) >= thresholds[c]) << c;
     }
   }
-  comparison.kernels.float_tile_bits(data.tile, {scale.data(), bias.data(), nullptr, 0},
-                                     {thresholds.data(), flips.data()}, written.data());
+  comparison.kernels.float_tile_bits(tile, {scale.data(), bias.data(), nullptr, 0}, {thresholds.data(), flips.data()},
+                                     written.data());
   comparison.compare("float_tile_bits", depth, count, bits, written);
 }
 
@@ -239,6 +330,11 @@ void check_float_bits(Comparison& comparison, size_t channels) {
   comparison.check<uint64_t>("float_bits", channels, 1, (channels + 63) / 64 + 1, [&](const Kernels& k, uint64_t* out) {
     k.float_bits(x.data(), thresholds.data(), flips.data(), channels, out);
   });
+  constexpr int kLevels = 3;
+  const auto limits = filled<float>(kLevels * channels, any);
+  comparison.check<uint8_t>("float_codes", channels, 1, channels + 1, [&](const Kernels& k, uint8_t* out) {
+    k.float_codes(x.data(), limits.data(), channels, flips.data(), channels, kLevels, out);
+  });
 }
 
 bool equals_scalar(const Kernels& kernels) {
@@ -247,12 +343,22 @@ bool equals_scalar(const Kernels& kernels) {
     for (int count = 1; count <= kTilePixels; ++count) {
       check_binary(comparison, depth, count);
       check_integers(comparison, depth, count);
-      check_floats(comparison, depth, count);
+      for (int panels = 1; panels <= kernels.float_panels; ++panels) check_floats(comparison, depth, count, panels);
     }
   if (kernels.blocks != nullptr)
     for (const size_t depth : {1, 2, 3, 4, 5, 9, 36, 72})
       for (const int count : {1, 2, 7, 8, 15, 16, 17, 31, 32})
         for (const int panels : {2, 4, 6, 10}) check_blocks(comparison, depth, count, panels);
+  if (kernels.bytes != nullptr) {
+    for (const auto& [length, run_count] :
+         {std::pair<size_t, size_t>{1, 1}, {9, 3}, {21, 7}, {64, 3}, {192, 6}, {65, 1}})
+      for (const int count : {1, 2, 7, 8, 9, 16, 17, 32})
+        for (const int panels : {2, 4})
+          for (const auto& [bits, largest] : {std::pair<int, int64_t>{1, 127}, {2, 1}, {4, 7}, {8, 64}, {8, 127}})
+            check_bytes(comparison, length, run_count, bits, largest, count, panels);
+    for (int count = 1; count <= kTilePixels; ++count)
+      for (const int levels : {1, 3, 255}) check_byte_outputs(comparison, count, levels);
+  }
   for (size_t channels = 1; channels <= 200; ++channels) check_float_bits(comparison, channels);
   return comparison.equal;
 }

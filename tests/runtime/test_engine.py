@@ -109,11 +109,25 @@ def test_scalar_isa_can_be_forced(model, monkeypatch):
 def test_each_op_names_the_kernel_that_it_calls(model, monkeypatch, isa):
     """The first convolution does the threshold too; the last one has too few channels for blocks."""
     monkeypatch.setenv("LOWBIT_ISA", isa)
+    monkeypatch.setenv("LOWBIT_TUNE", "0")
     bits = "blocks.bits" if isa == "amx" else "binary_bits"
     assert Engine(model).kernels == ["float_tile_bits", "", bits, "", "binary_floats"]
     coded = quant_net(np.random.default_rng(5))
-    assert Engine(coded).kernels == ["", *["integer_sums"] * 3, "", "integer_sums"]
-    assert Engine(table_net(np.random.default_rng(6))).kernels[1] == "float_tile"
+    sums = "integer_sums" if isa in ("scalar", "neon") else "bytes.sums"
+    assert Engine(coded).kernels == ["", *[sums] * 3, "", sums]
+    assert Engine(table_net(np.random.default_rng(6))).kernels[:2] == ["float_codes", "float_tile"]
+
+
+def test_kernels_chosen_by_measuring_give_the_same_bits(model, monkeypatch):
+    images = np.random.default_rng(0).normal(size=(3, 3, 8, 8)).astype(np.float32)
+    outputs = []
+    for tune in ("0", "1"):
+        monkeypatch.setenv("LOWBIT_TUNE", tune)
+        engine = Engine(model)
+        assert engine.kernels[2] in ("blocks.bits", "binary_bits")
+        assert Engine(model).kernels == engine.kernels  # measured once
+        outputs.append(engine(images))
+    np.testing.assert_array_equal(*outputs)
 
 
 def test_instruction_sets_are_those_of_the_build_and_one_is_chosen(monkeypatch):

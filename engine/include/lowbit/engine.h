@@ -53,8 +53,8 @@ class Engine {
  public:
   // Checks all that memory safety rests on, repacks the weights and plans the memory.
   // Throws std::invalid_argument when the graph or a tensor is malformed, or when `isa` (empty: the best) is not
-  // available.
-  Engine(Shape input, const std::vector<OpSpec>& ops, int threads, std::string_view isa);
+  // available. Where `tune`, ops that have several ways to compute the same take the one that is faster in a short run.
+  Engine(Shape input, const std::vector<OpSpec>& ops, int threads, std::string_view isa, bool tune = true);
   ~Engine();
 
   // Float32 images (batch, C, H, W) to outputs (batch, C, H, W); `seconds`, when given, gets the time of each op added.

@@ -181,15 +181,15 @@ int passed(__m256 values, const FloatLimits& limits, int first) {
 
 template <int P>
 void multiply_to_bits(const FloatTile& tile, int first, const FloatOutput& out, const FloatLimits& limits,
-                      uint16_t* bits) {
+                      uint32_t* bits) {
   const FloatSums<P> sums(tile, first);
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
-    bits[first + p] = static_cast<uint16_t>(passed(scaled(sums.low[p], out, 0), limits, 0) |
+    bits[first + p] = static_cast<uint32_t>(passed(scaled(sums.low[p], out, 0), limits, 0) |
                                             passed(scaled(sums.high[p], out, 8), limits, 8) << 8);
 }
 
-void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint16_t* bits) {
+void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint32_t* bits) {
   LOWBIT_BY_FOURS(multiply_to_bits, tile, out, limits, bits)
 }
 
@@ -322,10 +322,35 @@ void float_bits(const float* x, const float* thresholds, const uint32_t* flips, 
   }
 }
 
+void float_codes(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,
+                 int levels, uint8_t* codes) {
+  const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  for (size_t c = 0; c < channels; c += 8) {
+    const int left = channels - c < 8 ? static_cast<int>(channels - c) : 8;
+    const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), numbers);
+    const __m256i flip = _mm256_maskload_epi32(reinterpret_cast<const int*>(flips + c), lanes);
+    const __m256 flipped = _mm256_xor_ps(_mm256_maskload_ps(x + c, lanes), _mm256_castsi256_ps(flip));
+    __m256i passed = _mm256_setzero_si256();
+    for (int level = 0; level < levels; ++level) {
+      const __m256 limits = _mm256_maskload_ps(thresholds + level * pitch + c, lanes);
+      passed = _mm256_sub_epi32(passed, _mm256_castps_si256(_mm256_cmp_ps(flipped, limits, _CMP_GE_OQ)));
+    }
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(passed), _mm256_extracti128_si256(passed, 1));
+    const __m128i bytes = _mm_packus_epi16(words, words);
+    if (left == 8) {
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + c), bytes);
+    } else {
+      uint8_t last[16];
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(last), bytes);
+      for (int i = 0; i < left; ++i) codes[c + i] = last[i];
+    }
+  }
+}
+
 }  // namespace
 
-const Kernels kAvx2Kernels{"avx2",          binary_counts, binary_bits, binary_floats, float_tile,
-                           float_tile_bits, integer_sums,  float_bits,  nullptr,       &kBytes};
+const Kernels kAvx2Kernels{"avx2",       binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits,
+                           integer_sums, float_bits,    float_codes, nullptr,       &kBytes};
 
 }  // namespace lowbit
 

@@ -46,39 +46,75 @@ void store_floats(const BinaryTile& tile, const int64_t* const* bases, const Flo
   }
 }
 
-template <int P>
+// Of N panels: 16 sums of two keep both multipliers busy while the next inputs are loaded.
+template <int P, int N>
 struct FloatSums {
-  __m512 of[P];
+  __m512 of[N][P];
 
   explicit FloatSums(const FloatTile& tile) {
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) of[p] = _mm512_setzero_ps();
+      for (int p = 0; p < P; ++p) of[n][p] = _mm512_setzero_ps();
+    }
     const float* x = tile.pixels;
     const float* w = tile.weights;
+    const size_t next = tile.depth * kTileChannels;
     for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
-      const __m512 weights = _mm512_loadu_ps(w);
+      __m512 weights[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) weights[n] = _mm512_loadu_ps(w + n * next);
 #pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) of[p] = _mm512_fmadd_ps(_mm512_set1_ps(x[p]), weights, of[p]);
+      for (int p = 0; p < P; ++p) {
+        const __m512 value = _mm512_set1_ps(x[p]);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) of[n][p] = _mm512_fmadd_ps(value, weights[n], of[n][p]);
+      }
     }
   }
 };
 
 template <int P>
-void multiply(const FloatTile& tile, const FloatOutput& out) {
-  const FloatSums<P> sums(tile);
+void store(const __m512* sums, const FloatOutput& out) {
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) _mm512_storeu_ps(out.output + p * out.stride, scaled(sums.of[p], out));
+  for (int p = 0; p < P; ++p) _mm512_storeu_ps(out.output + p * out.stride, scaled(sums[p], out));
 }
 
 template <int P>
-void multiply_to_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint16_t* bits) {
-  const FloatSums<P> sums(tile);
-  const __m512 flips = _mm512_castsi512_ps(_mm512_loadu_si512(limits.flips));
-  const __m512 thresholds = _mm512_loadu_ps(limits.thresholds);
+void multiply(const FloatTile& tile, const FloatOutput& out) {
+  store<P>(FloatSums<P, 1>(tile).of[0], out);
+}
+
+template <int P>
+void multiply_two(const FloatTile& tile, const FloatOutput& out) {
+  const FloatSums<P, 2> sums(tile);
+  store<P>(sums.of[0], out);
+  store<P>(sums.of[1], {out.scale + kTileChannels, out.bias + kTileChannels, out.output + kTileChannels, out.stride});
+}
+
+__m512 flips_of(const FloatLimits& limits, int panel) {
+  return _mm512_castsi512_ps(_mm512_loadu_si512(limits.flips + panel * kTileChannels));
+}
+
+unsigned passed(__m512 sums, const FloatOutput& out, const FloatLimits& limits, int panel) {
+  return _mm512_cmp_ps_mask(_mm512_xor_ps(scaled(sums, out), flips_of(limits, panel)),
+                            _mm512_loadu_ps(limits.thresholds + panel * kTileChannels), _CMP_GE_OQ);
+}
+
+template <int P>
+void multiply_to_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint32_t* bits) {
+  const FloatSums<P, 1> sums(tile);
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) bits[p] = passed(sums.of[0][p], out, limits, 0);
+}
+
+template <int P>
+void multiply_two_to_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint32_t* bits) {
+  const FloatSums<P, 2> sums(tile);
+  const FloatOutput next{out.scale + kTileChannels, out.bias + kTileChannels, nullptr, 0};
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p)
-    bits[p] = static_cast<uint16_t>(
-        _mm512_cmp_ps_mask(_mm512_xor_ps(scaled(sums.of[p], out), flips), thresholds, _CMP_GE_OQ));
+    bits[p] = passed(sums.of[0][p], out, limits, 0) | passed(sums.of[1][p], next, limits, 1) << 16;
 }
 
 __m512i widened(const int16_t* row) {
@@ -157,9 +193,13 @@ void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const Fl
   LOWBIT_BY_COUNT(store_floats, tile, bases, out)
 }
 
-void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_COUNT(multiply, tile, out) }
+void float_tile(const FloatTile& tile, const FloatOutput& out) {
+  if (tile.panels == 2) LOWBIT_BY_COUNT(multiply_two, tile, out)
+  LOWBIT_BY_COUNT(multiply, tile, out)
+}
 
-void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint16_t* bits) {
+void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint32_t* bits) {
+  if (tile.panels == 2) LOWBIT_BY_COUNT(multiply_two_to_bits, tile, out, limits, bits)
   LOWBIT_BY_COUNT(multiply_to_bits, tile, out, limits, bits)
 }
 
@@ -179,6 +219,23 @@ void float_bits(const float* x, const float* thresholds, const uint32_t* flips, 
       word |= static_cast<uint64_t>(_mm512_mask_cmp_ps_mask(lanes, flipped, limits, _CMP_GE_OQ)) << (c - first);
     }
     *words++ = word;
+  }
+}
+
+void float_codes(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,
+                 int levels, uint8_t* codes) {
+  const __m512i one = _mm512_set1_epi32(1);
+  for (size_t c = 0; c < channels; c += 16) {
+    const size_t left = channels - c;
+    const auto lanes = static_cast<__mmask16>(left < 16 ? (1u << left) - 1 : 0xffffu);
+    const __m512 flipped = _mm512_xor_ps(_mm512_maskz_loadu_ps(lanes, x + c),
+                                         _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(lanes, flips + c)));
+    __m512i passed = _mm512_setzero_si512();
+    for (int level = 0; level < levels; ++level) {
+      const __m512 limits = _mm512_maskz_loadu_ps(lanes, thresholds + level * pitch + c);
+      passed = _mm512_mask_add_epi32(passed, _mm512_cmp_ps_mask(flipped, limits, _CMP_GE_OQ), passed, one);
+    }
+    _mm512_mask_cvtepi32_storeu_epi8(codes + c, lanes, passed);
   }
 }
 

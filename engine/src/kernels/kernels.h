@@ -18,7 +18,8 @@ struct Tile {
   const T* pixels;
   const T* weights;
   size_t depth;
-  int count;  // pixels in this tile, 1 to 8
+  int count;       // pixels in this tile, 1 to 8
+  int panels = 1;  // of 16 channels, one after the other; 2 where Kernels::float_panels allows it
 };
 
 using BinaryTile = Tile<uint64_t>;  // depth in 64-bit words
@@ -134,7 +135,7 @@ struct Kernels {
   void (*float_tile)(const FloatTile&, const FloatOutput&);
 
   // Bit c of bits[p] = what float_tile would write for pixel p and channel c passes its limit; no float is written.
-  void (*float_tile_bits)(const FloatTile&, const FloatOutput&, const FloatLimits&, uint16_t* bits);
+  void (*float_tile_bits)(const FloatTile&, const FloatOutput&, const FloatLimits&, uint32_t* bits);
 
   // sums[p][c] = sum of products; the sum of their absolute values fits an int32, and none is -2^15.
   void (*integer_sums)(const IntegerTile&, int32_t (*sums)[kTileChannels]);
@@ -142,11 +143,18 @@ struct Kernels {
   // Bit c of words = x[c] passes its limit, as above. Tail bits are zero.
   void (*float_bits)(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words);
 
+  // codes[c] = how many of the limits thresholds[level * pitch + c] x[c] passes, as above.
+  void (*float_codes)(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,
+                      int levels, uint8_t* codes);
+
   // For binary products of many pixels; null where the tiles are as good.
   const BlockKernels* blocks = nullptr;
 
   // For products of codes with weights that fit a byte; null where integer_sums is as good.
   const ByteKernels* bytes = nullptr;
+
+  // Panels that float_tile and float_tile_bits take at once, 1 or 2.
+  int float_panels = 1;
 };
 
 extern const Kernels kScalarKernels;

@@ -123,17 +123,17 @@ uint32_t passed(float32x4_t values, const float* thresholds, const uint32_t* fli
 
 template <int P>
 void multiply_to_bits(const FloatTile& tile, int first, const FloatOutput& out, const FloatLimits& limits,
-                      uint16_t* bits) {
+                      uint32_t* bits) {
   const FloatSums<P> sums(tile, first);
   for (int p = 0; p < P; ++p) {
     uint32_t word = 0;
     for (int i = 0; i < 4; ++i)
       word |= passed(scaled(sums.of[p][i], out, 4 * i), limits.thresholds + 4 * i, limits.flips + 4 * i) << 4 * i;
-    bits[first + p] = static_cast<uint16_t>(word);
+    bits[first + p] = word;
   }
 }
 
-void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint16_t* bits) {
+void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint32_t* bits) {
   LOWBIT_BY_FOURS(multiply_to_bits, tile, out, limits, bits)
 }
 
@@ -177,9 +177,29 @@ void float_bits(const float* x, const float* thresholds, const uint32_t* flips, 
   }
 }
 
+void float_codes(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,
+                 int levels, uint8_t* codes) {
+  size_t c = 0;
+  for (; c + 4 <= channels; c += 4) {
+    const float32x4_t flipped =
+        vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(vld1q_f32(x + c)), vld1q_u32(flips + c)));
+    uint32x4_t passed = vdupq_n_u32(0);
+    for (int level = 0; level < levels; ++level)
+      passed = vsubq_u32(passed, vcgeq_f32(flipped, vld1q_f32(thresholds + level * pitch + c)));
+    uint32_t counts[4];
+    vst1q_u32(counts, passed);
+    for (int i = 0; i < 4; ++i) codes[c + i] = static_cast<uint8_t>(counts[i]);
+  }
+  for (; c < channels; ++c) {
+    const float flipped = flips[c] != 0 ? -x[c] : x[c];
+    codes[c] = 0;
+    for (int level = 0; level < levels; ++level) codes[c] += flipped >= thresholds[level * pitch + c];
+  }
+}
+
 }  // namespace
 
-const Kernels kNeonKernels{"neon",     binary_counts,   binary_bits,  binary_floats,
-                           float_tile, float_tile_bits, integer_sums, float_bits};
+const Kernels kNeonKernels{"neon",          binary_counts, binary_bits, binary_floats, float_tile,
+                           float_tile_bits, integer_sums,  float_bits,  float_codes};
 
 }  // namespace lowbit

@@ -49,14 +49,14 @@ bool passes(float x, const float* thresholds, const uint32_t* flips, size_t chan
   return (flips[channel] != 0 ? -x : x) >= thresholds[channel];
 }
 
-void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint16_t* bits) {
+void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint32_t* bits) {
   float values[kTilePixels][kTileChannels];
   float_tile(tile, {out.scale, out.bias, values[0], kTileChannels});
   for (int p = 0; p < tile.count; ++p) {
     unsigned passed = 0;
     for (int c = 0; c < kTileChannels; ++c)
       passed |= static_cast<unsigned>(passes(values[p][c], limits.thresholds, limits.flips, c)) << c;
-    bits[p] = static_cast<uint16_t>(passed);
+    bits[p] = passed;
   }
 }
 
@@ -80,9 +80,17 @@ void float_bits(const float* x, const float* thresholds, const uint32_t* flips, 
   }
 }
 
+void float_codes(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,
+                 int levels, uint8_t* codes) {
+  for (size_t c = 0; c < channels; ++c) {
+    codes[c] = 0;
+    for (int level = 0; level < levels; ++level) codes[c] += passes(x[c], thresholds + level * pitch, flips, c);
+  }
+}
+
 }  // namespace
 
-const Kernels kScalarKernels{"scalar",   binary_counts,   binary_bits,  binary_floats,
-                             float_tile, float_tile_bits, integer_sums, float_bits};
+const Kernels kScalarKernels{"scalar",        binary_counts, binary_bits, binary_floats, float_tile,
+                             float_tile_bits, integer_sums,  float_bits,  float_codes};
 
 }  // namespace lowbit

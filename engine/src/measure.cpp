@@ -1,0 +1,53 @@
+#include "measure.h"
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <map>
+#include <mutex>
+
+namespace lowbit {
+namespace {
+
+constexpr int kRuns = 4;  // of each way, in turns; the first of them warms up
+constexpr double kGain = 0.9;
+
+}  // namespace
+
+std::string describe(const OpSpec& spec, const Shape& input, int output_bits) {
+  std::string shape;
+  for (const auto& pair : {spec.kernel, spec.stride, spec.padding, spec.dilation})
+    shape += std::to_string(pair[0]) + "x" + std::to_string(pair[1]) + " ";
+  for (const int64_t number : {spec.groups, spec.channels, input.height, input.width, input.channels,
+                               int64_t{input.bits}, int64_t{output_bits}})
+    shape += std::to_string(number) + " ";
+  return shape;
+}
+
+bool Measure::first_is_faster(const Op& op, const Shape& input, const std::string& shape, int64_t batch,
+                              const std::function<void(bool first)>& choose) const {
+  static std::mutex mutex;
+  static std::map<std::string, bool> known;
+  const std::lock_guard lock(mutex);
+  const auto [entry, fresh] =
+      known.try_emplace(isa_ + " " + std::to_string(pool_.size()) + " " + std::to_string(batch) + " " + shape, true);
+  if (!fresh) return entry->second;
+
+  const int64_t thread_bytes = round_up(op.thread_scratch_bytes(), kAlignment);
+  Buffer<std::byte> in(input.bytes() * batch), out(op.output().bytes() * batch), scratch(op.scratch_bytes() * batch),
+      thread_scratch(thread_bytes * pool_.size());
+  const Call call{{in.data()}, out.data(), scratch.data(), thread_scratch.data(), static_cast<size_t>(thread_bytes),
+                  batch,       pool_};
+  double best[2] = {std::numeric_limits<double>::max(), std::numeric_limits<double>::max()};
+  for (int run = 0; run < kRuns; ++run)
+    for (const bool first : {true, false}) {
+      choose(first);
+      const auto start = std::chrono::steady_clock::now();
+      op.run(call);
+      const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+      if (run > 0) best[first] = std::min(best[first], time.count());
+    }
+  return entry->second = best[false] > kGain * best[true];
+}
+
+}  // namespace lowbit
