@@ -19,15 +19,16 @@ struct SumBlock {
 
 class ByteBlocks {
  public:
-  // Whether the product of codes of `bits` bits with weights from -largest to largest is one for `kernels`.
-  static bool fits(const OpSpec& spec, int bits, int64_t largest, const ByteKernels* kernels) {
-    return kernels != nullptr && largest <= std::numeric_limits<int8_t>::max() &&
-           pair(bits, largest) <= kernels->largest_pair &&
+  // Whether the product of codes of `bits` bits with weights from `low` to `high` is one for `kernels`.
+  static bool fits(const OpSpec& spec, int bits, int64_t low, int64_t high, const ByteKernels* kernels) {
+    return kernels != nullptr && low >= std::numeric_limits<int8_t>::min() &&
+           high <= std::numeric_limits<int8_t>::max() && pair(bits, std::max(-low, high)) <= kernels->largest_pair &&
            (spec.groups == 1 || spec.channels / spec.groups > kTileChannels);
   }
 
+  // No weight is larger than `largest`, whatever its sign.
   ByteBlocks(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth, const WeightCodes& weights,
-             const ByteKernels& kernels)
+             int64_t largest, const ByteKernels& kernels)
       : kernels_(kernels),
         input_(input),
         window_(window),
@@ -35,7 +36,7 @@ class ByteBlocks {
         channels_(spec.channels),
         padded_width_(input.width + 2 * window.padding[1]),
         padded_rows_(input.height + 2 * window.padding[0]),
-        pair_(pair(input.bits, weights.largest())),
+        pair_(pair(input.bits, largest)),
         panels_(ceil_div(channels_ / groups_, kTileChannels)) {
     const bool joined = groups_ == 1 && window.dilation[1] == 1;
     run_bytes_ = joined ? window.kernel[1] * depth : depth;

@@ -21,13 +21,13 @@ Shape output_shape(const OpSpec& spec, const Window& window) {
 class ByteConv2d final : public Op {
  public:
   ByteConv2d(const OpSpec& spec, const Shape& input, const Window& window, const WeightCodes& weights, int64_t depth,
-             const ByteKernels& kernels)
+             int64_t largest, const ByteKernels& kernels)
       : Op(output_shape(spec, window)),
         kernels_(kernels),
         multiplier_(static_cast<int32_t>(spec.input_multiplier)),
         groups_(spec.groups),
         group_channels_(spec.channels / spec.groups),
-        product_(spec, input, window, depth, weights, kernels) {
+        product_(spec, input, window, depth, weights, largest, kernels) {
     if (spec.input_offset != 0) cases_.emplace(input, window);
     bases_.emplace(spec.channels, spec.groups, 0, cases_ ? cases_->size() : 1);
     if (cases_) fill_bases(window, weights, depth, spec.input_offset);
@@ -215,8 +215,14 @@ std::unique_ptr<Op> make_quant_conv2d(const OpSpec& spec, const Shape& input, co
   const int64_t depth = group_depth(spec, input, window), terms = spec.kernel[0] * spec.kernel[1] * depth;
   const WeightCodes weights(spec, terms);
   require(terms * grid.largest * weights.largest() <= kMaxSum, "a sum may overflow an int32");
-  if (ByteBlocks::fits(spec, input.bits, weights.largest(), kernels.bytes))
-    return std::make_unique<ByteConv2d>(spec, input, window, weights, depth, *kernels.bytes);
+  int64_t low = 0, high = 0;  // of the weights that there are: a grid's last code may be unused
+  for (int64_t o = 0; o < spec.channels; ++o)
+    for (int64_t n = 0; n < terms; ++n) {
+      low = std::min(low, weights.at(o, n));
+      high = std::max(high, weights.at(o, n));
+    }
+  if (ByteBlocks::fits(spec, input.bits, low, high, kernels.bytes))
+    return std::make_unique<ByteConv2d>(spec, input, window, weights, depth, std::max(-low, high), *kernels.bytes);
   return std::make_unique<QuantConv2d>(spec, input, window, weights, depth, grid, kernels);
 }
 
