@@ -352,7 +352,7 @@ bool equals_scalar(const Kernels& kernels) {
   if (kernels.bytes != nullptr) {
     for (const auto& [length, run_count] :
          {std::pair<size_t, size_t>{1, 1}, {9, 3}, {21, 7}, {64, 3}, {192, 6}, {65, 1}})
-      for (const int count : {1, 2, 7, 8, 9, 16, 17, 32})
+      for (const int count : {1, 7, 16, 17, 32})
         for (const int panels : {2, 4})
           for (const auto& [bits, largest] : {std::pair<int, int64_t>{1, 127}, {2, 1}, {4, 7}, {8, 64}, {8, 127}})
             check_bytes(comparison, length, run_count, bits, largest, count, panels);
