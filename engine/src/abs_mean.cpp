@@ -32,6 +32,7 @@ class AbsMean final : public Op {
       for (int64_t column = 0; column < window_.width; ++column)
         for (int64_t group = 0; group < groups(); ++group)
           *y++ = static_cast<float>(sum(map + group, row % window_.height, column) / count);
+      call.done({static_cast<int64_t>(row) * window_.width, window_.width, 0, groups()});
     });
   }
 

@@ -52,6 +52,7 @@ class BinaryBlocks {
       kernels_.count(arranged, masks_.data() + panel * depth_ * kTileChannels, ones_.data() + panel * kTileChannels,
                      depth_, size, static_cast<int>(end - panel), counts);
       emit(CountBlock{counts, first, count, positions, panel, std::min(end, product_.panels()) - panel});
+      call.done({first, count, panel * kTileChannels, std::min(end * kTileChannels, product_.channels())});
     });
   }
 

@@ -75,6 +75,7 @@ class Product {
     }
   }
 
+  int64_t channels() const { return channels_; }
   int64_t group_channels() const { return channels_ / groups_; }
   int64_t panels() const { return panels_; }  // of one group
   int64_t planes() const { return planes_; }
@@ -130,6 +131,8 @@ class Product {
                  number);
           }
       }
+      call.done({first, count, first_panel * kTileChannels,
+                 chunks == 1 ? channels_ : std::min(end_panel * kTileChannels, channels_)});
     });
   }
 

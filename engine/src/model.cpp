@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <mutex>
+#include <numeric>
 
 #include "kernels/select.h"
 #include "lowbit/engine.h"
@@ -27,11 +28,12 @@ std::unique_ptr<Op> make_op(const OpSpec& spec, Inputs inputs, const Kernels& ke
   if (spec.op == "binary_conv2d") return make_binary_conv2d(spec, inputs[0], kernels);
   if (spec.op == "quant_conv2d") return make_quant_conv2d(spec, inputs[0], kernels);
   if (spec.op == "threshold") return make_threshold(spec, inputs[0], kernels);
-  if (spec.op == "max_pool" || spec.op == "avg_pool") return make_pool(spec, inputs[0]);
+  if (spec.op == "max_pool" || spec.op == "avg_pool") return make_pool(spec, inputs[0], kernels);
   if (spec.op == "abs_mean") return make_abs_mean(spec, inputs[0]);
   if (spec.op == "multiply") return make_multiply(spec, inputs);
-  if (spec.op == "affine" || spec.op == "relu" || spec.op == "hardtanh" || spec.op == "prelu" || spec.op == "add")
-    return make_elementwise(spec, inputs);
+  if (spec.op == "affine" || spec.op == "relu" || spec.op == "hardtanh" || spec.op == "prelu" ||
+      spec.op == "add")
+    return make_elementwise(spec, inputs, kernels);
   throw std::invalid_argument("the op is unknown");
 }
 
@@ -43,7 +45,14 @@ double work_of(const OpSpec& spec, const Shape& input, const Shape& output) {
          (weighted ? static_cast<double>(input.channels / spec.groups) : kPoolWork);
 }
 
-// A block of memory that is in use from op `first` to op `last`, both included; sizes and offsets are per image.
+// An op, and pixelwise ops that follow it part by part, in order, while what they read is in the cache.
+struct Group {
+  size_t head;
+  std::vector<size_t> followers;
+  bool joined = false;  // the head writes what its one follower makes of its output, and the output itself is nowhere
+};
+
+// A block of memory that is in use from group `first` to group `last`, both included; sizes and offsets are per image.
 struct Block {
   int64_t bytes, offset;
   size_t first, last;
@@ -99,7 +108,17 @@ struct Engine::State {
         pool(std::make_unique<ThreadPool>(threads)),
         mutex(std::make_unique<std::mutex>()) {}
 
+  void make_groups();
+  void find_homes();
+  void plan_memory();
+
   std::byte* at(const Block& block, int64_t batch) { return arena.data() + block.offset * batch; }
+  std::byte* value(size_t number, int64_t batch) { return at(values[home[number]], batch); }
+  Operands operands(size_t op, int64_t batch) {
+    Operands result{{}, value(op + 1, batch)};
+    for (size_t k = 0; k < inputs[op].size(); ++k) result.inputs[k] = value(inputs[op][k], batch);
+    return result;
+  }
 
   const Kernels& kernels;
   std::unique_ptr<ThreadPool> pool;
@@ -107,12 +126,84 @@ struct Engine::State {
   std::vector<Shape> shapes;  // of values
   std::vector<std::vector<size_t>> inputs;
   std::vector<std::unique_ptr<Op>> ops;
-  std::vector<bool> joined;  // whether op i writes what op i + 1 makes of its output
-  std::vector<Block> values, scratch;
-  int64_t image_bytes = 0;  // of the arena
+  std::vector<Group> groups;        // in the order in which they run
+  std::vector<size_t> group_of_op;  // by number
+  std::vector<size_t> home;         // the value in whose memory a value lies: its own, or where a follower found it
+  std::vector<Block> values;
+  std::vector<Block> scratch;  // of groups
+  int64_t image_bytes = 0;     // of the arena
   size_t thread_bytes = 0;
   Buffer<std::byte> arena, thread_scratch;
 };
+
+// A pixelwise op follows the op, or a follower of the op, that runs last of those whose outputs it reads, if that has
+// as many channels: parts are the same to all.
+void Engine::State::make_groups() {
+  for (size_t i = 0; i < ops.size(); ++i) {
+    size_t last = 0;  // the number of groups up to the one that it can follow
+    for (const size_t value : inputs[i]) last = std::max(last, value == 0 ? 0 : group_of_op[value - 1] + 1);
+    const bool follows = dynamic_cast<const PixelwiseOp*>(ops[i].get()) != nullptr && last > 0 &&
+                         ops[groups[last - 1].head]->output().channels == ops[i]->output().channels;
+    if (follows)
+      groups[last - 1].followers.push_back(i);
+    else
+      groups.push_back({i, {}});
+    group_of_op.push_back(follows ? last - 1 : groups.size() - 1);
+  }
+  for (Group& group : groups) {
+    const bool read_elsewhere =
+        std::count_if(inputs.begin(), inputs.end(), [&](const auto& read) { return read[0] == group.head + 1; }) != 1;
+    group.joined = group.followers.size() == 1 && !read_elsewhere && ops[group.head]->joins(*ops[group.followers[0]]);
+  }
+}
+
+// A follower writes over what it is the last to read, rather than into memory of its own.
+void Engine::State::find_homes() {
+  home.resize(shapes.size());
+  std::iota(home.begin(), home.end(), size_t{0});
+  const auto last_reader = [&](size_t value, size_t group, size_t op) {
+    for (size_t i = 0; i < ops.size(); ++i) {
+      if (std::find(inputs[i].begin(), inputs[i].end(), value) == inputs[i].end()) continue;
+      if (group_of_op[i] > group || (group_of_op[i] == group && (i > op || i == groups[group].head))) return false;
+    }
+    return true;
+  };
+  for (size_t group = 0; group < groups.size(); ++group)
+    for (const size_t i : groups[group].followers) {
+      std::vector<size_t> newest = inputs[i];
+      std::sort(newest.rbegin(), newest.rend());
+      for (const size_t value : newest)
+        if (shapes[value] == shapes[i + 1] && last_reader(value, group, i)) {
+          home[i + 1] = home[value];
+          break;
+        }
+    }
+}
+
+void Engine::State::plan_memory() {
+  values.resize(shapes.size(), {0, 0, groups.size(), 0});
+  const auto use = [&](size_t value, size_t group) {
+    Block& block = values[home[value]];
+    block.bytes = round_up(shapes[home[value]].bytes(), kAlignment);
+    block.first = std::min(block.first, group);
+    block.last = std::max(block.last, group);
+  };
+  use(0, 0);
+  use(ops.size(), groups.size());
+  for (size_t i = 0; i < ops.size(); ++i) {
+    use(i + 1, group_of_op[i]);
+    for (const size_t value : inputs[i]) use(value, group_of_op[i]);
+    thread_bytes = std::max<size_t>(thread_bytes, round_up(ops[i]->thread_scratch_bytes(), kAlignment));
+  }
+  std::vector<Block*> blocks;
+  for (size_t group = 0; group < groups.size(); ++group) {
+    if (groups[group].joined) values[groups[group].head + 1].bytes = 0;
+    scratch.push_back({round_up(ops[groups[group].head]->scratch_bytes(), kAlignment), 0, group, group});
+  }
+  for (auto* kind : {&values, &scratch})
+    for (Block& block : *kind) blocks.push_back(&block);
+  image_bytes = place(blocks);
+}
 
 Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::string_view isa, bool tune) {
   require(threads >= 1 && threads <= kMaxThreads, "threads must be 1 to 256");
@@ -146,31 +237,9 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
   }
   require(s.shapes.back().is_float(), "the output must be float32");
 
-  const size_t count = s.ops.size();
-  std::vector<int> readers(count + 1);
-  for (const auto& inputs : s.inputs)
-    for (const size_t v : inputs) ++readers[v];
-  for (size_t i = 0; i < count; ++i)
-    s.joined.push_back(i + 1 < count && readers[i + 1] == 1 && s.inputs[i + 1].front() == i + 1 &&
-                       s.ops[i]->joins(*s.ops[i + 1]));
-  for (size_t v = 0; v <= count; ++v)
-    s.values.push_back({round_up(s.shapes[v].bytes(), kAlignment), 0, v == 0 ? 0 : v - 1,
-                        v == count ? count
-                        : v == 0   ? 0
-                                   : v - 1});
-  for (size_t i = 0; i < count; ++i) {
-    if (s.joined[i]) {
-      s.values[i + 1].bytes = 0;
-      s.values[i + 2].first = i;
-    }
-    for (const size_t v : s.inputs[i]) s.values[v].last = std::max(s.values[v].last, i);
-    s.scratch.push_back({round_up(s.ops[i]->scratch_bytes(), kAlignment), 0, i, i});
-    s.thread_bytes = std::max<size_t>(s.thread_bytes, round_up(s.ops[i]->thread_scratch_bytes(), kAlignment));
-  }
-  std::vector<Block*> blocks;
-  for (auto* group : {&s.values, &s.scratch})
-    for (Block& block : *group) blocks.push_back(&block);
-  s.image_bytes = place(blocks);
+  s.make_groups();
+  s.find_homes();
+  s.plan_memory();
   s.arena.resize(s.image_bytes);
   s.thread_scratch.resize(s.thread_bytes * s.pool->size());
   if (tune)
@@ -185,33 +254,37 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
   const std::lock_guard lock(*s.mutex);
   const int64_t chunk = std::clamp<int64_t>(kChunkBytes * s.pool->size() / s.image_bytes, 1, kMaxChunk);
   const Shape &in = s.shapes.front(), &out = s.shapes.back();
+  std::vector<Follower> followers;
   for (int64_t first = 0; first < batch; first += chunk) {
     const int64_t count = std::min(chunk, batch - first);
     if (static_cast<int64_t>(s.arena.size()) < s.image_bytes * count) s.arena.resize(s.image_bytes * count);
-    auto* pixels = reinterpret_cast<float*>(s.at(s.values.front(), count));
+    auto* pixels = reinterpret_cast<float*>(s.value(0, count));
     s.pool->run(static_cast<size_t>(count), [&](size_t n, int) {
       to_channels_last(images + (first + n) * in.elements(), in, pixels + n * in.elements());
     });
-    for (size_t i = 0; i < s.ops.size(); ++i) {
+    for (size_t number = 0; number < s.groups.size(); ++number) {
       const auto start = Clock::now();
-      std::array<const void*, 2> inputs{};
-      for (size_t k = 0; k < s.inputs[i].size(); ++k) inputs[k] = s.at(s.values[s.inputs[i][k]], count);
-      const bool joined = s.joined[i];
-      const Call call{inputs,
-                      s.at(s.values[i + 1 + joined], count),
-                      s.at(s.scratch[i], count),
-                      s.thread_scratch.data(),
-                      s.thread_bytes,
-                      count,
-                      *s.pool};
-      if (joined)
-        s.ops[i]->run_joined(*s.ops[i + 1], call);
-      else
-        s.ops[i]->run(call);
-      if (seconds != nullptr) seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
-      i += joined;
+      const Group& group = s.groups[number];
+      const Op& head = *s.ops[group.head];
+      followers.clear();
+      for (const size_t i : group.followers)
+        followers.push_back({dynamic_cast<const PixelwiseOp*>(s.ops[i].get()), s.operands(i, count)});
+      Call call{s.operands(group.head, count),
+                s.at(s.scratch[number], count),
+                s.thread_scratch.data(),
+                s.thread_bytes,
+                count,
+                *s.pool};
+      if (group.joined) {
+        call.output = followers[0].operands.output;
+        head.run_joined(*followers[0].op, call);
+      } else {
+        call.followers = followers;
+        head.run(call);
+      }
+      if (seconds != nullptr) seconds[group.head] += std::chrono::duration<double>(Clock::now() - start).count();
     }
-    const auto* results = reinterpret_cast<const float*>(s.at(s.values.back(), count));
+    const auto* results = reinterpret_cast<const float*>(s.value(s.ops.size(), count));
     for (int64_t n = 0; n < count; ++n)
       to_channels_first(results + n * out.elements(), out, outputs + (first + n) * out.elements());
   }
@@ -239,8 +312,12 @@ void Engine::run_op(size_t index, const std::vector<const void*>& inputs, int64_
   const Shape& shape = op.output();
   Buffer<uint64_t> packed(shape.bits == 1 ? shape.pixels() * shape.words() * batch : 0);
   Buffer<std::byte> scratch(op.scratch_bytes() * batch);
-  op.run({stored, shape.bits == 1 ? packed.data() : output, scratch.data(), s.thread_scratch.data(), s.thread_bytes,
-          batch, *s.pool});
+  op.run({{stored, shape.bits == 1 ? packed.data() : output},
+          scratch.data(),
+          s.thread_scratch.data(),
+          s.thread_bytes,
+          batch,
+          *s.pool});
   if (shape.bits == 1) unpack_bits(packed.data(), shape, shape.pixels() * batch, static_cast<uint8_t*>(output));
 }
 
@@ -255,8 +332,9 @@ void Engine::after_fork() {
 size_t Engine::op_count() const { return state_->ops.size(); }
 const std::vector<size_t>& Engine::op_inputs(size_t index) const { return state_->inputs.at(index); }
 std::string_view Engine::op_kernel(size_t index) const {
-  const bool done_before = index > 0 && state_->joined.at(index - 1);
-  return done_before ? "" : state_->ops.at(index)->kernel(state_->joined.at(index));
+  const Group& group = state_->groups[state_->group_of_op.at(index)];
+  if (group.joined && group.head != index) return "";
+  return state_->ops[index]->kernel(group.joined);
 }
 const Shape& Engine::value(size_t number) const { return state_->shapes.at(number); }
 std::string_view Engine::isa() const { return state_->kernels.isa; }

@@ -35,15 +35,10 @@ struct AlignedAllocator {
 template <class T>
 using Buffer = std::vector<T, AlignedAllocator<T>>;
 
-// One run of one op on a batch. Buffers are aligned to 64 bytes.
-struct Call {
+// What an op reads and writes. Buffers are aligned to 64 bytes.
+struct Operands {
   std::array<const void*, 2> inputs;
   void* output;
-  void* scratch;              // batch * Op::scratch_bytes()
-  std::byte* thread_scratch;  // thread_bytes for each thread
-  size_t thread_bytes;
-  int64_t batch;
-  ThreadPool& pool;
 
   template <class T>
   const T* input(int number = 0) const {
@@ -56,6 +51,33 @@ struct Call {
 };
 
 class Measure;
+
+// Some channels of some pixels, which are numbered through the batch. `channel` is a multiple of 64, `end` another or
+// the number of channels.
+struct Part {
+  int64_t first, count, channel, end;
+};
+
+class PixelwiseOp;
+
+// An op that works on each part of a value as soon as that part is written.
+struct Follower {
+  const PixelwiseOp* op;
+  Operands operands;
+};
+
+// One run of one op on a batch.
+struct Call : Operands {
+  void* scratch;              // batch * Op::scratch_bytes()
+  std::byte* thread_scratch;  // thread_bytes for each thread
+  size_t thread_bytes;
+  int64_t batch;
+  ThreadPool& pool;
+  std::span<const Follower> followers = {};
+
+  // An op that writes floats says of each part that it is there.
+  void done(const Part& part) const;
+};
 
 class Op {
  public:
@@ -80,6 +102,27 @@ class Op {
   Shape output_;
 };
 
+// An op whose output at a pixel and channel is made of its inputs at the same pixel, and at the same channel if they
+// have as many. It may write where it reads.
+class PixelwiseOp : public Op {
+ public:
+  using Op::Op;
+  virtual void apply(const Operands& operands, const Part& part) const = 0;
+
+  void run(const Call& call) const final {
+    const int64_t width = output().width, channels = output().channels;
+    call.pool.run(static_cast<size_t>(call.batch * output().height), [&](size_t row, int) {
+      const Part part{static_cast<int64_t>(row) * width, width, 0, channels};
+      apply(call, part);
+      call.done(part);
+    });
+  }
+};
+
+inline void Call::done(const Part& part) const {
+  for (const Follower& follower : followers) follower.op->apply(follower.operands, part);
+}
+
 using Inputs = std::span<const Shape>;
 
 std::unique_ptr<Op> make_conv2d(const OpSpec&, const Shape& input, const Kernels&);
@@ -87,10 +130,10 @@ std::unique_ptr<Op> make_table_conv2d(const OpSpec&, const Shape& input, const K
 std::unique_ptr<Op> make_binary_conv2d(const OpSpec&, const Shape& input, const Kernels&);
 std::unique_ptr<Op> make_quant_conv2d(const OpSpec&, const Shape& input, const Kernels&);
 std::unique_ptr<Op> make_threshold(const OpSpec&, const Shape& input, const Kernels&);
-std::unique_ptr<Op> make_pool(const OpSpec&, const Shape& input);
+std::unique_ptr<Op> make_pool(const OpSpec&, const Shape& input, const Kernels&);
 std::unique_ptr<Op> make_abs_mean(const OpSpec&, const Shape& input);
 std::unique_ptr<Op> make_multiply(const OpSpec&, Inputs inputs);
-std::unique_ptr<Op> make_elementwise(const OpSpec&, Inputs inputs);
+std::unique_ptr<Op> make_elementwise(const OpSpec&, Inputs inputs, const Kernels&);
 
 // --- checks; each throws std::invalid_argument -----------------------------------------------------------------------
 

@@ -15,10 +15,10 @@ float flipped(float threshold, uint32_t flip) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(threshold) ^ flip);
 }
 
-class ThresholdCodes final : public Op {
+class ThresholdCodes final : public PixelwiseOp {
  public:
   ThresholdCodes(const OpSpec& spec, const Shape& input, const Kernels& kernels)
-      : Op(codes_like(input, spec.bits)), kernels_(kernels), thresholds_(spec, input.channels) {
+      : PixelwiseOp(codes_like(input, spec.bits)), kernels_(kernels), thresholds_(spec, input.channels) {
     if (spec.bits > kMostCounted) return;
     limits_.resize(thresholds_.levels() * input.channels);
     flips_.resize(input.channels);
@@ -31,18 +31,17 @@ class ThresholdCodes final : public Op {
 
   const char* kernel(bool) const override { return limits_.empty() ? "" : "float_codes"; }
 
-  void run(const Call& call) const override {
-    const int64_t channels = output().channels, length = output().width * channels;
-    call.pool.run(static_cast<size_t>(call.batch * output().height), [&](size_t row, int) {
-      const float* x = call.input<float>() + row * length;
-      uint8_t* codes = call.result<uint8_t>() + row * length;
+  void apply(const Operands& operands, const Part& part) const override {
+    const int64_t channels = output().channels, count = part.end - part.channel;
+    for (int64_t pixel = part.first; pixel < part.first + part.count; ++pixel) {
+      const float* x = operands.input<float>() + pixel * channels + part.channel;
+      uint8_t* codes = operands.result<uint8_t>() + pixel * channels + part.channel;
       if (limits_.empty())
-        for (int64_t i = 0; i < length; ++i) codes[i] = thresholds_.code(x[i], i % channels);
+        for (int64_t c = 0; c < count; ++c) codes[c] = thresholds_.code(x[c], part.channel + c);
       else
-        for (int64_t i = 0; i < length; i += channels)
-          kernels_.float_codes(x + i, limits_.data(), channels, flips_.data(), channels, thresholds_.levels(),
-                               codes + i);
-    });
+        kernels_.float_codes(x, limits_.data() + part.channel, channels, flips_.data() + part.channel, count,
+                             thresholds_.levels(), codes);
+    }
   }
 
  private:
@@ -57,7 +56,10 @@ class ThresholdCodes final : public Op {
 }  // namespace
 
 ThresholdBits::ThresholdBits(const OpSpec& spec, const Shape& input, const Kernels& kernels)
-    : Op(codes_like(input, 1)), kernels_(kernels), limits_(input.channels + kTileChannels), flips_(limits_.size()) {
+    : PixelwiseOp(codes_like(input, 1)),
+      kernels_(kernels),
+      limits_(input.channels + kTileChannels),
+      flips_(limits_.size()) {
   const Thresholds<float> thresholds(spec, input.channels);
   for (int64_t c = 0; c < input.channels; ++c) {
     flips_[c] = thresholds.falling(c) ? 0x80000000u : 0u;
@@ -65,13 +67,12 @@ ThresholdBits::ThresholdBits(const OpSpec& spec, const Shape& input, const Kerne
   }
 }
 
-void ThresholdBits::run(const Call& call) const {
-  const int64_t channels = output().channels, words = output().words(), width = output().width;
-  call.pool.run(static_cast<size_t>(call.batch * output().height), [&](size_t row, int) {
-    for (int64_t pixel = row * width, end = pixel + width; pixel < end; ++pixel)
-      kernels_.float_bits(call.input<float>() + pixel * channels, limits_.data(), flips_.data(), channels,
-                          call.result<uint64_t>() + pixel * words);
-  });
+void ThresholdBits::apply(const Operands& operands, const Part& part) const {
+  const int64_t channels = output().channels, words = output().words(), channel = part.channel;
+  for (int64_t pixel = part.first; pixel < part.first + part.count; ++pixel)
+    kernels_.float_bits(operands.input<float>() + pixel * channels + channel, limits_.data() + channel,
+                        flips_.data() + channel, part.end - channel,
+                        operands.result<uint64_t>() + pixel * words + channel / 64);
 }
 
 std::unique_ptr<Op> make_threshold(const OpSpec& spec, const Shape& input, const Kernels& kernels) {

@@ -49,12 +49,12 @@ class Thresholds {
 
 // Float to 1-bit codes, written as words. v <= t is -v >= -t, also for NaN and zeros, so falling channels flip both
 // signs.
-class ThresholdBits final : public Op {
+class ThresholdBits final : public PixelwiseOp {
  public:
   ThresholdBits(const OpSpec& spec, const Shape& input, const Kernels& kernels);
 
   const char* kernel(bool) const override { return "float_bits"; }
-  void run(const Call& call) const override;
+  void apply(const Operands& operands, const Part& part) const override;
 
   // Of 16 channels from `first` on; those beyond the last channel mean nothing.
   FloatLimits limits(int64_t first) const { return {limits_.data() + first, flips_.data() + first}; }

@@ -10,8 +10,7 @@ Shape pooled(const Window& window, const Shape& input) {
   return {window.height, window.width, input.channels, input.bits};
 }
 
-// Slides the window and calls visit(first pixel or not, input pixel's elements, output pixel's elements) for each pixel
-// under it, then finish(output pixel's elements, pixels under it). A pixel is `step` elements of type T.
+// Slides a window over pixels of `step` elements of type T.
 template <class T>
 class SlidingWindow {
  public:
@@ -23,26 +22,39 @@ class SlidingWindow {
     }
   }
 
-  template <class Visit, class Finish>
-  void run(const Call& call, const Visit& visit, const Finish& finish) const {
+  // For each output pixel, calls combine(taps, count, y) with the input pixels under the window, in the order of
+  // memory, and then finish(y, their number). Of a large window come some at a time, y as the first of the next.
+  template <class Combine, class Finish>
+  void run(const Call& call, const Combine& combine, const Finish& finish) const {
     call.pool.run(static_cast<size_t>(call.batch * window.height), [&](size_t row, int) {
       const T* image = call.input<T>() + row / window.height * input_.pixels() * step_;
       T* y = call.result<T>() + row * window.width * step_;
       const auto [top, bottom] = covered(0, row % window.height, input_.height);
+      const T* taps[kMostTaps];
       for (int64_t column = 0; column < window.width; ++column, y += step_) {
         const auto [left, right] = covered(1, column, input_.width);
-        bool first = true;
+        size_t count = 0;
         for (int64_t iy = top; iy < bottom; ++iy)
-          for (int64_t ix = left; ix < right; ++ix, first = false)
-            visit(first, image + (iy * input_.width + ix) * step_, y);
+          for (int64_t ix = left; ix < right; ++ix) {
+            if (count == kMostTaps) {
+              combine(taps, count, y);
+              taps[0] = y;
+              count = 1;
+            }
+            taps[count++] = image + (iy * input_.width + ix) * step_;
+          }
+        combine(taps, count, y);
         finish(y, (bottom - top) * (right - left));
       }
+      call.done({static_cast<int64_t>(row) * window.width, window.width, 0, input_.channels});
     });
   }
 
   const Window window;
 
  private:
+  static constexpr size_t kMostTaps = 64;
+
   // Input rows (axis 0) or columns (axis 1) under the window at this output position: never none, as padding is small.
   std::pair<int64_t, int64_t> covered(int axis, int64_t position, int64_t extent) const {
     const int64_t start = position * window.stride[axis] - window.padding[axis];
@@ -53,95 +65,96 @@ class SlidingWindow {
   int64_t step_;
 };
 
-// Maximum of floats, or of codes of 2 to 8 bits, where a falling channel takes the minimum.
-template <class T>
+constexpr auto kAsItIs = [](auto*, int64_t) {};
+
 class MaxPool final : public Op {
  public:
-  MaxPool(const OpSpec& spec, const Shape& input, std::vector<uint8_t> falling)
-      : Op(pooled(Window(spec, input), input)), window_(spec, input, input.channels), falling_(std::move(falling)) {}
+  MaxPool(const OpSpec& spec, const Shape& input, const Kernels& kernels)
+      : Op(pooled(Window(spec, input), input)), rows_(*kernels.rows), window_(spec, input, input.channels) {}
 
   void run(const Call& call) const override {
-    const int64_t channels = output().channels;
     window_.run(
         call,
-        [&](bool first, const T* x, T* y) {
-          if (first)
-            std::copy_n(x, channels, y);
-          else if (falling_.empty())
-            for (int64_t c = 0; c < channels; ++c) y[c] = std::max(y[c], x[c]);
-          else
-            for (int64_t c = 0; c < channels; ++c) y[c] = falling_[c] ? std::min(y[c], x[c]) : std::max(y[c], x[c]);
-        },
-        [](T*, int64_t) {});
+        [&](const float* const* taps, size_t count, float* y) { rows_.maximum(taps, count, y, output().channels); },
+        kAsItIs);
   }
 
  private:
-  SlidingWindow<T> window_;
-  std::vector<uint8_t> falling_;
+  const RowKernels& rows_;
+  SlidingWindow<float> window_;
 };
 
-// The maximum of bits is their OR, the minimum their AND = not OR of not.
-class MaxPoolBits final : public Op {
+// Of codes, in words of 64 bits or bytes. Where a channel falls it takes the minimum: the maximum of the opposites.
+template <class T>
+class MaxPoolCodes final : public Op {
  public:
-  MaxPoolBits(const OpSpec& spec, const Shape& input, const std::vector<uint8_t>& falling)
-      : Op(pooled(Window(spec, input), input)), window_(spec, input, input.words()), falling_(input.words()) {
-    for (int64_t c = 0; c < input.channels; ++c) falling_[c / 64] |= static_cast<uint64_t>(falling[c] != 0) << c % 64;
-  }
+  MaxPoolCodes(const OpSpec& spec, const Shape& input, std::vector<T> falling)
+      : Op(pooled(Window(spec, input), input)),
+        window_(spec, input, static_cast<int64_t>(falling.size())),
+        falling_(std::move(falling)) {}
 
   void run(const Call& call) const override {
-    const int64_t words = output().words();
     window_.run(
         call,
-        [&](bool first, const uint64_t* x, uint64_t* y) {
-          for (int64_t w = 0; w < words; ++w) y[w] = (first ? 0 : y[w]) | (x[w] ^ falling_[w]);
+        [&](const T* const* taps, size_t count, T* y) {
+          const T* falling = falling_.data();
+          for (size_t i = 0; i < falling_.size(); ++i) {
+            T most = taps[0][i] ^ falling[i];
+            for (size_t tap = 1; tap < count; ++tap) most = larger(most, taps[tap][i] ^ falling[i]);
+            y[i] = most ^ falling[i];
+          }
         },
-        [&](uint64_t* y, int64_t) {
-          for (int64_t w = 0; w < words; ++w) y[w] ^= falling_[w];
-        });
+        kAsItIs);
   }
 
  private:
-  SlidingWindow<uint64_t> window_;
-  std::vector<uint64_t> falling_;
+  static uint8_t larger(uint8_t a, uint8_t b) { return std::max(a, b); }
+  static uint64_t larger(uint64_t a, uint64_t b) { return a | b; }  // of bits
+
+  SlidingWindow<T> window_;
+  std::vector<T> falling_;  // all ones where the channel falls
 };
 
 class AvgPool final : public Op {
  public:
-  AvgPool(const OpSpec& spec, const Shape& input)
+  AvgPool(const OpSpec& spec, const Shape& input, const Kernels& kernels)
       : Op(pooled(Window(spec, input), input)),
+        rows_(*kernels.rows),
         window_(spec, input, input.channels),
         count_padding_(spec.count_include_pad) {
     require(input.is_float(), "avg_pool needs float32 as input");
   }
 
   void run(const Call& call) const override {
-    const int64_t channels = output().channels;
+    const auto channels = static_cast<size_t>(output().channels);
+    const int64_t taps = window_.window.kernel[0] * window_.window.kernel[1];
     window_.run(
-        call,
-        [&](bool first, const float* x, float* y) {
-          for (int64_t c = 0; c < channels; ++c) y[c] = first ? x[c] : y[c] + x[c];
-        },
+        call, [&](const float* const* taps, size_t count, float* y) { rows_.sum(taps, count, y, channels); },
         [&](float* y, int64_t covered) {
-          const auto& kernel = window_.window.kernel;
-          const auto count = static_cast<float>(count_padding_ ? kernel[0] * kernel[1] : covered);
-          for (int64_t c = 0; c < channels; ++c) y[c] /= count;
+          rows_.divide(y, static_cast<float>(count_padding_ ? taps : covered), y, {1, channels, channels});
         });
   }
 
  private:
+  const RowKernels& rows_;
   SlidingWindow<float> window_;
   bool count_padding_;
 };
 
 }  // namespace
 
-std::unique_ptr<Op> make_pool(const OpSpec& spec, const Shape& input) {
-  if (spec.op == "avg_pool") return std::make_unique<AvgPool>(spec, input);
-  if (input.is_float()) return std::make_unique<MaxPool<float>>(spec, input, std::vector<uint8_t>());
-  const auto tensor_falling = tensor<uint8_t>(spec, "falling", {input.channels});
-  std::vector<uint8_t> falling(tensor_falling.begin(), tensor_falling.end());
-  if (input.bits == 1) return std::make_unique<MaxPoolBits>(spec, input, falling);
-  return std::make_unique<MaxPool<uint8_t>>(spec, input, std::move(falling));
+std::unique_ptr<Op> make_pool(const OpSpec& spec, const Shape& input, const Kernels& kernels) {
+  if (spec.op == "avg_pool") return std::make_unique<AvgPool>(spec, input, kernels);
+  if (input.is_float()) return std::make_unique<MaxPool>(spec, input, kernels);
+  const auto falling = tensor<uint8_t>(spec, "falling", {input.channels});
+  if (input.bits == 1) {
+    std::vector<uint64_t> words(input.words());
+    for (int64_t c = 0; c < input.channels; ++c) words[c / 64] |= static_cast<uint64_t>(falling[c] != 0) << c % 64;
+    return std::make_unique<MaxPoolCodes<uint64_t>>(spec, input, std::move(words));
+  }
+  std::vector<uint8_t> bytes(input.channels);
+  for (int64_t c = 0; c < input.channels; ++c) bytes[c] = falling[c] != 0 ? 0xff : 0;
+  return std::make_unique<MaxPoolCodes<uint8_t>>(spec, input, std::move(bytes));
 }
 
 }  // namespace lowbit

@@ -10,6 +10,8 @@ LOWBIT_TARGET_OPEN("avx2,fma")
 namespace lowbit {
 namespace {
 
+constexpr size_t kRegisterFloats = 8;
+
 constexpr size_t kFewest = 24;  // words from which carry-save adders gain; 31 would fit a byte uncarried
 
 using Vector = __m256i;
@@ -348,10 +350,12 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 }
 
 }  // namespace
-
-const Kernels kAvx2Kernels{"avx2",       binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits,
-                           integer_sums, float_bits,    float_codes, nullptr,       &kBytes};
-
 }  // namespace lowbit
+
+#include "kernels/rows.h"
+
+const lowbit::Kernels lowbit::kAvx2Kernels{"avx2",       binary_counts, binary_bits, binary_floats,
+                                           float_tile,   float_tile_bits, integer_sums, float_bits,
+                                           float_codes,  &kRows, nullptr, &kBytes};
 
 LOWBIT_TARGET_CLOSE

@@ -6,6 +6,8 @@
 namespace lowbit {
 namespace {
 
+constexpr size_t kRegisterFloats = 16;
+
 __m512 scaled(__m512 sums, const FloatOutput& out) {
   return _mm512_add_ps(_mm512_mul_ps(sums, _mm512_loadu_ps(out.scale)), _mm512_loadu_ps(out.bias));
 }
@@ -241,3 +243,5 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 
 }  // namespace
 }  // namespace lowbit
+
+#include "kernels/rows.h"

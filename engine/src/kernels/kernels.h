@@ -118,6 +118,25 @@ struct FloatLimits {
   const uint32_t* flips;
 };
 
+// Pixels whose channels, or some of them, lie together; from one pixel to the next it is `stride` floats.
+struct Rows {
+  size_t pixels, channels, stride;
+};
+
+// Float loops; a result may lie where an input does.
+struct RowKernels {
+  void (*add)(const float* a, const float* b, float* y, const Rows&);
+  void (*affine)(const float* x, const float* scale, const float* shift, float* y, const Rows&);  // per channel
+  void (*prelu)(const float* x, const float* slope, float* y, const Rows&);  // x, or slope * x where x is below 0
+  void (*clamp)(const float* x, float low, float high, float* y, const Rows&);
+
+  void (*divide)(const float* x, float divisor, float* y, const Rows&);
+
+  // Of the same channel of `count` pixels, at least one, in this order. A tap may lie where the result does.
+  void (*maximum)(const float* const* taps, size_t count, float* y, size_t channels);
+  void (*sum)(const float* const* taps, size_t count, float* y, size_t channels);
+};
+
 struct Kernels {
   const char* isa;
 
@@ -146,6 +165,8 @@ struct Kernels {
   // codes[c] = how many of the limits thresholds[level * pitch + c] x[c] passes, as above.
   void (*float_codes)(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,
                       int levels, uint8_t* codes);
+
+  const RowKernels* rows;
 
   // For binary products of many pixels; null where the tiles are as good.
   const BlockKernels* blocks = nullptr;

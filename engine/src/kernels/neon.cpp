@@ -8,6 +8,8 @@
 namespace lowbit {
 namespace {
 
+constexpr size_t kRegisterFloats = 4;
+
 constexpr int kPairs = kTileChannels / 2;
 constexpr size_t kMostWords = 31;  // their counts, 8 to a byte at most, fit a byte
 
@@ -198,8 +200,9 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 }
 
 }  // namespace
-
-const Kernels kNeonKernels{"neon",          binary_counts, binary_bits, binary_floats, float_tile,
-                           float_tile_bits, integer_sums,  float_bits,  float_codes};
-
 }  // namespace lowbit
+
+#include "kernels/rows.h"
+
+const lowbit::Kernels lowbit::kNeonKernels{"neon",          binary_counts, binary_bits, binary_floats, float_tile,
+                                           float_tile_bits, integer_sums,  float_bits, float_codes, &kRows};

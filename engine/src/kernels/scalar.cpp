@@ -6,6 +6,8 @@
 namespace lowbit {
 namespace {
 
+constexpr size_t kRegisterFloats = 4;
+
 int64_t count(const BinaryTile& tile, int pixel, int channel) {
   int64_t differing = 0;
   for (size_t k = 0; k < tile.depth; ++k)
@@ -89,8 +91,9 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 }
 
 }  // namespace
-
-const Kernels kScalarKernels{"scalar",        binary_counts, binary_bits, binary_floats, float_tile,
-                             float_tile_bits, integer_sums,  float_bits,  float_codes};
-
 }  // namespace lowbit
+
+#include "kernels/rows.h"
+
+const lowbit::Kernels lowbit::kScalarKernels{"scalar",        binary_counts, binary_bits, binary_floats, float_tile,
+                                             float_tile_bits, integer_sums,  float_bits, float_codes, &kRows};

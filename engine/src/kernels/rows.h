@@ -1,0 +1,92 @@
+// Float loops over the channels of pixels, the same source for every instruction set: the including file defines
+// kRegisterFloats, how many floats a register of its own holds. Included inside the target region, so that each file
+// compiles it for itself. Each step is one float32 rounding, so all give the same bits.
+#pragma once
+
+namespace lowbit {
+namespace {
+
+// A vector of GCC and Clang, which both know arithmetic, comparison and ?: for it.
+typedef float Lanes __attribute__((vector_size(kRegisterFloats * sizeof(float)), aligned(4), may_alias));
+
+struct Wide {
+  using Type = Lanes;
+  static Type& at(float* values, size_t i) { return *reinterpret_cast<Type*>(values + i); }
+  static const Type& at(const float* values, size_t i) { return *reinterpret_cast<const Type*>(values + i); }
+};
+
+struct Single {
+  using Type = float;
+  static Type& at(float* values, size_t i) { return values[i]; }
+  static const Type& at(const float* values, size_t i) { return values[i]; }
+};
+
+// Calls work(Wide or Single, c) for all of `channels`.
+template <class Work>
+inline void for_chunks(size_t channels, const Work& work) {
+  size_t c = 0;
+  for (; c + kRegisterFloats <= channels; c += kRegisterFloats) work(Wide{}, c);
+  for (; c < channels; ++c) work(Single{}, c);
+}
+
+void add(const float* a, const float* b, float* y, const Rows& rows) {
+  for (size_t p = 0; p < rows.pixels; ++p, a += rows.stride, b += rows.stride, y += rows.stride)
+    for_chunks(rows.channels, [&](auto chunk, size_t c) { chunk.at(y, c) = chunk.at(a, c) + chunk.at(b, c); });
+}
+
+void affine(const float* x, const float* scale, const float* shift, float* y, const Rows& rows) {
+  for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, y += rows.stride)
+    for_chunks(rows.channels, [&](auto chunk, size_t c) {
+      chunk.at(y, c) = chunk.at(x, c) * chunk.at(scale, c) + chunk.at(shift, c);
+    });
+}
+
+void prelu(const float* x, const float* slope, float* y, const Rows& rows) {
+  for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, y += rows.stride)
+    for_chunks(rows.channels, [&](auto chunk, size_t c) {
+      using T = typename decltype(chunk)::Type;
+      const T falls = chunk.at(slope, c) * chunk.at(x, c);
+      chunk.at(y, c) = chunk.at(x, c) >= T{} ? chunk.at(x, c) : falls;
+    });
+}
+
+void clamp(const float* x, float low, float high, float* y, const Rows& rows) {
+  for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, y += rows.stride)
+    for_chunks(rows.channels, [&](auto chunk, size_t c) {
+      using T = typename decltype(chunk)::Type;
+      const T least = low - T{}, most = high - T{};  // of a zero with its sign
+      const T raised = chunk.at(x, c) < least ? least : chunk.at(x, c);
+      chunk.at(y, c) = most < raised ? most : raised;
+    });
+}
+
+void divide(const float* x, float divisor, float* y, const Rows& rows) {
+  for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, y += rows.stride)
+    for_chunks(rows.channels, [&](auto chunk, size_t c) {
+      using T = typename decltype(chunk)::Type;
+      chunk.at(y, c) = chunk.at(x, c) / (divisor - T{});
+    });
+}
+
+void maximum(const float* const* taps, size_t count, float* y, size_t channels) {
+  for_chunks(channels, [&](auto chunk, size_t c) {
+    using T = typename decltype(chunk)::Type;
+    T most = chunk.at(taps[0], c);
+    for (size_t tap = 1; tap < count; ++tap) most = most < chunk.at(taps[tap], c) ? chunk.at(taps[tap], c) : most;
+    chunk.at(y, c) = most;
+  });
+}
+
+void sum(const float* const* taps, size_t count, float* y, size_t channels) {
+  for_chunks(channels, [&](auto chunk, size_t c) {
+    using T = typename decltype(chunk)::Type;
+    T total = chunk.at(taps[0], c);
+    for (size_t tap = 1; tap < count; ++tap) total = total + chunk.at(taps[tap], c);
+    chunk.at(y, c) = total;
+  });
+}
+
+constexpr RowKernels kRows{add, affine, prelu, clamp, divide, maximum, sum};
+
+}  // namespace
+}  // namespace lowbit

@@ -1,0 +1,117 @@
+"""Ops that the engine runs together, part by part and in place, against the same ops one by one.
+
+A value shows by a last op that copies it. That it is read once more may change what runs in place, so the same is done
+for every value of a graph, and for the graph cut off behind every op.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_models import Builder, coded, thresholds, window, words
+
+from lowbit import _engine
+from lowbit.runtime import Engine
+
+POINTWISE = ("affine", "relu", "hardtanh", "add", "add", "multiply", "threshold")
+OTHERS = ("conv2d", "binary_conv2d", "quant_conv2d", "max_pool", "avg_pool", "abs_mean")
+
+
+@st.composite
+def graphs(draw):
+    """A net of up to ten random ops, whose values may be read by several."""
+    channels = draw(st.sampled_from([1, 3, 16, 20, 64, 65, 130]))
+    net = Builder((channels, draw(st.integers(3, 5)), draw(st.integers(3, 5))))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    for _ in range(draw(st.integers(2, 10))):
+        values = values_of(net.model)
+        of_floats = [number for number, value in enumerate(values) if value.kind == "float"]
+        read = draw(st.sampled_from(of_floats[-4:]))
+        value, kind = values[read], draw(st.sampled_from(POINTWISE + OTHERS))
+        alike = [number for number in of_floats if values[number].shape == value.shape]
+        append(net, rng, kind, read, draw(st.sampled_from(alike)), value, draw)
+    return net.model
+
+
+def values_of(model):
+    """The values of a graph that may yet end with codes, or be empty."""
+    whole = copy.copy(model)
+    whole.ops = [*model.ops, {"op": "relu", "inputs": [0], "source": "end"}]
+    return whole.values()[:-1]
+
+
+def append(net, rng, kind, read, other, value, draw):
+    """Append an op that reads ``read``, and ``other`` of its shape; codes are made first where it reads codes."""
+    channels = value.channels
+    same = window((3, 3), padding=(1, 1), dilation=(1, 1))
+    per_channel = lambda *names: {name: rng.normal(size=channels).astype(np.float32) for name in names}  # noqa: E731
+    if kind == "affine":
+        net.op(kind, [read], per_channel("scale", "shift"))
+    elif kind == "hardtanh":
+        net.op(kind, [read], min=-0.5, max=0.75)
+    elif kind in ("relu", "add"):
+        net.op(kind, [read] if kind == "relu" else draw(st.permutations([read, other])))
+    elif kind == "multiply":
+        net.op(kind, [read, other], per_channel("bias"))
+    elif kind == "abs_mean":
+        factors = net.op(kind, [read], groups=1, **same)
+        net.op("multiply", [read, factors])
+    elif kind == "threshold":
+        bits = draw(st.sampled_from([1, 2]))
+        net.op(kind, [read], thresholds(rng, np.float32, channels, bits, 1.0), bits=bits)
+    elif kind.endswith("pool"):
+        shape = draw(st.sampled_from([window((3, 3), (1, 1), (1, 1)), window((2, 2), (2, 2), (1, 1))]))
+        net.op(kind, [read], **shape, **({"count_include_pad": False} if kind == "avg_pool" else {}))
+    elif kind == "conv2d":
+        out = draw(st.sampled_from([channels, 17]))
+        weight = {"weight": rng.normal(size=(out, 1, 1, channels)).astype(np.float32)}
+        net.op(kind, [read], weight, groups=1, channels=out, **window((1, 1), dilation=(1, 1)))
+    else:
+        bits = 1 if kind == "binary_conv2d" else 2
+        codes = net.op("threshold", [read], thresholds(rng, np.float32, channels, bits, 1.0), bits=bits)
+        out = draw(st.sampled_from([channels, 48]))
+        grid, weight = {}, {"weight_bits": words(rng, out, 3, 3, depth=channels)}
+        if kind == "quant_conv2d":
+            grid, weight = coded(rng, out, 3, channels, 2, 2, -3)
+            grid |= {"input_multiplier": 1, "input_offset": 0}
+        weight |= {name: rng.normal(0, 0.05, out).astype(np.float32) for name in ("scale", "bias")}
+        net.op(kind, [codes], weight, groups=1, channels=out, **grid, **same)
+
+
+def showing(model, number, cut):
+    """The net with a last op that copies a value; ``cut``: and without the ops behind what wrote it."""
+    shown, value = copy.copy(model), values_of(model)[number]
+    shown.ops = list(model.ops[:number] if cut else model.ops)
+    last = len(shown.ops)
+    shown.tensors = {key: tensor for key, tensor in model.tensors.items() if int(key.split(".")[0]) < last}
+    if value.kind == "float":
+        shown.ops.append({"op": "hardtanh", "inputs": [number], "source": "copy", "min": -1e30, "max": 1e30})
+        return shown
+    one = {"groups": value.channels, "channels": value.channels, **window((1, 1), dilation=(1, 1))}
+    shown.ops.append({"op": "table_conv2d", "inputs": [number], "source": "copy", **one})
+    shown.tensors[f"{last}.weight"] = np.ones((value.channels, 1, 1, 1), np.float32)
+    shown.tensors[f"{last}.levels"] = np.arange(1 << value.bits, dtype=np.float32)
+    return shown
+
+
+@pytest.mark.parametrize("name", _engine.available_isas())
+@settings(max_examples=12, deadline=None)
+@given(model=graphs(), seed=st.integers(0, 99), batch=st.sampled_from([0, 1, 3]), threads=st.integers(1, 2))
+def test_every_value_is_what_the_ops_give_one_by_one(name, model, seed, batch, threads):
+    x = np.random.default_rng(seed).normal(size=(batch, *model.input_shape)).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWBIT_ISA", name)
+        alone = Engine(showing(model, len(model.ops), cut=False))
+        values = [np.ascontiguousarray(x.transpose(0, 2, 3, 1))]
+        for index, op in enumerate(model.ops):
+            values.append(alone.run_op(index, [values[number] for number in op["inputs"]]))
+        for number, value in enumerate(values):
+            for cut in (False, True):
+                found = Engine(showing(model, number, cut), threads=threads)(x).reshape(
+                    value.transpose(0, 3, 1, 2).shape
+                )
+                np.testing.assert_array_equal(found, value.transpose(0, 3, 1, 2))
