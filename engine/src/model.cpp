@@ -78,9 +78,17 @@ int64_t place(std::vector<Block*>& blocks) {
   return total;
 }
 
+template <class Channels>
+void interleave(const float* planes, int64_t size, Channels channels, float* pixels) {
+  for (int64_t i = 0; i < size; ++i)
+    for (int64_t c = 0; c < channels; ++c) pixels[i * channels + c] = planes[c * size + i];
+}
+
 void to_channels_last(const float* planes, const Shape& shape, float* pixels) {
-  for (int64_t c = 0; c < shape.channels; ++c)
-    for (int64_t i = 0; i < shape.pixels(); ++i) pixels[i * shape.channels + c] = *planes++;
+  if (shape.channels == 3)  // of colours, a number that the compiler can use
+    interleave(planes, shape.pixels(), std::integral_constant<int64_t, 3>(), pixels);
+  else
+    interleave(planes, shape.pixels(), shape.channels, pixels);
 }
 
 void to_channels_first(const float* pixels, const Shape& shape, float* planes) {

@@ -45,12 +45,12 @@ struct TileData {
 };
 
 // A table of 16 numbers for each pixel.
-struct Rows {
+struct TileRows {
   std::vector<std::vector<int64_t>> values;
   std::vector<const int64_t*> rows;
 
   template <class Make>
-  Rows(int count, const Make& make) {
+  TileRows(int count, const Make& make) {
     for (int p = 0; p < count; ++p) values.push_back(filled<int64_t>(kTileChannels, make));
     for (const auto& row : values) rows.push_back(row.data());
   }
@@ -111,7 +111,7 @@ void check_binary(Comparison& comparison, size_t depth, int count) {
         "binary_counts", depth, count, kTilePixels * kTileChannels,
         [&](const Kernels& k, int32_t* out) { k.binary_counts(tile, reinterpret_cast<Sums>(out)); });
     const auto middle = static_cast<int64_t>(32 * depth);
-    const Rows limits(count, [&] {
+    const TileRows limits(count, [&] {
       constexpr int64_t kEnds[] = {INT64_MIN, INT32_MIN, -1, INT32_MAX, INT64_MAX};
       return integer(0, 3) == 0 ? kEnds[integer(0, 4)] : middle + integer(-5, 5);
     });
@@ -119,7 +119,7 @@ void check_binary(Comparison& comparison, size_t depth, int count) {
     comparison.check<uint16_t>("binary_bits", depth, count, kTilePixels, [&](const Kernels& k, uint16_t* out) {
       k.binary_bits(tile, limits.rows.data(), falling, out);
     });
-    const Rows bases(count, [] { return integer(-(1 << 30), 1 << 30) >> integer(0, 30); });
+    const TileRows bases(count, [] { return integer(-(1 << 30), 1 << 30) >> integer(0, 30); });
     const auto scale = filled<float>(kTileChannels, real), bias = filled<float>(kTileChannels, real);
     comparison.check<float>("binary_floats", depth, count, kTilePixels * kStride, [&](const Kernels& k, float* out) {
       k.binary_floats(tile, bases.rows.data(), {scale.data(), bias.data(), out, kStride});
@@ -173,7 +173,7 @@ void check_blocks(Comparison& comparison, size_t depth, int count, int panels) {
   }
 
   const int tile = std::min(count, kTilePixels);
-  const Rows bases(tile, [] { return integer(-(1 << 24), 1 << 24); });
+  const TileRows bases(tile, [] { return integer(-(1 << 24), 1 << 24); });
   const auto scale = filled<float>(kTileChannels, real), bias = filled<float>(kTileChannels, real);
   Results<float> expected(kTilePixels * kStride, 77), written = expected;
   for (int p = 0; p < tile; ++p)
@@ -337,6 +337,39 @@ void check_float_bits(Comparison& comparison, size_t channels) {
   });
 }
 
+// Rows of some channels, and the same in place.
+void check_rows(Comparison& comparison, size_t channels) {
+  constexpr size_t kPixels = 3;
+  const Rows rows{kPixels, channels, channels + 2};
+  const size_t size = (kPixels - 1) * rows.stride + channels;
+  const auto any = [] { return integer(0, 7) == 0 ? -0.0f : real(); };
+  const auto a = filled<float>(size, any), b = filled<float>(size, any);
+  const auto scale = filled<float>(channels, any), shift = filled<float>(channels, any);
+  const auto check = [&](const char* entry, const auto& compute) {
+    comparison.check<float>(entry, channels, kPixels, size, [&](const Kernels& k, float* y) {
+      compute(*k.rows, a.data(), y);
+      Results<float> inside(a);
+      compute(*k.rows, inside.data(), inside.data());
+      for (size_t p = 0; p < kPixels; ++p)
+        comparison.compare(entry, channels, kPixels,
+                           Results<float>(y + p * rows.stride, y + p * rows.stride + channels),
+                           Results<float>(&inside[p * rows.stride], &inside[p * rows.stride] + channels));
+    });
+  };
+  check("rows.add", [&](const RowKernels& k, const float* x, float* y) { k.add(x, b.data(), y, rows); });
+  check("rows.affine",
+        [&](const RowKernels& k, const float* x, float* y) { k.affine(x, scale.data(), shift.data(), y, rows); });
+  check("rows.clamp", [&](const RowKernels& k, const float* x, float* y) { k.clamp(x, -0.0f, 0.5f, y, rows); });
+  check("rows.divide", [&](const RowKernels& k, const float* x, float* y) { k.divide(x, 3.0f, y, rows); });
+  for (size_t count = 1; count <= kPixels; ++count) {
+    const float* taps[] = {a.data() + rows.stride, a.data(), a.data() + 2 * rows.stride};
+    comparison.check<float>("rows.maximum", channels, kPixels, channels + 1,
+                            [&](const Kernels& k, float* y) { k.rows->maximum(taps, count, y, channels); });
+    comparison.check<float>("rows.sum", channels, kPixels, channels + 1,
+                            [&](const Kernels& k, float* y) { k.rows->sum(taps, count, y, channels); });
+  }
+}
+
 bool equals_scalar(const Kernels& kernels) {
   Comparison comparison{kernels};
   for (const size_t depth : {0, 1, 2, 3, 7, 8, 9, 12, 15, 16, 17, 20, 23, 31, 32, 33, 63, 72, 200})
@@ -360,6 +393,7 @@ bool equals_scalar(const Kernels& kernels) {
       for (const int levels : {1, 3, 255}) check_byte_outputs(comparison, count, levels);
   }
   for (size_t channels = 1; channels <= 200; ++channels) check_float_bits(comparison, channels);
+  for (size_t channels = 1; channels <= 70; ++channels) check_rows(comparison, channels);
   return comparison.equal;
 }
 
