@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/lowbit demo
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -19,8 +19,7 @@ namespace {
 // ones_outside, per border case and channel, sum = base - 2 * count.
 class CountBases : public BorderCases {
  public:
-  CountBases(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth)
-      : BorderCases(input, window) {
+  CountBases(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth) : BorderCases(input, window) {
     const int64_t words = ceil_div(depth, 64), kh = window.kernel[0], kw = window.kernel[1];
     const auto weights = tensor<uint64_t>(spec, "weight_bits", {spec.channels, kh, kw, words});
     std::vector<int64_t> of_tap(kh * kw);

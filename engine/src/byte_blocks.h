@@ -111,7 +111,8 @@ class ByteBlocks {
           kernels_.sums(arranged, weights_.data() + weights, depth_, size, size_panels, pair_, sums);
         emit(SumBlock{sums, first, count, positions, group, panel, std::min(end, panels_) - panel});
       }
-      call.done({first, count, panel * kTileChannels, chunks == 1 ? channels_ : std::min(end * kTileChannels, channels_)});
+      call.done(
+          {first, count, panel * kTileChannels, chunks == 1 ? channels_ : std::min(end * kTileChannels, channels_)});
     });
   }
 

@@ -36,8 +36,8 @@ bool Measure::first_is_faster(const Op& op, const Shape& input, const std::strin
   const int64_t thread_bytes = round_up(op.thread_scratch_bytes(), kAlignment);
   Buffer<std::byte> in(input.bytes() * batch), out(op.output().bytes() * batch), scratch(op.scratch_bytes() * batch),
       thread_scratch(thread_bytes * pool_.size());
-  const Call call{{{in.data()}, out.data()}, scratch.data(), thread_scratch.data(), static_cast<size_t>(thread_bytes),
-                  batch,                     pool_};
+  const Call call{{{in.data()}, out.data()},         scratch.data(), thread_scratch.data(),
+                  static_cast<size_t>(thread_bytes), batch,          pool_};
   double best[2] = {std::numeric_limits<double>::max(), std::numeric_limits<double>::max()};
   for (int run = 0; run < kRuns; ++run)
     for (const bool first : {true, false}) {

@@ -31,8 +31,7 @@ std::unique_ptr<Op> make_op(const OpSpec& spec, Inputs inputs, const Kernels& ke
   if (spec.op == "max_pool" || spec.op == "avg_pool") return make_pool(spec, inputs[0], kernels);
   if (spec.op == "abs_mean") return make_abs_mean(spec, inputs[0]);
   if (spec.op == "multiply") return make_multiply(spec, inputs);
-  if (spec.op == "affine" || spec.op == "relu" || spec.op == "hardtanh" || spec.op == "prelu" ||
-      spec.op == "add")
+  if (spec.op == "affine" || spec.op == "relu" || spec.op == "hardtanh" || spec.op == "prelu" || spec.op == "add")
     return make_elementwise(spec, inputs, kernels);
   throw std::invalid_argument("the op is unknown");
 }

@@ -354,8 +354,8 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 
 #include "kernels/rows.h"
 
-const lowbit::Kernels lowbit::kAvx2Kernels{"avx2",       binary_counts, binary_bits, binary_floats,
-                                           float_tile,   float_tile_bits, integer_sums, float_bits,
-                                           float_codes,  &kRows, nullptr, &kBytes};
+const lowbit::Kernels lowbit::kAvx2Kernels{"avx2",      binary_counts,   binary_bits,  binary_floats,
+                                           float_tile,  float_tile_bits, integer_sums, float_bits,
+                                           float_codes, &kRows,          nullptr,      &kBytes};
 
 LOWBIT_TARGET_CLOSE

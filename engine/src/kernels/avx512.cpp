@@ -124,8 +124,8 @@ constexpr ByteKernels kBytes{4, INT16_MAX, arrange_rows, byte_sums, sums_to_code
 }  // namespace
 }  // namespace lowbit
 
-const lowbit::Kernels lowbit::kAvx512Kernels{"avx512",    binary_counts,   binary_bits,  binary_floats,
-                                             float_tile,  float_tile_bits, integer_sums, float_bits,
-                                             float_codes, &kRows, nullptr,         &kBytes,      2};
+const lowbit::Kernels lowbit::kAvx512Kernels{
+    "avx512",    binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums, float_bits,
+    float_codes, &kRows,        nullptr,     &kBytes,       2};
 
 LOWBIT_TARGET_CLOSE

@@ -77,8 +77,18 @@ constexpr ByteKernels kBytes{4, INT32_MAX, arrange_rows, byte_sums, sums_to_code
 }  // namespace
 }  // namespace lowbit
 
-const lowbit::Kernels lowbit::kAvx512VpopcntdqKernels{"avx512_vpopcntdq", binary_counts,   binary_bits,  binary_floats,
-                                                      float_tile,         float_tile_bits, integer_sums, float_bits,
-                                                      float_codes, &kRows, nullptr,         &kBytes,      2};
+const lowbit::Kernels lowbit::kAvx512VpopcntdqKernels{"avx512_vpopcntdq",
+                                                      binary_counts,
+                                                      binary_bits,
+                                                      binary_floats,
+                                                      float_tile,
+                                                      float_tile_bits,
+                                                      integer_sums,
+                                                      float_bits,
+                                                      float_codes,
+                                                      &kRows,
+                                                      nullptr,
+                                                      &kBytes,
+                                                      2};
 
 LOWBIT_TARGET_CLOSE

@@ -205,4 +205,4 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 #include "kernels/rows.h"
 
 const lowbit::Kernels lowbit::kNeonKernels{"neon",          binary_counts, binary_bits, binary_floats, float_tile,
-                                           float_tile_bits, integer_sums,  float_bits, float_codes, &kRows};
+                                           float_tile_bits, integer_sums,  float_bits,  float_codes,   &kRows};

@@ -17,7 +17,7 @@ class Shift(nn.Module):
     the quantized layer behind, so export puts the shift into its thresholds. ``x`` is (N, C, ...), and ``y`` has its
     dtype.
 
-    Source: Liu, Shen, Savvides and Cheng 2020, "ReActNet", arXiv 2003.03488, equation 1.
+    Source: Liu, Shen, Savvides and Cheng 2020, "ReActNet", arXiv 2003.03488, section 4.2.
     """
 
     def __init__(self, channels: int) -> None:
@@ -38,7 +38,7 @@ class PReLU(nn.Module):
     of $g x$ over the $x < 0$. It is torch's own but for $x = 0$, which torch counts to the lower side. Torch first
     writes the slope's gradient for each element and adds them up then, which takes several times as long on a CPU.
 
-    Source: He, Zhang, Ren and Sun 2015, "Delving Deep into Rectifiers", arXiv 1502.01852, equations 1 and 7 to 10.
+    Source: He, Zhang, Ren and Sun 2015, "Delving Deep into Rectifiers", arXiv 1502.01852, section 2.1.
     """
 
     def __init__(self, channels: int) -> None:
@@ -58,7 +58,7 @@ class RPReLU(nn.Sequential):
 
     Its parts are a `Shift` by $-\gamma_c$, a `PReLU` and a `Shift` by $\zeta_c$.
 
-    Source: Liu, Shen, Savvides and Cheng 2020, "ReActNet", arXiv 2003.03488, equation 3.
+    Source: Liu, Shen, Savvides and Cheng 2020, "ReActNet", arXiv 2003.03488, section 4.2.
     """
 
     def __init__(self, channels: int) -> None:

@@ -150,7 +150,7 @@ class LearnedPair(Quantizer):
 
     def surrogate(self, x: Tensor) -> Tensor:
         alpha = ste.at_least(self.alpha.abs(), LEAST)
-        return (alpha * ste.parabola_sign((wide(x) - self.beta) / alpha) + self.beta).to(x.dtype)
+        return (alpha * ste.sign_polynomial((wide(x) - self.beta) / alpha) + self.beta).to(x.dtype)
 
 
 def short_integers(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

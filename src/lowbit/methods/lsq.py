@@ -100,7 +100,7 @@ class LearnedStep(Quantizer):
         step: the learned $s$, a scalar parameter. One that was moved below 2^-30 counts as that.
         started: bool scalar, a buffer: whether ``step`` has had its start.
 
-    Source: Esser et al. 2019, arXiv 1902.08153, equations 1 to 5 and sections 2.1 and 2.2.
+    Source: Esser et al. 2019, arXiv 1902.08153, section 2.
     """
 
     started: Tensor

@@ -98,7 +98,7 @@ class ClippedReLU(Quantizer):
     Raises:
         UsageError: an argument is none of its choices.
 
-    Source: Choi et al. 2018, arXiv 1805.06085, equations 1 to 3.
+    Source: Choi et al. 2018, arXiv 1805.06085, section 3.
     """
 
     signed = False

@@ -113,7 +113,7 @@ class StandardSign(Quantizer):
     r"""$q = \mathrm{sign}(x)$, with a gradient that knows the size of $x$.
 
     Gradient: with $u = x / \sqrt{\sigma^2 + 10^{-5}}$, $\sigma^2$ the unbiased variance of each sample (axis 0) of
-    the batch, $\partial L/\partial u = g \max(2 - 2|u|, 0)$ (see `lowbit.quantizers.ste.parabola_sign`), and from
+    the batch, $\partial L/\partial u = g \max(2 - 2|u|, 0)$ (see `lowbit.quantizers.ste.sign_polynomial`), and from
     there through the variance. A sample of a single number is left as it is.
     Codes: 1 where ``x >= 0``; grid ``2 code - 1``.
 
@@ -131,7 +131,7 @@ class StandardSign(Quantizer):
         if x.dim() > 1 and x[0].numel() > 1:
             variance = numbers.var(dim=tuple(range(1, x.dim())), keepdim=True)
             numbers = numbers / (variance + 1e-5).sqrt()
-        return ste.parabola_sign(numbers).to(x.dtype)
+        return ste.sign_polynomial(numbers).to(x.dtype)
 
 
 def widen(layers: Sequence[QuantizedLayer], share: float) -> None:

@@ -46,7 +46,7 @@ class SignQuantizer(Quantizer):
 class PolynomialSign(SignQuantizer):
     r"""`SignQuantizer` with the gradient $g\,\max(0, 2 - 2|x|)$ (see `lowbit.quantizers.ste.sign_polynomial`).
 
-    Source: Liu et al. 2018, "Bi-Real Net", arXiv 1808.00278, equations 5 and 6.
+    Source: Liu et al. 2018, "Bi-Real Net", arXiv 1808.00278, section 3.
     """
 
     def __init__(self) -> None:

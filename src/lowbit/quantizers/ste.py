@@ -45,7 +45,7 @@ def sign_polynomial(x: Tensor) -> Tensor:
                                       -1  0  1
     ```
 
-    Source: Liu et al. 2018, "Bi-Real Net", arXiv 1808.00278, equations 5 and 6.
+    Source: Liu et al. 2018, "Bi-Real Net", arXiv 1808.00278, section 3.
     """
     result: Tensor = _SignPolynomial.apply(x)
     return result
@@ -119,21 +119,6 @@ def tanh_sign(x: Tensor, sharpness: float) -> Tensor:
     Source: Qin et al. 2019, arXiv 1909.10788, section 3.3 (the error decay estimator).
     """
     return substitute(signs(x), max(1 / sharpness, 1.0) * torch.tanh(sharpness * x))
-
-
-def parabola_sign(x: Tensor) -> Tensor:
-    r"""Sign whose gradient is that of two pieces of parabolas, $2 x + x^2$ below 0 and $2 x - x^2$ above.
-
-    Forward: $q = +1$ if $x \ge 0$ else $-1$.
-    Backward: $\partial L/\partial x = g \max(2 - 2 |x|, 0)$.
-
-    Args:
-        x: any shape, any floating dtype.
-
-    Source: Liu et al. 2018, "Bi-Real Net", arXiv 1808.00278, section 3.2.
-    """
-    inside = clip(x, -1, 1)
-    return substitute(signs(x), inside * (2 - inside.abs()))
 
 
 def substitute(values: Tensor, surrogate: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
     gradient's size. With $T = 1$ it is ReActNet's distributional loss.
 
     Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2;
-    Liu et al. 2020, "ReActNet", arXiv 2003.03488, equation 5.
+    Liu et al. 2020, "ReActNet", arXiv 2003.03488, on its distributional loss.
     """
     student, teacher = ((values / temperature).log_softmax(1) for values in (logits, teacher_logits))
     divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
