@@ -1,7 +1,8 @@
 """The run folder: what training leaves behind and everything else reads.
 
 ``runs/NAME/`` holds ``config.json``, ``metrics.csv``, ``model.safetensors``, ``evaluation.json`` (after `evaluate`),
-``diagnostics.json`` (of a run that is diagnosed), ``checkpoints/`` and ``tensorboard/``.
+``diagnostics.json`` (of a run that is diagnosed), ``checkpoints/`` and ``tensorboard/``. A row of a study also has
+``model.lowbit``, ``export.json`` (its size, or why there is none) and ``latency.json``.
 """
 
 from __future__ import annotations
@@ -77,6 +78,14 @@ class Run:
     @property
     def diagnostics_path(self) -> Path:
         return self.path / "diagnostics.json"
+
+    @property
+    def export_path(self) -> Path:
+        return self.path / "export.json"
+
+    @property
+    def latency_path(self) -> Path:
+        return self.path / "latency.json"
 
     @property
     def checkpoints_path(self) -> Path:

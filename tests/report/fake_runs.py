@@ -13,6 +13,7 @@ import numpy as np
 from lowbit.runs import Run, write_json
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MACHINE = "Some CPU, avx2"
 COST = {
     "float": ({"32x32": 313_201_664}, 58_890_000),
     "xnor_net": ({"1x1": 311_427_072, "32x32": 1_774_592}, 2_108_744),
@@ -32,6 +33,8 @@ def make_run(
     evaluated: bool = True,
     layers: int = 0,
     test_seed: int = 0,
+    packed_bytes: int | None = None,
+    milliseconds: float | None = None,
     **settings: Any,
 ) -> Run:
     """Write a run folder.
@@ -41,6 +44,8 @@ def make_run(
         finished: epochs in ``metrics.csv``; all by default.
         layers: quantized layers in ``diagnostics.json``; 0 leaves the file out.
         test_seed: runs with the same one share their test labels.
+        packed_bytes: in ``export.json``; None leaves the file out.
+        milliseconds: in ``latency.json``; None leaves the file out.
         settings: further keys of ``config.json``.
     """
     rng = np.random.default_rng([len(method), int(1e6 * accuracy)])
@@ -56,7 +61,16 @@ def make_run(
         write_json(folder / "evaluation.json", _evaluation(rng, method, accuracy, labels, classes, folder.name))
     if layers:
         write_json(folder / "diagnostics.json", diagnostics(layers, len(rows)))
-    return Run.open(folder)
+    run = Run.open(folder)
+    if packed_bytes is not None:
+        write_json(run.export_path, {"packed_bytes": packed_bytes, "refusal": ""})
+    if milliseconds is not None:
+        write_json(run.latency_path, {MACHINE: latency(milliseconds)})
+    return run
+
+
+def latency(milliseconds: float, disturbed: bool = False, date: str = "2026-11-01T12:00:00+00:00") -> dict[str, Any]:
+    return {"milliseconds": milliseconds, "disturbed": disturbed, "date": date}
 
 
 def _config(method: str, epochs: int, classes: Sequence[str]) -> dict[str, Any]:

@@ -80,8 +80,8 @@ def open_page(browser):
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     runs = [
-        make_run(folder / "vgg16-float", method="float", accuracy=0.90),
-        make_run(folder / "vgg16-xnor", accuracy=0.79, layers=6),
+        make_run(folder / "vgg16-float", method="float", accuracy=0.90, packed_bytes=58_890_000, milliseconds=20.1),
+        make_run(folder / "vgg16-xnor", accuracy=0.79, layers=6, packed_bytes=2_108_744, milliseconds=1.2),
         make_run(folder / "vgg16-bnn", method="bnn", accuracy=0.77, finished=6, evaluated=False),
     ]
     return compare(runs, folder / "report.html", title="VGG16 on CIFAR-10")
@@ -99,6 +99,11 @@ def test_it_opens_in_light_and_dark_and_on_a_phone(open_page, report, tmp_path, 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     lefts = {round(page.locator(f"#{chart}").bounding_box()["x"]) for chart in CURVES}
     assert len(lefts) == (1 if width == 390 else 2)
+    for chart in ("packed_bytes", "milliseconds"):
+        line, _, front = page.evaluate(f"document.getElementById('{chart}').data")
+        assert front["text"] == ["vgg16-xnor", "vgg16-float"]
+        assert line["x"] == front["x"]
+        assert front["y"][0] < front["y"][1]
 
 
 def test_a_zoom_goes_to_all_curves_and_a_double_click_back(open_page, report):

@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
-from fake_runs import CIFAR10, make_run
+from fake_runs import CIFAR10, MACHINE, latency, make_run
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError, UsageError
 from lowbit.report import compare
+from lowbit.report.costs import common_machine, pareto_front
 from lowbit.report.diagnostics import SHOWN_HISTOGRAMS
 from lowbit.report.gather import gather
 from lowbit.runs import write_json
@@ -164,6 +167,72 @@ def test_histograms_of_any_number_of_epochs(tmp_path, epochs):
     shown = entry.diagnostics.chart_data()["histograms"]["epochs"]
     assert shown == sorted(set(shown))
     assert (shown[0], shown[-1], len(shown)) == (1, epochs, min(epochs, SHOWN_HISTOGRAMS))
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5))))
+def test_the_pareto_front(points):
+    front = pareto_front(points)
+    best = {}
+    for cost, accuracy in points:
+        best[cost] = max(accuracy, best.get(cost, 0))
+    # Going up in cost, a point is on the front when its accuracy is a record.
+    records = {(c, a) for c, a in best.items() if all(a > best[other] for other in best if other < c)}
+    assert front == [point in records for point in points]
+
+
+def test_accuracy_against_bytes_and_time(tmp_path):
+    costs = {"large": (0.90, 58_000, 20.0), "small": (0.80, 2_000, 2.0), "worse": (0.70, 3_000, 1.0)}
+    runs = [
+        make_run(tmp_path / name, accuracy=accuracy, packed_bytes=size, milliseconds=time)
+        for name, (accuracy, size, time) in costs.items()
+    ]
+    assert 'id="costs"' not in page(runs[:1], tmp_path), "one run has no front"
+    write_json(runs[1].latency_path, {"Faster CPU": latency(0.1), MACHINE: latency(2.0, disturbed=True)})
+    text = page([*runs, make_run(tmp_path / "unpacked")], tmp_path)
+    assert f"one image at a time, on {MACHINE}." in text
+    section = text[text.index('id="costs"') : text.index('id="training"')]
+    cells = [re.findall(r"<td>(.*?)</td>", row)[1:] for row in re.findall(r"<tr><th scope=.row.*?</tr>", section)]
+    day = "<small>2026-11-01{}</small>"
+    assert cells == [
+        ["● 58,000", "● 20.000" + day.format("")],
+        ["● 2,000", "● 2.000" + day.format(", disturbed")],
+        ["3,000", "● 1.000" + day.format("")],
+    ]
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text).group(1))
+    assert data[2]["costs"]["packed_bytes"] == {"cost": 3000, "front": False}
+    assert data[3]["costs"] is None
+
+
+def test_times_are_of_the_machine_that_has_most_of_them(tmp_path):
+    runs = [make_run(tmp_path / name, milliseconds=1.0) for name in "ab"]
+    write_json(runs[0].latency_path, {"Newer": latency(1, date="2027"), MACHINE: latency(1)})
+    costs = [entry.costs for entry in gather(runs)]
+    assert common_machine(costs) == MACHINE
+    assert common_machine(costs[:1]) == "Newer"
+    assert common_machine([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("export", []),
+        ("export", {"packed_bytes": -1, "refusal": ""}),
+        ("export", {"packed_bytes": "1", "refusal": ""}),
+        ("export", {"packed_bytes": 1}),
+        ("latency", []),
+        ("latency", {"CPU": 1}),
+        ("latency", {"CPU": latency(0)}),
+        ("latency", {"CPU": latency(10**400)}),
+        ("latency", {"CPU": latency(True)}),
+        ("latency", {"CPU": latency(1, disturbed="no")}),
+        ("latency", {"CPU": latency(1, date=None)}),
+    ],
+)
+def test_damaged_costs_are_named(tmp_path, name, content):
+    run = make_run(tmp_path / "a")
+    write_json(run.path / f"{name}.json", content)
+    with pytest.raises(LowbitError, match=rf"{name}\.json is damaged; delete it and run the study again"):
+        compare([run], tmp_path / "report.html")
 
 
 LAYER = ("epochs", 1, "layers", "features.0.conv")

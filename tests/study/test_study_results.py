@@ -34,11 +34,13 @@ ROW = Result(
     p_value=0.0312,
     packed_bytes=1234,
     float_bytes=39_000,
+    milliseconds=0.25,
+    timed_on="Some CPU, avx2, 2026-01-02",
     seconds=100.5,
 )
 LATER = [
-    dataclasses.replace(ROW, seed=1, test_accuracy=0.92, p_value=1e-9, seconds=101.5),
-    dataclasses.replace(ROW, seed=2, test_accuracy=0.94, p_value=None),
+    dataclasses.replace(ROW, seed=1, test_accuracy=0.92, p_value=1e-9, milliseconds=0.35, seconds=101.5),
+    dataclasses.replace(ROW, seed=2, test_accuracy=0.94, p_value=None, milliseconds=None, timed_on=""),
 ]
 UNFINISHED = Result(
     **{key: getattr(ROW, key) for key in ("data", "model", "seed", "method", "options", "bits_w", "bits_a", "bits_g")},
@@ -79,6 +81,13 @@ def test_the_table() -> None:
     assert found["test accuracy, %"].startswith("92.00 ± ")
     assert found["p against float"] == "0.0312, < 0.0001"
     assert found["packed bytes"] == "1,234"
+    assert found["ms per image"] == "0.300"
+    assert "one image at a time (Some CPU, avx2, 2026-01-02)." in text
+    assert "too high" not in text
+    disturbed = dataclasses.replace(ROW, timed_on="Some CPU, avx2, 2026-01-02, disturbed")
+    text_of_disturbed = markdown([disturbed], ABOUT)
+    assert "| ~0.250 |" in text_of_disturbed
+    assert "the time is too high" in text_of_disturbed
     assert found["best test epoch, %"] == "91.00 (7), 91.00 (7), 91.00 (7)"
     assert dict(zip(head, other, strict=True))["test accuracy, %"] == "failed"
     assert "- `other`, seed 0: in epoch 1, step 2, the loss is not finite." in text

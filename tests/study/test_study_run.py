@@ -17,7 +17,10 @@ import pytest
 from lowbit.cli import main
 from lowbit.errors import LowbitError
 from lowbit.report.statistics import mcnemar
-from lowbit.study import read_results
+from lowbit.runs import Run, write_json
+from lowbit.study import read_results, read_study
+from lowbit.study.folder import record_export
+from lowbit.study.latency import machine, time_rows
 from lowbit.training.lock import sole_process
 
 EPOCHS = 12
@@ -127,6 +130,9 @@ def test_the_study_ends_in_a_table(finished: tuple[Path, str]) -> None:
         assert results[row].test_accuracy == evaluation["accuracy"]
         assert results[row].test_images == len(evaluation["labels"])
         assert results[row].packed_bytes == (folder / CELL / row / "model.lowbit").stat().st_size
+        times = json.loads((folder / CELL / row / "latency.json").read_text())
+        assert results[row].milliseconds == times[machine()]["milliseconds"] > 0
+        assert results[row].timed_on.startswith(f"{machine()}, 20")
     assert results["float"].p_value is None
     for row in ("xnor_net", "int8"):
         predictions = [evaluations[name]["predictions"] for name in (row, "float")]
@@ -134,7 +140,27 @@ def test_the_study_ends_in_a_table(finished: tuple[Path, str]) -> None:
     assert (results["float"].weights_epoch, results["float"].chosen_by) == (EPOCHS, "last epoch")
     assert (results["int8"].epochs, results["int8"].chosen_by, results["int8"].start) == (0, "calibration", "float")
     assert "`int8`" in (folder / "study/results.md").read_text()
-    assert (folder / "study/report.html").is_file()
+    assert 'id="milliseconds"' in (folder / "study/report.html").read_text()
+
+
+def test_only_rows_without_a_good_time_are_timed(finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished[0])
+    study = read_study("s.toml")
+    paths = {row.name: row.run.latency_path for row in study.rows if row.run.latency_path.is_file()}
+    assert list(paths) == ["float", "xnor_net", "int8"]
+    for path, disturbed in zip(paths.values(), (True, False), strict=False):
+        found = json.loads(path.read_text())
+        found[machine()] |= {"disturbed": disturbed, "date": "2020"}
+        write_json(path, {"Other": found[machine()], **found})
+    paths["int8"].unlink()
+    said: list[str] = []
+    time_rows(study.rows, said.append)
+    assert said == [f"timing 2 packed rows on {machine()}"]
+    dates = {name: json.loads(path.read_text())[machine()]["date"] for name, path in paths.items()}
+    assert [name for name, date in dates.items() if date == "2020"] == ["xnor_net"]
+    assert "Other" in json.loads(paths["float"].read_text())
+    record_export(Run(CELL / "int8"))
+    assert not paths["int8"].exists(), "it was of the file before"
 
 
 def test_a_failing_row_stops_only_what_starts_from_it(finished: tuple[Path, str]) -> None:

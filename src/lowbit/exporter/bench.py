@@ -132,7 +132,12 @@ class BenchResult:
 
 
 def bench(
-    packed: PackedModel | str | Path, *, threads: int = 1, batch: int = 1, against: Sequence[str] = ()
+    packed: PackedModel | str | Path,
+    *,
+    threads: int = 1,
+    batch: int = 1,
+    against: Sequence[str] = (),
+    seconds: float = 3.0,
 ) -> BenchResult:
     """Median time of a batch of random images: float32 in, logits out.
 
@@ -141,6 +146,7 @@ def bench(
         threads: of the engine and of each peer.
         batch: images at a time.
         against: any of ``torch`` (in float32 and bf16), ``onnxruntime`` (float32 and int8), ``openvino`` (all three).
+        seconds: how long to go on; each is called 7 to 2000 times, after 3 calls to warm up.
 
     Raises:
         UsageError: a peer is unknown or not installed, or a number is below 1.
@@ -161,7 +167,7 @@ def bench(
             stack.enter_context(_torch_threads(threads))
             twin = peers.float_twin(model)
             runners |= peers.runners(against, twin, images, threads)
-        medians = _medians(runners)
+        medians = _medians(runners, seconds)
     of_engine = medians[name][0]
     rows = tuple(
         Row(peer, 1e3 * wall, 1e3 * cpu, wall / of_engine, runs) for peer, (wall, cpu, runs) in medians.items()

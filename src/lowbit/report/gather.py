@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.errors import LowbitError
+from lowbit.report.costs import Costs, read_costs
 from lowbit.report.diagnostics import Diagnostics, read_diagnostics
 from lowbit.report.statistics import McNemar, mcnemar
 from lowbit.runs import Run
@@ -31,6 +32,7 @@ class Entry:
         rows: of ``metrics.csv``, those with an epoch; empty before the first.
         evaluation: contents of ``evaluation.json``, or None.
         diagnostics: contents of ``diagnostics.json``, or None.
+        costs: contents of ``export.json`` and ``latency.json``, as far as there are any.
         notes: sentences about what is missing.
     """
 
@@ -39,6 +41,7 @@ class Entry:
     rows: list[dict[str, float]]
     evaluation: Evaluation | None
     diagnostics: Diagnostics | None
+    costs: Costs
     notes: list[str]
 
     def curves(self) -> dict[str, list[float | None]]:
@@ -86,7 +89,7 @@ def _entry(run: Run, label: str) -> Entry:
         notes.append(f"has no evaluation.json: run `lowbit evaluate {run.path}` for its accuracy, matrix and scores")
     else:
         _check(evaluation, run)
-    return Entry(label, config, rows, evaluation, read_diagnostics(run), notes)
+    return Entry(label, config, rows, evaluation, read_diagnostics(run), read_costs(run), notes)
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

@@ -385,5 +385,5 @@ const page = (() => {
   linkCurves();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
-  return { runs, element, state, DASHES, MARKERS, MANY_POINTS, plain, css, upTo, axis, show, linkZoom, cell, choice };
+  return { runs, element, state, DASHES, MARKERS, MANY_POINTS, plain, shorten, css, runColour, marker, upTo, axis, show, linkZoom, cell, choice };
 })();

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from lowbit.report.costs import Comparison
 from lowbit.report.diagnostics import QUANTITIES, Diagnostics
 from lowbit.report.gather import Entry, finite, settings, test_between
 from lowbit.report.statistics import McNemar
@@ -117,6 +118,34 @@ def summary(entries: Sequence[Entry]) -> str:
 def _accuracy(result: dict[str, Any]) -> str:
     counts = f"{result['correct']:,} of {result['total']:,}"
     return f"<strong>{percent(result['accuracy'])}</strong><small>{counts}</small>"
+
+
+def costs(entries: Sequence[Entry], found: Comparison) -> str:
+    """Packed bytes and time of each run that has them; ● marks the front."""
+
+    def cell(name: str, run: int, form: str) -> str:
+        value = found.values[name][run]
+        if value is None:
+            return NOTHING
+        return f"{'● ' * found.fronts[name][run]}{value:{form}}"
+
+    rows = []
+    for run, entry in enumerate(entries):
+        accuracy = found.accuracies[run]
+        if accuracy is None or found.chart_data(run) is None:
+            continue
+        latency = entry.costs.latencies.get(found.machine)
+        note = f"<small>{escape(latency.note)}</small>" if latency else ""
+        rows.append(
+            [
+                _run(run, entry),
+                percent(accuracy),
+                cell("packed_bytes", run, ",.0f"),
+                cell("milliseconds", run, ".3f") + note,
+            ]
+        )
+    head = ["Run", "Accuracy", "Packed bytes<small>● on the front</small>", "Ms per image<small>● on the front</small>"]
+    return table(head, rows, "numbers")
 
 
 def epochs(entries: Sequence[Entry]) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowbit.errors import LowbitError
-from lowbit.runs import Run, read_json, write_json
+from lowbit.runs import Run, write_json
 
 DONE = "done"
 
@@ -15,32 +14,16 @@ def packed_path(run: Run) -> Path:
     return run.path / "model.lowbit"
 
 
-def _export_path(run: Run) -> Path:
-    return run.path / "export.json"
-
-
 def record_export(run: Run, refusal: str = "") -> None:
     """Write down the size of the packed file, or why the exporter has refused the network."""
     size = None if refusal else packed_path(run).stat().st_size
-    write_json(_export_path(run), {"packed_bytes": size, "refusal": refusal})
-
-
-def exported(run: Run) -> tuple[int | None, str]:
-    """Size of the packed file, or None and the refusal.
-
-    Raises:
-        LowbitError: nothing is written down yet, or it is damaged.
-    """
-    record = read_json(_export_path(run))
-    try:
-        return record["packed_bytes"], record["refusal"]
-    except (KeyError, TypeError):
-        raise LowbitError(f"{_export_path(run)} is damaged; delete it and run the study again") from None
+    run.latency_path.unlink(missing_ok=True)  # it is of the file before
+    write_json(run.export_path, {"packed_bytes": size, "refusal": refusal})
 
 
 def is_exported(run: Run) -> bool:
     """Whether the run was packed or refused."""
-    return _export_path(run).is_file()
+    return run.export_path.is_file()
 
 
 def state(run: Run, epochs: int) -> str:

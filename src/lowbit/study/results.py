@@ -17,10 +17,11 @@ from typing import Any
 
 from lowbit.files import write_whole
 from lowbit.report import compare
+from lowbit.report.costs import common_machine
 from lowbit.report.gather import Entry, gather, test_between
 from lowbit.report.statistics import McNemar, mean_and_margin
 from lowbit.runs import write_json
-from lowbit.study.folder import DONE, exported
+from lowbit.study.folder import DONE
 from lowbit.study.plan import Row, Study
 
 
@@ -44,6 +45,8 @@ class Result:
             and seed.
         packed_bytes: of the packed file.
         float_bytes: of the same network's tensors in float32.
+        milliseconds: median time of one image on one thread of the engine.
+        timed_on: the CPU, the instruction set and the day of that; ``disturbed`` if other programs took the processor.
         seconds: of training, with the measurement after each epoch.
         note: why there is no packed file, or what went wrong.
     """
@@ -69,6 +72,8 @@ class Result:
     p_value: float | None = None
     packed_bytes: int | None = None
     float_bytes: int | None = None
+    milliseconds: float | None = None
+    timed_on: str = ""
     seconds: float | None = None
     note: str = ""
 
@@ -85,6 +90,7 @@ def collect(study: Study, failed: Mapping[Row, str] | None = None) -> list[Resul
     failed = failed or {}
     done = [row for row in study.rows if row.state == DONE]
     entries = dict(zip(done, gather([row.run for row in done]), strict=True))
+    machine = common_machine([entry.costs for entry in entries.values()])
     results = []
     for row in _seeds_together(study.rows):
         config = row.config
@@ -106,7 +112,8 @@ def collect(study: Study, failed: Mapping[Row, str] | None = None) -> list[Resul
         if row in entries:
             recorded, evaluation = entries[row].config, entries[row].evaluation
             assert evaluation is not None
-            packed_bytes, refusal = exported(row.run)
+            costs = entries[row].costs
+            latency = costs.latencies.get(machine)
             by_validation, best_test = recorded.get("best"), recorded.get("best_test", {})
             chosen_by = "validation" if by_validation else "last epoch"
             result = dataclasses.replace(
@@ -118,10 +125,12 @@ def collect(study: Study, failed: Mapping[Row, str] | None = None) -> list[Resul
                 best_test_accuracy=best_test.get("accuracy"),
                 best_test_epoch=best_test.get("epoch"),
                 p_value=_against_float(row, study, entries),
-                packed_bytes=packed_bytes,
+                packed_bytes=costs.packed_bytes,
                 float_bytes=evaluation["profile"]["float32_bytes"],
+                milliseconds=latency.milliseconds if latency else None,
+                timed_on=f"{machine}, {latency.note}" if latency else "",
                 seconds=recorded["seconds"],
-                note=refusal,
+                note=costs.refusal,
             )
         results.append(result)
     return results
@@ -260,6 +269,7 @@ def summary_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
             "test accuracy, %": accuracy(summary) or summary.first.state,
             "p against float": _p_values(summary),
             "packed bytes": _bytes(result.packed_bytes for result in summary.results),
+            "ms per image": _milliseconds(summary.results),
         }
         for summary in summarise(results)
     ]
@@ -276,6 +286,7 @@ COLUMNS = {
     "p against float": "r",
     "packed bytes": "r",
     "float bytes": "r",
+    "ms per image": "r",
     "epochs": "r",
     "seconds": "r",
     "best test epoch, %": "r",
@@ -326,9 +337,17 @@ def _how_to_read(results: Sequence[Result]) -> str:
         "Epochs and seconds: of this row's own training; those of the row that it starts from come on top.",
         "Best test epoch: for reference only, it chose nothing and is too good for a comparison.",
     ]
+    timed = sorted({result.timed_on.removesuffix(_DISTURBED) for result in results} - {""})
+    if timed:
+        sentences.append(
+            f"Ms per image: median in lowbit's engine, one thread, one image at a time ({'; '.join(timed)})."
+        )
+    if any(result.timed_on.endswith(_DISTURBED) for result in results):
+        sentences.append("~: other programs took the processor meanwhile, the time is too high.")
     return " ".join(sentences)
 
 
+_DISTURBED = ", disturbed"
 _CHOSEN_BY = {
     "validation": "the epoch that is best on the validation images",
     "last epoch": "the last epoch",
@@ -356,6 +375,7 @@ def _cells(summary: Summary) -> list[str]:
         _p_values(summary),
         _bytes(result.packed_bytes for result in done) or "not packed, see below" * bool(done),
         _bytes(result.float_bytes for result in done),
+        _milliseconds(done),
         str(first.epochs),
         "" if summary.seconds is None else f"{summary.seconds:,.0f}",
         ", ".join(best),
@@ -382,3 +402,11 @@ def _p_values(summary: Summary) -> str:
 def _bytes(sizes: Iterable[int | None]) -> str:
     """The size, or the sizes where seeds differ in it."""
     return " or ".join(f"{size:,}" for size in sorted({size for size in sizes if size is not None}))
+
+
+def _milliseconds(results: Iterable[Result]) -> str:
+    """Mean over the seeds; ~ if one was disturbed."""
+    results = list(results)
+    times = [result.milliseconds for result in results if result.milliseconds is not None]
+    disturbed = any(result.timed_on.endswith(_DISTURBED) for result in results)
+    return "~" * disturbed + f"{mean(times):.3f}" if times else ""

@@ -19,6 +19,7 @@ import torch
 from lowbit import data, models
 from lowbit.errors import UsageError
 from lowbit.study.folder import DONE
+from lowbit.study.latency import time_rows
 from lowbit.study.plan import Row, Study
 from lowbit.study.results import Result, collect, write_results
 from lowbit.training import TrainConfig
@@ -57,6 +58,8 @@ def run_study(study: Study, jobs: int = 1, threads: int | None = None, say: Say 
     with sole_process(study.out):
         try:
             train_rows(study.rows, jobs, threads, say, failed)
+            # Last, and in turn: nothing of the study itself may take the processor meanwhile.
+            time_rows(study.rows, say)
         finally:
             results = collect(study, failed)
             write_results(study, results, command)
