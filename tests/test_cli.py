@@ -12,6 +12,8 @@ import pytest
 from command import lowbit
 from PIL import Image
 
+from lowbit.errors import LowbitError
+
 TRAIN = ("--model", "lenet", "--data", "digits", "--set", "model.width=0.25", "--threads", "1")
 
 
@@ -71,11 +73,15 @@ def test_predict_names_the_class_of_an_image_file(road: Path) -> None:
     assert 0 < row["probability"] <= 1
 
 
-@pytest.mark.parametrize("command", ["predict", "inspect"])
-def test_deployment_commands_import_no_torch(road: Path, command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "packed"),
+    [("predict", "model.lowbit"), ("inspect", "model.lowbit"), ("predict", "digits-1bit"), ("models", "--pretrained")],
+)
+def test_deployment_commands_import_no_torch(road: Path, command: str, packed: str) -> None:
     image = road / "grey.png"
     Image.fromarray(np.full((40, 30), 128, np.uint8)).save(image)
-    arguments = [command, str(road / "model.lowbit"), *([str(image)] if command == "predict" else [])]
+    file = str(road / packed) if packed == "model.lowbit" else packed
+    arguments = [command, file, *([str(image)] if command == "predict" else [])]
     code = (
         "import sys; sys.modules['torch'] = None\n"
         f"from lowbit.cli import app; app({arguments!r}, standalone_mode=False)"
@@ -89,6 +95,25 @@ def test_inspect_lists_ops_and_provenance(road: Path) -> None:
     assert [op["kind"] for op in inside["ops"]].count("binary_conv2d") == 2
     assert inside["provenance"]["method"]["name"] == "xnor_net"
     assert inside["input"] == [1, 32, 32]
+
+
+def test_a_run_becomes_a_network_with_a_name(road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "studies"))
+    from package import package
+
+    card = package(road / "xnor_net", "tiny-1bit", "a note", out=tmp_path)
+    assert json.loads((tmp_path / "tiny-1bit.json").read_text()) == card
+    assert (tmp_path / "tiny-1bit.lowbit").read_bytes() == (road / "model.lowbit").read_bytes()
+    evaluation = json.loads((road / "xnor_net" / "evaluation.json").read_text())
+    assert abs(card["correct"] - evaluation["correct"]) <= 1
+    assert card["data"]["copy"] == "a note"
+    train, packaged = card["commands"]
+    assert train.startswith("lowbit train --method xnor_net --model lenet --data digits --recipe default --epochs 2 ")
+    assert "--set model.width=0.25" in train
+    assert packaged == 'python studies/package.py runs/NAME tiny-1bit --note "a note"'
+    assert str(road) not in json.dumps(card)
+    with pytest.raises(LowbitError, match="'Tiny' is no name"):
+        package(road / "xnor_net", "Tiny", out=tmp_path)
 
 
 def test_compare_writes_the_page(road: Path) -> None:

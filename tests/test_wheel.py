@@ -61,6 +61,10 @@ def test_wheel_predicts_in_a_fresh_environment_without_torch(tmp_path, packed_fi
     expected = Engine(packed_file).predict([picture])[0]
     assert row["class"] == ["ant", "bee", "cow"][expected.argmax()]
     assert row["probability"] == pytest.approx(expected.max(), abs=1e-4)
+    (row,) = json.loads(run(command[0], "predict", "digits-1bit", tmp_path / "picture.png", "--json", cwd=tmp_path))
+    assert row["class"] in "0123456789"
+    listed = json.loads(run(command[0], "models", "--pretrained", "--json", cwd=tmp_path))
+    assert "digits-1bit" in [each["name"] for each in listed]
 
 
 def test_wheel_without_simd_kernels_runs_the_scalar_ones(tmp_path, packed_file):

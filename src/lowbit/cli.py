@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from lowbit import pretrained
 from lowbit.arguments import load_data, parse_settings, with_bits
 from lowbit.errors import LowbitError, UsageError, check_choice
 from lowbit.terminal import describe, first_line, notes, print_json, print_rows, short
@@ -30,6 +31,7 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print the same as JSON, for scripts.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder that `lowbit train` made.")]
 PackedFile = Annotated[Path, typer.Argument(help="A packed file that `lowbit export` made.")]
+PackedOrName = Annotated[Path, typer.Argument(help="A packed file, or a name that `lowbit models --pretrained` lists.")]
 DataName = Annotated[str | None, typer.Option(help="A data set's name, or folder:PATH.")]
 DataDir = Annotated[Path | None, typer.Option(help="Where the data set lies or is downloaded to.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", min=1)]
@@ -62,9 +64,16 @@ def methods(
 
 @app.command()
 def models(
-    name: Annotated[str | None, typer.Argument(help="Show this model's options.")] = None, as_json: AsJson = False
+    name: Annotated[str | None, typer.Argument(help="Show this model's options.")] = None,
+    trained: Annotated[
+        bool, typer.Option("--pretrained", help="List the packed networks that come with lowbit, or show NAME's card.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the models, or describe one of them and its options."""
+    if trained:
+        _pretrained(name, as_json)
+        return
     from lowbit.models import registry
 
     if name is not None:
@@ -293,13 +302,14 @@ def verify(
 
 @app.command()
 def predict(
-    packed: PackedFile,
+    packed: PackedOrName,
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     top: Annotated[int, typer.Option(help="Classes to show for each image.", min=1)] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Class and probability of each image. Needs no torch."""
+    packed = pretrained.find(packed)
     from lowbit.runtime import Engine, load_image
 
     engine = Engine(packed, threads=threads)
@@ -315,8 +325,9 @@ def predict(
 
 
 @app.command()
-def inspect(packed: PackedFile, as_json: AsJson = False) -> None:
+def inspect(packed: PackedOrName, as_json: AsJson = False) -> None:
     """What is inside a packed file: ops, bits, bytes, preprocessing, provenance."""
+    packed = pretrained.find(packed)
     from lowbit.packed import read
 
     model = read(packed)
@@ -341,7 +352,10 @@ def inspect(packed: PackedFile, as_json: AsJson = False) -> None:
 
 @app.command()
 def bench(
-    packed: Annotated[Path | None, typer.Argument(help="A packed file that `lowbit export` made.")] = None,
+    packed: Annotated[
+        Path | None,
+        typer.Argument(help="A packed file, or a name that `lowbit models --pretrained` lists."),
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of everything that is timed.", min=1)] = 1,
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 1,
     against: Annotated[str, typer.Option(help="Peers, between commas: torch, onnxruntime, openvino.")] = "",
@@ -352,6 +366,7 @@ def bench(
 ) -> None:
     """Median time per batch, beside float twins of the same architecture in other runtimes, interleaved in one run; and
     of each layer, beside what a core reaches at most."""
+    packed = None if packed is None else pretrained.find(packed)
     if list_kernels:
         from lowbit.runtime import Engine, instruction_sets, kernels_of
 
@@ -462,6 +477,25 @@ def _with_int8_rest(source: Path, data_dir: Path | None) -> Path:
         f"{100 * after['accuracy']:.2f} %; this is the run to verify the file against"
     )
     return made.path
+
+
+def _pretrained(name: str | None, as_json: bool) -> None:
+    if name is not None:
+        print_json(pretrained.card(name))
+        return
+    cards = {each: pretrained.card(each) for each in pretrained.names()}
+    rows = [
+        {
+            "name": each,
+            "data": card["data"]["name"],
+            "model": card["model"]["name"],
+            "method": card["method"]["name"],
+            "test accuracy, %": f"{100 * card['accuracy']:.2f}",
+            "bytes": card["bytes"],
+        }
+        for each, card in cards.items()
+    ]
+    print_rows("Networks that come with lowbit", rows, as_json)
 
 
 def _summarise(run: Run) -> None:
