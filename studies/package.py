@@ -1,4 +1,4 @@
-"""Make a network that comes with lowbit from a run folder: pack it, verify it, evaluate the packed file, write its card.
+"""Make a network that comes with lowbit from a run: pack it, verify it, evaluate the packed file, write its card.
 
     python studies/package.py runs/NAME NAME-1bit --note "a copy in class folders, JPEG quality 75"
 
@@ -116,13 +116,10 @@ def _as_json(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> str:
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, list)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+    """As ``--set`` reads it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _layout(card: dict[str, Any]) -> str:

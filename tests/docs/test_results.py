@@ -1,8 +1,10 @@
-"""The figures of docs/results.md are those of results/fashion_mnist."""
+"""The figures of docs/results.md are those of the files in results/."""
 
 import json
 import re
 from pathlib import Path
+
+import pytest
 
 from lowbit.study.results import read_results
 
@@ -32,3 +34,34 @@ def test_every_row_of_the_page_is_a_row_of_the_study() -> None:
 def test_the_page_shows_the_command_of_the_study() -> None:
     study = json.loads((ROOT / "results" / "fashion_mnist" / "study.json").read_text(encoding="utf-8"))
     assert study["command"] in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def ledger(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import ledger
+
+    return ledger
+
+
+def test_the_ledger_is_that_of_the_files(ledger) -> None:
+    assert ledger.PAGE.read_text(encoding="utf-8") == ledger.written(), "run python studies/ledger.py"
+
+
+def test_the_ledger_holds_ours_against_theirs(ledger) -> None:
+    figure = {"method": "bwn", "model": "vgg16", "data": "cifar10", "bits_w": 1, "bits_a": 32}
+    say = {"accuracy": 90.5, "epochs": 300, "says": "paper", "source": "a paper"}
+    near, far = (
+        ledger.Ours("a", "bwn", "vgg16", "", "cifar10", 1, 32, 300, "", 88.125, ""),
+        ledger.Ours("b", "bwn", "vgg16", "width 0.5", "digits", 1, 32, 8, "float", 70.0, "a copy"),
+    )
+    other = ledger.Ours("c", "bwn", "vgg16", "", "cifar10", 1, 1, 300, "", 99.0, "")
+    assert ledger.nearest(figure, [far, near, other]) == [near]
+    assert ledger.nearest(figure, [far, other]) == [far]
+    assert ledger.differs(figure, 300, near) == "nothing"
+    assert ledger.differs(figure, 300, far) == (
+        "digits, not CIFAR-10; a copy; vgg16 with width 0.5, not vgg16; 8 epochs, not 300; starts from float"
+    )
+    table = ledger.ledger({"figure": [figure | say, figure | say | {"says": "user", "accuracy": [1, 2.5]}]}, [near])
+    assert "| `bwn`, vgg16, CIFAR-10, W1 A32 | 90.50 (1) |  | 1 to 2.5 (1) | 88.12 | `a`: nothing |" in table
+    assert "not run |" in ledger.ledger({"figure": [figure | say]}, [])

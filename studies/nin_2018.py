@@ -1,0 +1,67 @@
+"""Draw the 2018 training curve of the binary NIN on CIFAR-10 beside those of our NIN runs, into results/nin_2018.svg.
+
+    python studies/nin_2018.py
+
+The 2018 points are in results/nin_2018.csv; ours are the run folders in results/cifar10 whose model is ``nin``.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from lowbit.runs import Run
+
+RESULTS = Path(__file__).parents[1] / "results"
+COLUMNS = {"train_loss": ("Train loss", 1), "test_accuracy": ("Test accuracy (%)", 100)}
+Rows = list[dict[str, float]]
+
+
+def nin_runs(folder: Path) -> list[Run]:
+    """Run folders in ``folder`` whose model is ``nin`` and which have a curve."""
+    runs = [Run(path) for path in sorted(folder.iterdir()) if (path / "metrics.csv").is_file()]
+    return [run for run in runs if run.config_path.is_file() and run.config["model"]["name"] == "nin"]
+
+
+def curves(results: Path = RESULTS) -> dict[str, Rows]:
+    """Rows with ``epoch``, ``train_loss`` and ``test_accuracy``, by label; the 2018 curve first."""
+    with (results / "nin_2018.csv").open(newline="", encoding="utf-8") as file:
+        of_2018 = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    ours = {
+        f"lowbit, {run.name} ({run.config['epochs']} epochs)": run.metrics() for run in nin_runs(results / "cifar10")
+    }
+    return {"2018, 320 epochs": of_2018, **ours}
+
+
+def draw(found: dict[str, Rows], path: Path) -> None:
+    """One panel per column of `COLUMNS`, epochs on a logarithmic axis because the runs differ in length."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "lowbit"
+    figure, panels = pyplot.subplots(1, len(COLUMNS), figsize=(10, 3.8), layout="constrained")
+    for panel, (column, (title, factor)) in zip(panels, COLUMNS.items(), strict=True):
+        for index, (label, rows) in enumerate(found.items()):
+            shown = [row for row in rows if column in row]
+            style = {"marker": "o", "linestyle": "--", "color": "#5b646d"} if index == 0 else {"color": f"C{index - 1}"}
+            panel.plot([row["epoch"] for row in shown], [factor * row[column] for row in shown], label=label, **style)
+        panel.set(xscale="log", xlabel="epoch", title=title)
+        panel.grid(alpha=0.3)
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    found = curves()
+    if len(found) == 1:
+        print("results/cifar10 holds no run of the model nin: nothing to draw")
+        return
+    draw(found, RESULTS / "nin_2018.svg")
+    print(f"wrote results/nin_2018.svg: {', '.join(found)}")
+
+
+if __name__ == "__main__":
+    main()
