@@ -38,7 +38,7 @@ def draw(found: dict[str, Rows], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     matplotlib.rcParams["svg.hashsalt"] = "lowbit"
     figure, panels = pyplot.subplots(1, len(COLUMNS), figsize=(10, 3.8), layout="constrained")
@@ -48,6 +48,7 @@ def draw(found: dict[str, Rows], path: Path) -> None:
             style = {"marker": "o", "linestyle": "--", "color": "#5b646d"} if index == 0 else {"color": f"C{index - 1}"}
             panel.plot([row["epoch"] for row in shown], [factor * row[column] for row in shown], label=label, **style)
         panel.set(xscale="log", xlabel="epoch", title=title)
+        panel.xaxis.set_major_formatter(ticker.ScalarFormatter())
         panel.grid(alpha=0.3)
     panels[-1].legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
