@@ -158,9 +158,9 @@ void Engine::State::make_groups() {
     group_of_op.push_back(follows ? last - 1 : groups.size() - 1);
   }
   for (Group& group : groups) {
-    const bool read_elsewhere =
-        std::count_if(inputs.begin(), inputs.end(), [&](const auto& read) { return read[0] == group.head + 1; }) != 1;
-    group.joined = group.followers.size() == 1 && !read_elsewhere && ops[group.head]->joins(*ops[group.followers[0]]);
+    int64_t readers = 0;
+    for (const auto& read : inputs) readers += std::count(read.begin(), read.end(), group.head + 1);
+    group.joined = group.followers.size() == 1 && readers == 1 && ops[group.head]->joins(*ops[group.followers[0]]);
   }
 }
 

@@ -17,7 +17,7 @@ from packed_models import Builder, coded, thresholds, window, words
 from lowbit import _engine
 from lowbit.runtime import Engine
 
-POINTWISE = ("affine", "relu", "hardtanh", "add", "add", "multiply", "threshold")
+POINTWISE = ("affine", "relu", "prelu", "hardtanh", "add", "add", "multiply", "threshold")
 OTHERS = ("conv2d", "binary_conv2d", "quant_conv2d", "max_pool", "avg_pool", "abs_mean")
 
 
@@ -51,6 +51,8 @@ def append(net, rng, kind, read, other, value, draw):
     per_channel = lambda *names: {name: rng.normal(size=channels).astype(np.float32) for name in names}  # noqa: E731
     if kind == "affine":
         net.op(kind, [read], per_channel("scale", "shift"))
+    elif kind == "prelu":
+        net.op(kind, [read], per_channel("slope"))
     elif kind == "hardtanh":
         net.op(kind, [read], min=-0.5, max=0.75)
     elif kind in ("relu", "add"):
@@ -102,6 +104,24 @@ def showing(model, number, cut):
 @settings(max_examples=12, deadline=None)
 @given(model=graphs(), seed=st.integers(0, 99), batch=st.sampled_from([0, 1, 3]), threads=st.integers(1, 2))
 def test_every_value_is_what_the_ops_give_one_by_one(name, model, seed, batch, threads):
+    same_as_one_by_one(model, name, seed, batch, threads)
+
+
+@pytest.mark.parametrize("name", _engine.available_isas())
+@pytest.mark.parametrize("order", [(3, 1), (1, 3)])
+def test_a_convolution_that_its_threshold_and_a_later_sum_read(name, order):
+    net, rng = Builder((20, 4, 5)), np.random.default_rng(0)
+    one = window((1, 1), dilation=(1, 1)) | {"groups": 1, "channels": 20}
+    first = net.op("conv2d", [0], {"weight": rng.normal(size=(20, 1, 1, 20)).astype(np.float32)}, **one)
+    codes = net.op("threshold", [first], thresholds(rng, np.float32, 20, 1, 1.0), bits=1)
+    weight = {"weight_bits": words(rng, 20, 1, 1, depth=20), "scale": rng.normal(size=20).astype(np.float32)}
+    sums = net.op("binary_conv2d", [codes], weight, **one)
+    assert (first, sums) == (1, 3)
+    net.op("add", list(order))
+    same_as_one_by_one(net.model, name, 0, 2, 1)
+
+
+def same_as_one_by_one(model, name, seed, batch, threads):
     x = np.random.default_rng(seed).normal(size=(batch, *model.input_shape)).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWBIT_ISA", name)

@@ -85,11 +85,3 @@ def test_the_sums_of_the_stem_become_codes_by_exact_thresholds() -> None:
     exported, report = checked(with_int8_rest(awkward_(model), images(24)), images(24))
     assert ops(exported)[:3] == ["threshold", "quant_conv2d", "max_pool"]
     assert [check.exact for check in report.layers if check.what == "codes in"][:2] == [True, True]
-
-
-def test_an_activation_without_a_float_op_stays_inside_the_thresholds() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.PReLU(6), nn.Flatten(), nn.Linear(96, 3))
-    lowbit.quantize_(model, "xnor_net")
-    nn.init.uniform_(model[2].weight)
-    exported, _ = checked(with_int8_rest(model, images(4)), images(4))
-    assert ops(exported)[-2:] == ["binary_conv2d", "quant_conv2d"]

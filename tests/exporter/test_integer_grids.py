@@ -177,7 +177,7 @@ def test_dense_layers_whose_sums_pass_the_integers_of_float32() -> None:
     model[3].running_var.fill_(1e4)
     features = torch.randn(40, 20)
     exported, _ = checked(model, features)
-    assert ops(exported) == ["conv2d", "threshold", "quant_conv2d", "quant_conv2d"]
+    assert ops(exported) == ["conv2d", "relu", "threshold", "quant_conv2d", "quant_conv2d"]
     sums = model[2](model[1](model[0](features))).sub(model[2].bias) * 255 * 255
     assert sums.max() > 1 << 24
 

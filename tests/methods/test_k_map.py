@@ -113,7 +113,7 @@ def test_roundings_in_eval_come_in_the_stated_order(geometry: tuple) -> None:
     signs = torch.from_numpy(np.where(conv.weight.detach().numpy() >= 0, 1.0, -1.0))
     options = (conv.stride, conv.padding, conv.dilation, conv.groups)
     sums = nn.functional.conv2d(torch.from_numpy(oracles.sign(x.detach().numpy())), signs, None, *options)
-    alpha = conv.weight.detach().abs().mean(dim=(1, 2, 3)).numpy()[:, None, None]
+    alpha = conv.weight_quantizer.encode(conv.weight)[1].scale.numpy()[..., 0]
     expected = sums.float().numpy() * alpha * k + conv.bias.detach().numpy()[:, None, None]
     assert found.dtype == expected.dtype == np.float32
     np.testing.assert_array_equal(found, expected)

@@ -159,7 +159,7 @@ def test_the_command_line_from_calibration_to_the_packed_file(float_run: Path, t
         "calibrate", float_run, "--bits-w", "4", "--bits-a", "6", "--set", "observer=percentile", "--images", "200",
         "--out", run,
     )  # fmt: skip
-    assert "its ranges from 200 train images" in said.stderr
+    assert "ranges from 200 train images" in said.stderr
     assert Run(run).config["method"]["options"] == {
         "bits_w": 4,
         "bits_a": 6,

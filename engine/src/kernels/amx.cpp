@@ -130,7 +130,7 @@ void multiply(const Rows& rows, const uint64_t* masks, const int32_t* ones, size
 template <bool Codes>
 void multiply_by_bits(const Rows& rows, const uint64_t* masks, const int32_t* ones, size_t depth, int count, int panels,
                       BlockCounts* counts) {
-  const TileConfig config;
+  static constexpr TileConfig config;  // in memory as a whole: gcc 12 lets the instruction read its first bytes only
   _tile_loadconfig(&config);
   if (count > 16)
     multiply<Codes, true>(rows, masks, ones, depth, panels, counts);
@@ -192,7 +192,7 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
 
 void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t,
                BlockSums* sums) {
-  const TileConfig config;
+  static constexpr TileConfig config;  // in memory as a whole: gcc 12 lets the instruction read its first bytes only
   _tile_loadconfig(&config);
   if (count > 16)
     multiply_bytes<true>(pixels, weights, depth, panels, sums);
