@@ -298,7 +298,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.set_visible(False)
     for axis, (net, batch) in zip(axes.flat, panels, strict=False):
         for height, kind in enumerate(kinds):
-            engine, *others = [row for row in rows if (row["net"], row["batch"], row["class"]) == (net, batch, kind)]
+            there = [row for row in rows if (row["net"], row["batch"], row["class"]) == (net, batch, kind)]
+            if not there:
+                continue
+            engine, *others = there
             best = {"engine": engine["milliseconds"]}
             for row in others:
                 best[form_of(row["runtime"])] = min(

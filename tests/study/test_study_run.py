@@ -207,3 +207,21 @@ def test_other_settings_are_not_mixed_in(
     assert end.value.code == 2
     sentence = f"lowbit: changed.toml: {CELL}/xnor_net was started with epochs 1, not 2"
     assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_a_row_of_a_version_with_fewer_settings_is_done(
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished[0])
+    path = Path(CELL, "xnor_net", "config.json")
+    now = path.read_text()
+    config = json.loads(now)
+    del config["recipe"]["crop"], config["distill_from"]
+    path.write_text(json.dumps(config))
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(["study", "s.toml", "--dry-run", "--json"])
+    finally:
+        path.write_text(now)
+    assert not end.value.code
+    assert {row["row"]: row["state"] for row in json.loads(capsys.readouterr().out)}["xnor_net"] == "done"

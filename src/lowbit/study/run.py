@@ -25,7 +25,13 @@ from lowbit.study.results import Result, collect, write_results
 from lowbit.training import TrainConfig
 from lowbit.training.lock import sole_process
 from lowbit.training.run import print_to_stderr
-from lowbit.training.settings import choose_recipe, describe_data, describe_request, refuse_changes
+from lowbit.training.settings import (
+    choose_recipe,
+    describe_data,
+    describe_request,
+    refuse_changes,
+    with_later_settings,
+)
 
 Say = Callable[[str], None]
 TICK = 0.1
@@ -94,8 +100,10 @@ def check(study: Study, load: bool = True) -> None:
                 recorded = row.run.config
                 if row.calibrate is not None:
                     settings = _of_calibration(settings, recorded)
+                else:
+                    recorded = with_later_settings(recorded)
                 try:
-                    # What the run does not know was added by a later version.
+                    # What a calibrated run does not know was added by a later version.
                     refuse_changes(row.run, recorded, {key: settings[key] for key in settings if key in recorded})
                 except UsageError as error:
                     raise UsageError(f"{study.path}: {error}, by another `out` or another name of the row") from None
