@@ -97,12 +97,14 @@ class MaxPoolCodes final : public Op {
     window_.run(
         call,
         [&](const T* const* taps, size_t count, T* y) {
+          const size_t size = falling_.size();  // channel after channel in each step, which the compiler makes wide
           const T* falling = falling_.data();
-          for (size_t i = 0; i < falling_.size(); ++i) {
-            T most = taps[0][i] ^ falling[i];
-            for (size_t tap = 1; tap < count; ++tap) most = larger(most, taps[tap][i] ^ falling[i]);
-            y[i] = most ^ falling[i];
+          for (size_t i = 0; i < size; ++i) y[i] = taps[0][i] ^ falling[i];
+          for (size_t tap = 1; tap < count; ++tap) {
+            const T* x = taps[tap];
+            for (size_t i = 0; i < size; ++i) y[i] = larger(y[i], static_cast<T>(x[i] ^ falling[i]));
           }
+          for (size_t i = 0; i < size; ++i) y[i] ^= falling[i];
         },
         kAsItIs);
   }
