@@ -7,19 +7,22 @@ namespace lowbit {
 namespace {
 
 // A vector of GCC and Clang, which both know arithmetic, comparison and ?: for it.
-typedef float Lanes __attribute__((vector_size(kRegisterFloats * sizeof(float)), aligned(4), may_alias));
+typedef float Lanes __attribute__((vector_size(kRegisterFloats * sizeof(float))));
 
-struct Wide {
-  using Type = Lanes;
-  static Type& at(float* values, size_t i) { return *reinterpret_cast<Type*>(values + i); }
-  static const Type& at(const float* values, size_t i) { return *reinterpret_cast<const Type*>(values + i); }
+// Copies, for channels lie at any address, and Clang takes a reference to a vector to be aligned like one.
+template <class T>
+struct Chunk {
+  using Type = T;
+  static T load(const float* values, size_t i) {
+    T chunk;
+    __builtin_memcpy(&chunk, values + i, sizeof(T));
+    return chunk;
+  }
+  static void store(float* values, size_t i, T chunk) { __builtin_memcpy(values + i, &chunk, sizeof(T)); }
 };
 
-struct Single {
-  using Type = float;
-  static Type& at(float* values, size_t i) { return values[i]; }
-  static const Type& at(const float* values, size_t i) { return values[i]; }
-};
+using Wide = Chunk<Lanes>;
+using Single = Chunk<float>;
 
 // Calls work(Wide or Single, c) for all of `channels`.
 template <class Work>
@@ -31,13 +34,13 @@ inline void for_chunks(size_t channels, const Work& work) {
 
 void add(const float* a, const float* b, float* y, const Rows& rows) {
   for (size_t p = 0; p < rows.pixels; ++p, a += rows.stride, b += rows.stride, y += rows.stride)
-    for_chunks(rows.channels, [&](auto chunk, size_t c) { chunk.at(y, c) = chunk.at(a, c) + chunk.at(b, c); });
+    for_chunks(rows.channels, [&](auto chunk, size_t c) { chunk.store(y, c, chunk.load(a, c) + chunk.load(b, c)); });
 }
 
 void affine(const float* x, const float* scale, const float* shift, float* y, const Rows& rows) {
   for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, y += rows.stride)
     for_chunks(rows.channels, [&](auto chunk, size_t c) {
-      chunk.at(y, c) = chunk.at(x, c) * chunk.at(scale, c) + chunk.at(shift, c);
+      chunk.store(y, c, chunk.load(x, c) * chunk.load(scale, c) + chunk.load(shift, c));
     });
 }
 
@@ -45,8 +48,8 @@ void prelu(const float* x, const float* slope, float* y, const Rows& rows) {
   for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, y += rows.stride)
     for_chunks(rows.channels, [&](auto chunk, size_t c) {
       using T = typename decltype(chunk)::Type;
-      const T falls = chunk.at(slope, c) * chunk.at(x, c);
-      chunk.at(y, c) = chunk.at(x, c) >= T{} ? chunk.at(x, c) : falls;
+      const T falls = chunk.load(slope, c) * chunk.load(x, c);
+      chunk.store(y, c, chunk.load(x, c) >= T{} ? chunk.load(x, c) : falls);
     });
 }
 
@@ -55,8 +58,8 @@ void clamp(const float* x, float low, float high, float* y, const Rows& rows) {
     for_chunks(rows.channels, [&](auto chunk, size_t c) {
       using T = typename decltype(chunk)::Type;
       const T least = low - T{}, most = high - T{};  // of a zero with its sign
-      const T raised = chunk.at(x, c) < least ? least : chunk.at(x, c);
-      chunk.at(y, c) = most < raised ? most : raised;
+      const T raised = chunk.load(x, c) < least ? least : chunk.load(x, c);
+      chunk.store(y, c, most < raised ? most : raised);
     });
 }
 
@@ -64,25 +67,25 @@ void divide(const float* x, float divisor, float* y, const Rows& rows) {
   for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, y += rows.stride)
     for_chunks(rows.channels, [&](auto chunk, size_t c) {
       using T = typename decltype(chunk)::Type;
-      chunk.at(y, c) = chunk.at(x, c) / (divisor - T{});
+      chunk.store(y, c, chunk.load(x, c) / (divisor - T{}));
     });
 }
 
 void maximum(const float* const* taps, size_t count, float* y, size_t channels) {
   for_chunks(channels, [&](auto chunk, size_t c) {
     using T = typename decltype(chunk)::Type;
-    T most = chunk.at(taps[0], c);
-    for (size_t tap = 1; tap < count; ++tap) most = most < chunk.at(taps[tap], c) ? chunk.at(taps[tap], c) : most;
-    chunk.at(y, c) = most;
+    T most = chunk.load(taps[0], c);
+    for (size_t tap = 1; tap < count; ++tap) most = most < chunk.load(taps[tap], c) ? chunk.load(taps[tap], c) : most;
+    chunk.store(y, c, most);
   });
 }
 
 void sum(const float* const* taps, size_t count, float* y, size_t channels) {
   for_chunks(channels, [&](auto chunk, size_t c) {
     using T = typename decltype(chunk)::Type;
-    T total = chunk.at(taps[0], c);
-    for (size_t tap = 1; tap < count; ++tap) total = total + chunk.at(taps[tap], c);
-    chunk.at(y, c) = total;
+    T total = chunk.load(taps[0], c);
+    for (size_t tap = 1; tap < count; ++tap) total = total + chunk.load(taps[tap], c);
+    chunk.store(y, c, total);
   });
 }
 
