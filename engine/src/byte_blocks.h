@@ -99,7 +99,9 @@ class ByteBlocks {
       int64_t offsets[kBlockPixels], positions[kBlockPixels];
       locate(window_, window_.stride[0] * padded_width_ * input_.channels, window_.stride[1] * input_.channels,
              scratch_bytes(), first, count, offsets, positions);
-      begin(first, count, panel * kTileChannels, chunks == 1 ? channels_ : std::min(end * kTileChannels, channels_));
+      const int64_t channel = panel * kTileChannels;
+      const int64_t end_channel = chunks == 1 ? channels_ : std::min(end * kTileChannels, channels_);
+      begin(first, count, channel, end_channel);
       const int size = static_cast<int>(count), size_panels = static_cast<int>(end - panel);
       for (int64_t group = 0; group < groups_; ++group) {
         kernels_.arrange_pixels(static_cast<const uint8_t*>(call.scratch) + group * (input_.channels / groups_),
@@ -111,8 +113,7 @@ class ByteBlocks {
           kernels_.sums(arranged, weights_.data() + weights, depth_, size, size_panels, pair_, sums);
         emit(SumBlock{sums, first, count, positions, group, panel, std::min(end, panels_) - panel});
       }
-      call.done(
-          {first, count, panel * kTileChannels, chunks == 1 ? channels_ : std::min(end * kTileChannels, channels_)});
+      call.done({first, count, channel, end_channel});
     });
   }
 

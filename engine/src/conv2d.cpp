@@ -43,11 +43,8 @@ class Conv2d final : public Op {
     const auto& threshold = dynamic_cast<const ThresholdBits&>(next);
     fill_planes(call);
     const int64_t words = next.output().words(), group_channels = product_.group_channels();
-    const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
-      clear_bits(call, next.output(), first, count, channel, end);
-    };
     product_.run(
-        call, clear,
+        call, clearing(call, next.output()),
         [&](FloatTile tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
           for_panels(tile, group, panel, [&](int64_t number) {
             const int64_t inside = number * kTileChannels, first = group * group_channels + inside;

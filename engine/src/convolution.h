@@ -116,8 +116,9 @@ class Product {
       const int64_t first = item / chunks * block, count = std::min(block, pixels - first);
       const int64_t first_panel = item % chunks * chunk_panels;
       const int64_t end_panel = std::min(first_panel + chunk_panels, panels_);
-      begin(first, count, first_panel * kTileChannels,
-            chunks == 1 ? channels_ : std::min(end_panel * kTileChannels, channels_));
+      const int64_t channel = first_panel * kTileChannels;
+      const int64_t end_channel = chunks == 1 ? channels_ : std::min(end_panel * kTileChannels, channels_);
+      begin(first, count, channel, end_channel);
       int64_t offsets[kBlockTiles * kTilePixels], positions[kBlockTiles * kTilePixels];
       locate(first, count, offsets, positions);
       for (int64_t group = 0; group < groups_; ++group) {
@@ -131,8 +132,7 @@ class Product {
                  number);
           }
       }
-      call.done({first, count, first_panel * kTileChannels,
-                 chunks == 1 ? channels_ : std::min(end_panel * kTileChannels, channels_)});
+      call.done({first, count, channel, end_channel});
     });
   }
 
@@ -321,6 +321,13 @@ inline void add_bits(uint64_t* words, int64_t channel, uint64_t bits) {
   words += channel / 64;
   *words |= bits << shift;
   if (shift > 32 && bits >> (64 - shift) != 0) words[1] |= bits >> (64 - shift);
+}
+
+// To be called before the tiles of some channels of some pixels, for codes of any number of bits.
+inline auto clearing(const Call& call, const Shape& output) {
+  return [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
+    if (output.bits == 1) clear_bits(call, output, first, count, channel, end);
+  };
 }
 
 inline constexpr auto kNoBegin = [](int64_t, int64_t, int64_t, int64_t) {};

@@ -133,14 +133,16 @@ struct Engine::State {
   std::vector<Shape> shapes;  // of values
   std::vector<std::vector<size_t>> inputs;
   std::vector<std::unique_ptr<Op>> ops;
-  std::vector<Group> groups;        // in the order in which they run
-  std::vector<size_t> group_of_op;  // by number
-  std::vector<size_t> home;         // the value in whose memory a value lies: its own, or where a follower found it
+  std::vector<const PixelwiseOp*> pixelwise;  // by number; null for others
+  std::vector<Group> groups;                  // in the order in which they run
+  std::vector<size_t> group_of_op;            // by number
+  std::vector<size_t> home;  // the value in whose memory a value lies: its own, or where a follower found it
   std::vector<Block> values;
   std::vector<Block> scratch;  // of groups
   int64_t image_bytes = 0;     // of the arena
   size_t thread_bytes = 0;
   Buffer<std::byte> arena, thread_scratch;
+  std::vector<Follower> followers;  // of the group that runs
 };
 
 // A pixelwise op follows the op, or a follower of the op, that runs last of those whose outputs it reads, if that has
@@ -149,7 +151,8 @@ void Engine::State::make_groups() {
   for (size_t i = 0; i < ops.size(); ++i) {
     size_t last = 0;  // the number of groups up to the one that it can follow
     for (const size_t value : inputs[i]) last = std::max(last, value == 0 ? 0 : group_of_op[value - 1] + 1);
-    const bool follows = dynamic_cast<const PixelwiseOp*>(ops[i].get()) != nullptr && last > 0 &&
+    pixelwise.push_back(dynamic_cast<const PixelwiseOp*>(ops[i].get()));
+    const bool follows = pixelwise[i] != nullptr && last > 0 &&
                          ops[groups[last - 1].head]->output().channels == ops[i]->output().channels;
     if (follows)
       groups[last - 1].followers.push_back(i);
@@ -261,7 +264,6 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
   const std::lock_guard lock(*s.mutex);
   const int64_t chunk = std::clamp<int64_t>(kChunkBytes * s.pool->size() / s.image_bytes, 1, kMaxChunk);
   const Shape &in = s.shapes.front(), &out = s.shapes.back();
-  std::vector<Follower> followers;
   for (int64_t first = 0; first < batch; first += chunk) {
     const int64_t count = std::min(chunk, batch - first);
     if (static_cast<int64_t>(s.arena.size()) < s.image_bytes * count) s.arena.resize(s.image_bytes * count);
@@ -273,9 +275,8 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
       const auto start = Clock::now();
       const Group& group = s.groups[number];
       const Op& head = *s.ops[group.head];
-      followers.clear();
-      for (const size_t i : group.followers)
-        followers.push_back({dynamic_cast<const PixelwiseOp*>(s.ops[i].get()), s.operands(i, count)});
+      s.followers.clear();
+      for (const size_t i : group.followers) s.followers.push_back({s.pixelwise[i], s.operands(i, count)});
       Call call{s.operands(group.head, count),
                 s.at(s.scratch[number], count),
                 s.thread_scratch.data(),
@@ -283,10 +284,10 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
                 count,
                 *s.pool};
       if (group.joined) {
-        call.output = followers[0].operands.output;
-        head.run_joined(*followers[0].op, call);
+        call.output = s.followers[0].operands.output;
+        head.run_joined(*s.followers[0].op, call);
       } else {
-        call.followers = followers;
+        call.followers = s.followers;
         head.run(call);
       }
       if (seconds != nullptr) seconds[group.head] += std::chrono::duration<double>(Clock::now() - start).count();

@@ -56,10 +56,7 @@ class ByteConv2d final : public Op {
 
   void run(const Call& call) const override {
     product_.fill(call);
-    const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
-      if (output().bits == 1) clear_bits(call, output(), first, count, channel, end);
-    };
-    product_.run(call, clear, [&](const SumBlock& block) {
+    product_.run(call, clearing(call, output()), [&](const SumBlock& block) {
       for (int64_t number = 0; number < block.panels; ++number)
         for (int64_t p = 0; p < block.count; p += kTilePixels) {
           const int count = static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p));
@@ -155,11 +152,9 @@ class QuantConv2d final : public Op {
 
   void run(const Call& call) const override {
     fill_planes(call);
-    const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
-      if (output().bits == 1) clear_bits(call, output(), first, count, channel, end);
-    };
     product_.run(
-        call, clear, [&](const IntegerTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
+        call, clearing(call, output()),
+        [&](const IntegerTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
           int32_t sums[kTilePixels][kTileChannels];
           kernels_.integer_sums(tile, sums);
           if (thresholds_)

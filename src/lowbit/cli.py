@@ -72,7 +72,10 @@ def models(
 ) -> None:
     """List the models, or describe one of them and its options."""
     if trained:
-        _pretrained(name, as_json)
+        if name is not None:
+            print_json(pretrained.card(name))
+        else:
+            print_rows("Networks that come with lowbit", pretrained.summary(), as_json)
         return
     from lowbit.models import registry
 
@@ -477,25 +480,6 @@ def _with_int8_rest(source: Path, data_dir: Path | None) -> Path:
         f"{100 * after['accuracy']:.2f} %; this is the run to verify the file against"
     )
     return made.path
-
-
-def _pretrained(name: str | None, as_json: bool) -> None:
-    if name is not None:
-        print_json(pretrained.card(name))
-        return
-    cards = {each: pretrained.card(each) for each in pretrained.names()}
-    rows = [
-        {
-            "name": each,
-            "data": card["data"]["name"],
-            "model": card["model"]["name"],
-            "method": card["method"]["name"],
-            "test accuracy, %": f"{100 * card['accuracy']:.2f}",
-            "bytes": card["bytes"],
-        }
-        for each, card in cards.items()
-    ]
-    print_rows("Networks that come with lowbit", rows, as_json)
 
 
 def _summarise(run: Run) -> None:

@@ -2,6 +2,7 @@
 // become bytes on their way into a tile: a pixel's set bit is -1 and others 0 (one masked move makes a row of 64), a
 // weight is 1 where its bit is set and -1 where not. The sum of products is then the pixel's ones where the weight has
 // none, less those where it has one: a tile that starts at the weight's ones ends as the number of bits that differ.
+#include "kernels/amx_tiles.h"
 #include "kernels/kernels.h"
 #include "kernels/target.h"
 
@@ -14,13 +15,6 @@ constexpr size_t kTileBytes = 1024;
 constexpr size_t kSlice = 1024;  // of 32 pixels: 32 KB
 constexpr size_t kRing = 4;      // pairs of weight tiles that are kept: they never leave the L1 cache
 constexpr size_t kAhead = 3;  // how far expanding runs ahead of multiplying, so that a tile is not read while written
-
-// Eight tiles of 16 rows x 64 bytes. The processor keeps this per thread; others in the process set their own.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // Row r of a weight tile holds bits 4r to 4r+3 of each of the 16 channels: one mask of 64 bits makes the row.
 void arrange_weights(const uint64_t* words, uint64_t* masks) {
@@ -60,14 +54,14 @@ void expand(const uint64_t* masks, std::byte* tiles) {
 }
 
 // Where a block's pixels lie: bytes from one to the next, and from 64 of their depth to the next 64.
-struct Rows {
+struct PixelRows {
   const void* start;
   size_t row, step, second;  // second: where pixel 16 starts
 };
 
 // All panels for 16 pixels or, where Both, 32. Codes are products of unsigned bytes, and start from 0.
 template <bool Codes, bool Both>
-void multiply(const Rows& rows, const uint64_t* masks, const int32_t* ones, size_t depth, int panels,
+void multiply(const PixelRows& rows, const uint64_t* masks, const int32_t* ones, size_t depth, int panels,
               BlockCounts* counts) {
   alignas(64) std::byte ring[kRing * 2 * kTileBytes];
   const auto* pixels = static_cast<const std::byte*>(rows.start);
@@ -128,10 +122,9 @@ void multiply(const Rows& rows, const uint64_t* masks, const int32_t* ones, size
 }
 
 template <bool Codes>
-void multiply_by_bits(const Rows& rows, const uint64_t* masks, const int32_t* ones, size_t depth, int count, int panels,
-                      BlockCounts* counts) {
-  static constexpr TileConfig config;  // in memory as a whole: gcc 12 lets the instruction read its first bytes only
-  _tile_loadconfig(&config);
+void multiply_by_bits(const PixelRows& rows, const uint64_t* masks, const int32_t* ones, size_t depth, int count,
+                      int panels, BlockCounts* counts) {
+  _tile_loadconfig(&kTiles);
   if (count > 16)
     multiply<Codes, true>(rows, masks, ones, depth, panels, counts);
   else
@@ -192,8 +185,7 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
 
 void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t,
                BlockSums* sums) {
-  static constexpr TileConfig config;  // in memory as a whole: gcc 12 lets the instruction read its first bytes only
-  _tile_loadconfig(&config);
+  _tile_loadconfig(&kTiles);
   if (count > 16)
     multiply_bytes<true>(pixels, weights, depth, panels, sums);
   else

@@ -49,6 +49,7 @@ __m256i difference(const uint64_t* x, const uint64_t* w, int k) {
 }  // namespace
 }  // namespace lowbit
 
+#include "kernels/arrange_rows.h"
 #include "kernels/carry_save.h"
 
 namespace lowbit {
@@ -223,17 +224,6 @@ void multiply_integers(const IntegerTile& tile, int first, int32_t (*result)[kTi
 
 void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
   LOWBIT_BY_FOURS(multiply_integers, tile, sums)
-}
-
-void arrange_rows(const uint8_t* plane, const int64_t* runs, size_t run_count, size_t length, const int64_t* pixels,
-                  int count, size_t depth, uint8_t* arranged) {
-  for (int p = 0; p < count; ++p) {
-    uint8_t* row = arranged + p * depth;
-    for (size_t run = 0; run < run_count; ++run, row += length) {
-      const uint8_t* from = plane + runs[run] + pixels[p];
-      for (size_t i = 0; i < length; i += 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + i), load(from + i));
-    }
-  }
 }
 
 // Pairs of products are added up in 16 bits for as many steps as fit, then in 32; 8 channels.

@@ -3,6 +3,8 @@
 // the target region, so that each file compiles it for its own instruction set.
 #pragma once
 
+#include "kernels/arrange_rows.h"
+
 namespace lowbit {
 namespace {
 
@@ -140,17 +142,6 @@ void multiply_integers(const IntegerTile& tile, int32_t (*result)[kTileChannels]
   }
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) _mm512_storeu_si512(result[p], sums[p]);
-}
-
-void arrange_rows(const uint8_t* plane, const int64_t* runs, size_t run_count, size_t length, const int64_t* pixels,
-                  int count, size_t depth, uint8_t* arranged) {
-  for (int p = 0; p < count; ++p) {
-    uint8_t* row = arranged + p * depth;
-    for (size_t run = 0; run < run_count; ++run, row += length) {
-      const uint8_t* from = plane + runs[run] + pixels[p];
-      for (size_t i = 0; i < length; i += 64) _mm512_storeu_si512(row + i, _mm512_loadu_si512(from + i));
-    }
-  }
 }
 
 // Four codes of a pixel for all channels.

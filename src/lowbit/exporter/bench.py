@@ -138,6 +138,7 @@ def bench(
     batch: int = 1,
     against: Sequence[str] = (),
     seconds: float = 3.0,
+    layers: bool = True,
 ) -> BenchResult:
     """Median time of a batch of random images: float32 in, logits out.
 
@@ -147,6 +148,7 @@ def bench(
         batch: images at a time.
         against: any of ``torch`` (in float32 and bf16), ``onnxruntime`` (float32 and int8), ``openvino`` (all three).
         seconds: how long to go on; each is called 7 to 2000 times, after 3 calls to warm up.
+        layers: whether to time the engine's ops too, which takes a second more.
 
     Raises:
         UsageError: a peer is unknown or not installed, or a number is below 1.
@@ -172,7 +174,7 @@ def bench(
     rows = tuple(
         Row(peer, 1e3 * wall, 1e3 * cpu, wall / of_engine, runs) for peer, (wall, cpu, runs) in medians.items()
     )
-    return BenchResult(file, engine.isa, threads, batch, rows, *_layers(engine, images))
+    return BenchResult(file, engine.isa, threads, batch, rows, *(_layers(engine, images) if layers else ()))
 
 
 def _layers(engine: Engine, images: Any, seconds: float = 1.0) -> tuple[tuple[Layer, ...], dict[str, float]]:
@@ -185,7 +187,7 @@ def _layers(engine: Engine, images: Any, seconds: float = 1.0) -> tuple[tuple[La
     layers = []
     for index, (row, cost) in enumerate(zip(kernels_of(engine), costs, strict=True)):
         spent = statistics.median(profile[index] for profile in profiles[WARM_UP:])
-        joined = not any(profile[index] for profile in profiles)
+        joined, tensors = not any(profile[index] for profile in profiles), model.op_tensors(index)
         rate = 1e-9 * cost.macs * len(images) / spent if cost.macs and spent else None
         layers.append(
             Layer(
@@ -194,7 +196,7 @@ def _layers(engine: Engine, images: Any, seconds: float = 1.0) -> tuple[tuple[La
                 JOINED if joined else row["kernel"],
                 1e3 * spent,
                 cost.macs * len(images),
-                sum(model.op_tensors(index)[name].nbytes for name in WEIGHTS if name in model.op_tensors(index)),
+                sum(tensors[name].nbytes for name in WEIGHTS if name in tensors),
                 rate,
                 None if rate is None else rate / (peaks[KINDS[row["kind"]]] * engine.threads),
             )
@@ -208,6 +210,7 @@ def interleaved_medians(runners: Mapping[str, Call], seconds: float = 3.0) -> di
     Args:
         runners: name to what is timed.
         seconds: how long to go on; each is called 7 to 2000 times, after 3 calls to warm up.
+        layers: whether to time the engine's ops too, which takes a second more.
     """
     return {name: wall for name, (wall, _, _) in _medians(runners, seconds).items()}
 

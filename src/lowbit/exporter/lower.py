@@ -24,16 +24,7 @@ from lowbit.exporter.grids import (
     weight_codes,
     widths,
 )
-from lowbit.exporter.ops import (
-    Array,
-    bias_of,
-    float_op,
-    float_weight,
-    integer_op,
-    kind_of,
-    stored,
-    window_of,
-)
+from lowbit.exporter.ops import Array, bias_of, float_op, float_weight, integer_op, kind_of, stored, window_of
 from lowbit.exporter.thresholds import Chain, Thresholds, find, floats, sums
 from lowbit.layers import PReLU, QuantizedLayer
 from lowbit.packed import PackedModel

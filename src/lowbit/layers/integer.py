@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
 from lowbit.hardware import cpu_flags
+from lowbit.layers.windows import windows
 
 # Windows of an image lie side by side in memory; as many images at a time as fit.
 WINDOW_BYTES = 1 << 26
@@ -61,16 +61,9 @@ def _as_bytes(x: Tensor) -> Tensor | None:
 def _convolve(
     x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
 ) -> Tensor:
-    kernel = weight.shape[2:]
-    padded = pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
-    n, *size, channels = padded.shape
-    out = [(e - d * (k - 1) - 1) // s + 1 for e, d, k, s in zip(size, dilation, kernel, stride, strict=True)]
-    per_image, per_row, per_pixel, _ = padded.stride()
-    steps = (stride[0] * per_row, stride[1] * per_pixel, dilation[0] * per_row, dilation[1] * per_pixel, 1)
     columns = weight.permute(2, 3, 1, 0).reshape(-1, len(weight)).contiguous()
-    at_once = max(1, WINDOW_BYTES // max(1, out[0] * out[1] * len(columns)))
-    sums = []
-    for part in torch.split(padded, at_once):
-        windows = part.as_strided((len(part), *out, *kernel, channels), (per_image, *steps), part.storage_offset())
-        sums.append(torch._int_mm(windows.reshape(-1, len(columns)), columns).float())
-    return torch.cat(sums).view(n, *out, -1).permute(0, 3, 1, 2)
+    views = windows(x, weight.shape[2:], stride, padding, dilation)
+    pixels = views.shape[:3]
+    at_once = max(1, WINDOW_BYTES // max(1, pixels[1] * pixels[2] * len(columns)))
+    sums = [torch._int_mm(part.reshape(-1, len(columns)), columns).float() for part in torch.split(views, at_once)]
+    return torch.cat(sums).view(*pixels, -1).permute(0, 3, 1, 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit.methods.base import Method, Recipe, registry
 from lowbit.quantizers import ste
 from lowbit.quantizers.base import Grid, Quantizer, wide
-from lowbit.quantizers.binary import axes, binary_codes, centre, deviation
+from lowbit.quantizers.binary import Signs, axes, binary_codes, centre, deviation
 
 if TYPE_CHECKING:
     from lowbit.layers.quantized import QuantizedLayer
@@ -106,7 +106,7 @@ class LibraWeight(SharpenedQuantizer):
         return torch.where(size > 0, size, 1).log2().round().exp2()
 
 
-class DecayingSign(SharpenedQuantizer):
+class DecayingSign(SharpenedQuantizer, Signs):
     r"""$q = \mathrm{sign}(x)$.
 
     Gradient: $g\,k\,t\,(1 - \tanh^2(t x))$ with $k = \max(1/t, 1)$ (see `lowbit.quantizers.ste.tanh_sign`).
@@ -115,14 +115,8 @@ class DecayingSign(SharpenedQuantizer):
     Source: Qin et al. 2019, arXiv 1909.10788, section 3.3.
     """
 
-    bits = 1
-    signed = True
-
     def forward(self, x: Tensor) -> Tensor:
         return ste.tanh_sign(x, self.sharpness)
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
-        return binary_codes(x), Grid(1, 2, -1, torch.ones((), device=x.device))
 
 
 def sharpen(layers: Sequence[QuantizedLayer], share: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit.methods.base import Method, Recipe, registry
 from lowbit.quantizers import ste
 from lowbit.quantizers.base import Grid, Quantizer, wide
-from lowbit.quantizers.binary import axes, binary_codes, centre, deviation
+from lowbit.quantizers.binary import Signs, axes, binary_codes, centre, deviation
 
 if TYPE_CHECKING:
     from lowbit.layers.quantized import QuantizedLayer
@@ -109,7 +109,7 @@ class ClampedWeight(Quantizer):
         return z.abs().mean(dim=axes(z, "filter"), keepdim=True)
 
 
-class StandardSign(Quantizer):
+class StandardSign(Signs):
     r"""$q = \mathrm{sign}(x)$, with a gradient that knows the size of $x$.
 
     Gradient: with $u = x / \sqrt{\sigma^2 + 10^{-5}}$, $\sigma^2$ the unbiased variance of each sample (axis 0) of
@@ -119,12 +119,6 @@ class StandardSign(Quantizer):
 
     Source: the authors' code (github.com/z-hXu/ReCU); the estimator is that of Liu et al. 2018, arXiv 1808.00278.
     """
-
-    bits = 1
-    signed = True
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
-        return binary_codes(x), Grid(1, 2, -1, torch.ones((), device=x.device))
 
     def surrogate(self, x: Tensor) -> Tensor:
         numbers = wide(x)

@@ -30,6 +30,21 @@ def card(name: str) -> dict[str, Any]:
     return found
 
 
+def summary() -> list[dict[str, Any]]:
+    """A row for each network, of what its card says."""
+    return [
+        {
+            "name": each["name"],
+            "data": each["data"]["name"],
+            "model": each["model"]["name"],
+            "method": each["method"]["name"],
+            "test accuracy, %": f"{100 * each['accuracy']:.2f}",
+            "bytes": each["bytes"],
+        }
+        for each in map(card, names())
+    ]
+
+
 def find(path_or_name: str | Path) -> Path:
     """The packed file at a path, or else the one that comes with lowbit under that name.
 

@@ -13,7 +13,17 @@ from lowbit.quantizers import ste
 from lowbit.quantizers.base import Grid, Quantizer
 
 
-class SignQuantizer(Quantizer):
+class Signs(Quantizer):
+    """What quantizers share whose values are signs: codes are 1 where ``x >= 0``, the grid is ``2 code - 1``."""
+
+    bits = 1
+    signed = True
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
+        return binary_codes(x), Grid(1, 2, -1, torch.ones((), device=x.device))
+
+
+class SignQuantizer(Signs):
     r"""$q = \mathrm{sign}(x)$, no scale.
 
     Gradient: $g \cdot 1\{|x| \le 1\}$ (see `lowbit.quantizers.ste.sign`).
@@ -26,9 +36,6 @@ class SignQuantizer(Quantizer):
     Source: Courbariaux, Hubara et al. 2016, arXiv 1602.02830, equations 1, 2 and 4.
     """
 
-    bits = 1
-    signed = True
-
     def __init__(self, stochastic: bool = False) -> None:
         super().__init__()
         self.stochastic = stochastic
@@ -39,18 +46,14 @@ class SignQuantizer(Quantizer):
         # P(threshold <= x) is the wanted probability; 1 is always reached, -1 never.
         return ste.sign(x, 1 - 2 * torch.rand_like(x, dtype=torch.float32))
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
-        return binary_codes(x), Grid(1, 2, -1, torch.ones((), device=x.device))
 
+class PolynomialSign(Signs):
+    r"""$q = \mathrm{sign}(x)$, no scale.
 
-class PolynomialSign(SignQuantizer):
-    r"""`SignQuantizer` with the gradient $g\,\max(0, 2 - 2|x|)$ (see `lowbit.quantizers.ste.sign_polynomial`).
+    Gradient: $g\,\max(0, 2 - 2|x|)$ (see `lowbit.quantizers.ste.sign_polynomial`).
 
     Source: Liu et al. 2018, "Bi-Real Net", arXiv 1808.00278, section 3.
     """
-
-    def __init__(self) -> None:
-        super().__init__(stochastic=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return ste.sign_polynomial(x)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from lowbit.errors import LowbitError
 from lowbit.runs import Run, read_json
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,34 +57,40 @@ def read_costs(run: Run) -> Costs:
     """
     size, refusal, latencies = None, "", {}
     if run.export_path.is_file():
-        record = read_json(run.export_path)
-        try:
-            size, refusal = record["packed_bytes"], record["refusal"]
-            sound = (size is None or _positive(size)) and isinstance(refusal, str)
-        except (KeyError, TypeError):
-            sound = False
-        if not sound:
-            raise LowbitError(f"{run.export_path} is damaged; delete it and run the study again")
+        with _damaged(run.export_path):
+            record = read_json(run.export_path)
+            size = None if record["packed_bytes"] is None else _positive(record["packed_bytes"])
+            refusal = _of_type(str, record["refusal"])
     if run.latency_path.is_file():
-        record = read_json(run.latency_path)
-        try:
+        with _damaged(run.latency_path):
             latencies = {
-                machine: Latency(found["milliseconds"], found["disturbed"], found["date"])
-                for machine, found in record.items()
+                machine: Latency(
+                    _positive(found["milliseconds"]), _of_type(bool, found["disturbed"]), _of_type(str, found["date"])
+                )
+                for machine, found in read_json(run.latency_path).items()
             }
-            sound = all(
-                _positive(found.milliseconds) and isinstance(found.disturbed, bool) and isinstance(found.date, str)
-                for found in latencies.values()
-            )
-        except (AttributeError, KeyError, TypeError):
-            sound = False
-        if not sound:
-            raise LowbitError(f"{run.latency_path} is damaged; delete it and run the study again")
     return Costs(size, refusal, latencies)
 
 
-def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e15
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Turn what a wrong record raises into a sentence that names its file."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError):
+        raise LowbitError(f"{path} is damaged; delete it and run the study again") from None
+
+
+def _of_type(kind: type[T], value: Any) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(value)
+    return value
+
+
+def _positive(value: Any) -> Any:
+    if isinstance(value, bool) or not 0 < value < 1e15:
+        raise TypeError(value)
+    return value
 
 
 def common_machine(costs: Sequence[Costs]) -> str:

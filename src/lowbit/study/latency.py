@@ -44,7 +44,7 @@ def time_rows(rows: Sequence[Row], say: Callable[[str], None]) -> None:
     if todo:
         say(f"timing {len(todo)} packed rows on {here}")
     for row in todo:
-        result = bench(packed_path(row.run), seconds=SECONDS)
+        result = bench(packed_path(row.run), seconds=SECONDS, layers=False)
         engine = asdict(result.rows[0])
         record = {key: engine[key] for key in ("milliseconds", "cpu_milliseconds", "runs")}
         record |= {"disturbed": result.disturbed, "date": result.date, "lowbit": versions()["lowbit"]}

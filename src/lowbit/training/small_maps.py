@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
+
+from lowbit.layers.windows import windows
 
 # Largest output maps, in pixels, for which the product is the faster one (measured on a CPU with AMX).
 PIXELS_FORWARD = 16
@@ -66,13 +67,13 @@ class _Conv2d(torch.autograd.Function):
         if height * width > PIXELS_FORWARD:
             ctx.save_for_backward(x, weight, None)
             return torch.conv2d(x, weight, None, stride, padding)
-        windows = _windows(x, weight.shape[2:], stride, padding)
-        ctx.save_for_backward(x, weight, windows if ctx.needs_input_grad[1] else None)
-        return _product(windows, weight, (len(x), height, width))
+        rows = _rows(x, weight.shape[2:], stride, padding)
+        ctx.save_for_backward(x, weight, rows if ctx.needs_input_grad[1] else None)
+        return _product(rows, weight, (len(x), height, width))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight, windows = ctx.saved_tensors
+        x, weight, of_x = ctx.saved_tensors
         stride, padding = ctx.stride, ctx.padding
         kernel = weight.shape[2:]
         gradient = gradient.bfloat16()
@@ -85,11 +86,11 @@ class _Conv2d(torch.autograd.Function):
             else:
                 mirrored = weight.flip(2, 3).transpose(0, 1)
                 around = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
-                to_x = _product(_windows(gradient, kernel, (1, 1), around), mirrored, (len(x), *x.shape[2:]))
+                to_x = _product(_rows(gradient, kernel, (1, 1), around), mirrored, (len(x), *x.shape[2:]))
         if ctx.needs_input_grad[1]:
-            rows = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1])
+            of_gradient = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1])
             # The product is faster when its left factor is transposed in memory, too.
-            product = rows.t().contiguous() @ (_windows(x, kernel, stride, padding) if windows is None else windows)
+            product = of_gradient.t().contiguous() @ (_rows(x, kernel, stride, padding) if of_x is None else of_x)
             to_weight = product.reshape(-1, *kernel, x.shape[1]).permute(0, 3, 1, 2)
         return to_x, to_weight, None, None
 
@@ -99,23 +100,12 @@ def _output_size(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequ
     return height, width
 
 
-def _windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+def _rows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Each output pixel's window as a row: (N*OH*OW, KH*KW*C)."""
-    padded = pad(x, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1).contiguous()
-    n, height, width, channels = padded.shape
-    shape = (
-        n,
-        (height - kernel[0]) // stride[0] + 1,
-        (width - kernel[1]) // stride[1] + 1,
-        kernel[0],
-        kernel[1] * channels,
-    )
-    per_image, per_row, per_pixel, _ = padded.stride()
-    windows = padded.as_strided(shape, (per_image, stride[0] * per_row, stride[1] * per_pixel, per_row, 1))
-    return windows.reshape(-1, kernel[0] * kernel[1] * channels)
+    return windows(x, kernel, stride, padding).reshape(-1, kernel[0] * kernel[1] * x.shape[1])
 
 
-def _product(windows: Tensor, weight: Tensor, pixels: tuple[int, int, int]) -> Tensor:
+def _product(rows: Tensor, weight: Tensor, pixels: tuple[int, int, int]) -> Tensor:
     """Convolution as one matrix product over ``pixels`` (N, OH, OW); channels last in memory."""
-    rows = windows @ weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).t()
-    return rows.view(*pixels, -1).permute(0, 3, 1, 2)
+    sums = rows @ weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).t()
+    return sums.view(*pixels, -1).permute(0, 3, 1, 2)
