@@ -11,7 +11,6 @@ Writes results.json, table.md and plot.svg, and its part of docs/engine.md.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from typing import Annotated, Any
 import drawing
 import numpy as np
 import typer
-from measured import command, into_page, machine, quartiles
+from measured import command, into_page, machine, publish, quartiles
 
 METHOD = "xnor_net"
 # Channels, side and classes of the usual input, where they are not those of CIFAR-10.
@@ -53,10 +52,7 @@ def main(
         "method": METHOD,
         "rows": sorted(rows, key=lambda row: int(row["macs"])),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(table(record), encoding="utf-8")
-    plot(record, out / "plot.svg")
+    publish(record, out, table, plot)
     into_page(page, "cost_growth", text(record))
     print(table(record))
 

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import drawing
 import typer
-from measured import command, form_of, machine, quartiles
+from measured import command, form_of, machine, publish, quartiles
 
 # Name: channels in and out, side of the map, kernel.
 LAYERS = {"conv256": (256, 14, 3), "dense4096": (4096, 1, 1)}
@@ -95,7 +95,7 @@ def main(
                         asked = {"command": command(__file__)}
                         rows = [{**settings, **row, **asked} for row in json.loads(done.stdout)]
                         record["rows"] = merged(record["rows"], rows)
-                        write(record, out)
+                        publish(record, out, table, plot)
                         print(settings, rows[-1]["date"], file=sys.stderr)
     print(table(record))
 
@@ -122,14 +122,6 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
     works, kinds = [*LAYERS, *NETS], [*CLASSES]
     rows = [row for row in old if key_of(row) not in again] + new
     return sorted(rows, key=lambda r: (works.index(r["net"]), kinds.index(r["class"]), r["threads"], r["batch"]))
-
-
-def write(record: dict[str, Any], out: Path) -> None:
-    """Write results.json, table.md and plot.svg."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(table(record), encoding="utf-8")
-    plot(record, out / "plot.svg")
 
 
 def export(net: str, path: Path) -> None:

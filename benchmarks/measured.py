@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,19 @@ def quartiles(seconds: Sequence[float]) -> dict[str, Any]:
     """Median and quartiles in milliseconds, and of how many runs."""
     low, median, high = (1e3 * quartile for quartile in statistics.quantiles(seconds, n=4))
     return {"milliseconds": median, "low": low, "high": high, "runs": len(seconds)}
+
+
+def publish(
+    record: dict[str, Any],
+    out: Path,
+    table: Callable[[dict[str, Any]], str],
+    plot: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """Write results.json, table.md and plot.svg of a record into ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(table(record), encoding="utf-8")
+    plot(record, out / "plot.svg")
 
 
 def form_of(runtime: str) -> str:

@@ -1,9 +1,9 @@
 """Images a second that training takes on this CPU: lowbit's step against a plain loop in bfloat16, in turns.
 
-    python benchmarks/training.py [--batch 128] [--rounds 7] [-o training.json]
+    python benchmarks/training.py [--batch 128] [--seconds 20] [-o training.json]
 
 Both loops train the same network from the same batches, in one process, a step each in turn; a figure is the median of
-its rounds. The plain loop is what one writes first: tensors as torch makes them (channels first), autocast, torch's own
+its steps. The plain loop is what one writes first: tensors as torch makes them (channels first), autocast, torch's own
 AdamW, PReLU and convolutions, and the straight-through sign in its usual form, clip(x) + (sign(x) - clip(x)).detach().
 "layers" compares one binary convolution with its batch norm to the same in float, both as lowbit trains them.
 """
@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowbit import methods, models
+from lowbit.exporter.bench import interleaved_medians
 from lowbit.hardware import cpu_name, versions
 from lowbit.layers import PReLU, quantized_layers, quantized_twin
 from lowbit.preprocessing import Preprocessing
@@ -102,18 +101,7 @@ def lowbit_step(model: nn.Module, method: methods.Method, batches: TrainBatches,
     return step
 
 
-def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Median seconds of each step, all of them run once a round, after a round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: median(values[1:]) for name, values in seconds.items()}
-
-
-def network(name: str, method_name: str, batch: int, rounds: int) -> dict[str, Any]:
+def network(name: str, method_name: str, batch: int, seconds: float) -> dict[str, Any]:
     """Images a second of both loops on one network."""
     method = methods.registry[method_name]()
     random = np.random.default_rng(0)
@@ -136,12 +124,12 @@ def network(name: str, method_name: str, batch: int, rounds: int) -> dict[str, A
         "plain": plain_step(plain_(models.create(name, method=method)), next_batch),
         "lowbit": lowbit_step(models.create(name, method=method), method, batches, next_batch),
     }
-    seconds = in_turns(steps, rounds)
-    rates = {f"{key}_images_per_second": round(batch / value, 1) for key, value in seconds.items()}
-    return {"model": name, "method": method_name, **rates, "speedup": round(seconds["plain"] / seconds["lowbit"], 3)}
+    medians = interleaved_medians(steps, seconds)
+    rates = {f"{key}_images_per_second": round(batch / value, 1) for key, value in medians.items()}
+    return {"model": name, "method": method_name, **rates, "speedup": round(medians["plain"] / medians["lowbit"], 3)}
 
 
-def layer(channels: int, side: int, batch: int, rounds: int) -> dict[str, Any]:
+def layer(channels: int, side: int, batch: int, seconds: float) -> dict[str, Any]:
     """Seconds of forward and backward of a binary and of a float convolution, each with its batch norm."""
 
     def step_of(method: str) -> Step:
@@ -164,19 +152,19 @@ def layer(channels: int, side: int, batch: int, rounds: int) -> dict[str, Any]:
         return step
 
     names = ("float", "xnor_net", "reactnet")
-    seconds = in_turns({name: step_of(name) for name in names}, rounds)
+    medians = interleaved_medians({name: step_of(name) for name in names}, seconds)
     return {
         "channels": channels,
         "side": side,
-        **{f"{name}_ms": round(1e3 * seconds[name], 3) for name in names},
-        **{f"{name}_over_float": round(seconds[name] / seconds["float"], 3) for name in names[1:]},
+        **{f"{name}_ms": round(1e3 * medians[name], 3) for name in names},
+        **{f"{name}_over_float": round(medians[name] / medians["float"], 3) for name in names[1:]},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each comparison; seven rounds at least")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
@@ -186,10 +174,10 @@ def main() -> None:
         "hardware": {"cpu": cpu_name(), "cores": os.cpu_count()},
         "versions": versions("torch", "lightning"),
         "batch": arguments.batch,
-        "rounds": arguments.rounds,
+        "seconds": arguments.seconds,
         "threads": arguments.threads,
-        "networks": [network(*pair, arguments.batch, arguments.rounds) for pair in NETWORKS],
-        "layers": [layer(*shape, arguments.batch, 3 * arguments.rounds) for shape in LAYERS],
+        "networks": [network(*pair, arguments.batch, arguments.seconds) for pair in NETWORKS],
+        "layers": [layer(*shape, arguments.batch, arguments.seconds / 4) for shape in LAYERS],
     }
     text = json.dumps(result, indent=1)
     print(text)

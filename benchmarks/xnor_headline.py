@@ -14,7 +14,6 @@ Source: Rastegari et al. 2016, "XNOR-Net", arXiv 1603.05279, section 4.1 and fig
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from typing import Annotated, Any
 import drawing
 import numpy as np
 import typer
-from measured import command, form_of, into_page, machine, quartiles
+from measured import command, form_of, into_page, machine, publish, quartiles
 
 OUTPUTS, SIDE, POINT = 256, 14, (256, 3)
 CHANNELS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -67,10 +66,7 @@ def main(
         "filters": sides,
         "rows": rows,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(table(record), encoding="utf-8")
-    plot(record, out / "plot.svg")
+    publish(record, out, table, plot)
     into_page(page, "headline", text(record))
     print(table(record))
 

@@ -75,7 +75,8 @@ def test_rows_measured_again_replace_those_of_the_same_key(script: Any) -> None:
 
 def test_figures_of_another_machine_are_not_mixed_in(script: Any, tmp_path: Path) -> None:
     engine = script("engine")
-    engine.write({**engine.opened(tmp_path), "rows": [row("conv256", "AMX", 1, 1.0)]}, tmp_path)
+    record = {**engine.opened(tmp_path), "rows": [row("conv256", "AMX", 1, 1.0)]}
+    script("measured").publish(record, tmp_path, engine.table, engine.plot)
     assert len(engine.opened(tmp_path)["rows"]) == 1
     record = json.loads((tmp_path / "results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps({**record, "cpu": "Another CPU"}))
