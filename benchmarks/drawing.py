@@ -10,6 +10,7 @@ INK, FAINT = "#808080", "#80808066"
 # Colours of Okabe and Ito; the shapes tell them apart without.
 MARKS = {
     "engine": ("#0072b2", "o"),
+    "8-bit rest": ("#56b4e9", "o"),
     "int8": ("#d55e00", "s"),
     "bf16": ("#cc79a7", "^"),
     "float32": (INK, "D"),

@@ -9,7 +9,8 @@ timed in a process of its own, where engine and peers take turns. An image goes 
 layers are the exception: conv256, a binary convolution of 256 to 256 channels, 3x3, on a 14x14 map, and dense4096, 4096
 to 4096 numbers, run from packed codes to packed codes, against a float32 or int8 layer. OpenVINO's own binary
 convolution computes the same network, where it can; of a layer it reads floats, makes the bits itself and writes sums.
-Accuracy means nothing here: the networks are untrained.
+An int8 peer has no float layer left, so the engine is timed with an 8-bit rest, too: the layers that the method leaves
+in float, calibrated as `lowbit export --rest int8` does it. Accuracy means nothing here: the networks are untrained.
 
 Writes results.json (every row with its quartiles, date and command, the machine and versions), table.md and plot.svg.
 """
@@ -47,6 +48,7 @@ CLASSES = {
 }
 KEYS = ("net", "class", "threads", "batch")
 FORMS = ("float32", "bf16", "int8", "binary")
+REST = "8-bit rest"
 SECONDS = 4.0
 
 
@@ -82,6 +84,8 @@ def main(
                         path = Path(folder) / f"{net}.lowbit"
                         if not path.exists():
                             export(net, path)
+                            if net in NETS:
+                                export(net, with_rest(path), rest=True)
                         environment = {
                             **os.environ,
                             "LOWBIT_ISA": isa,
@@ -124,13 +128,19 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
     return sorted(rows, key=lambda r: (works.index(r["net"]), kinds.index(r["class"]), r["threads"], r["batch"]))
 
 
-def export(net: str, path: Path) -> None:
-    """Write a packed file of random weights, and verify it."""
+def with_rest(path: Path) -> Path:
+    """Where the same network lies with an 8-bit rest."""
+    return path.with_suffix(".rest.lowbit")
+
+
+def export(net: str, path: Path, rest: bool = False) -> None:
+    """Write a packed file of random weights, and verify it; with ``rest``, what is float in it becomes 8-bit."""
     import torch
     from torch import nn
 
     import lowbit
     from lowbit.exporter.verify import verify
+    from lowbit.layers import calibrate
 
     torch.manual_seed(0)
     if net in LAYERS:
@@ -156,6 +166,9 @@ def export(net: str, path: Path) -> None:
                 nn.init.normal_(tensor, 0, spread)
             nn.init.uniform_(module.running_var, 0.5, 2)
     images = torch.randn(2, 3, side, side)
+    if rest:
+        lowbit.quantize_(model, "affine")
+        calibrate(model, [images])
     packed = lowbit.export(model.eval(), images).packed
     report = verify(model, packed, images)
     if not report.passed:
@@ -213,7 +226,11 @@ def measure(path: str, net: str, batch: int, threads: int, peers: list[str]) -> 
             return engine(images)
 
     name = f"lowbit {engine.isa}"
-    calls = {name: ours, **others.runners(peers, twin, inputs, threads)}
+    calls = {name: ours}
+    if with_rest(Path(path)).exists():
+        rest = Engine(with_rest(Path(path)), threads=threads)
+        calls[f"{name} {REST}"] = lambda: rest(images)
+    calls |= others.runners(peers, twin, inputs, threads)
     if "openvino" in peers:
         try:
             calls |= openvino_binary.runners(*same, inputs, threads)
@@ -239,10 +256,11 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         f"{commands}; {record['cpu']}, {record['cores']} cores, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. "
         "Milliseconds for a batch, medians of calls that took turns, quartiles in brackets; with peers also their time "
-        "over the engine's. Untrained networks. The binary peer is OpenVINO's own binary convolution.",
+        "over the engine's, and with int8 ones over that of the engine with an 8-bit rest too, where there is a rest. "
+        "Untrained networks. The binary peer is OpenVINO's own binary convolution.",
         "",
-        "| net | class | threads | batch | engine | " + " | ".join(FORMS) + " |",
-        "|" + "---|" * (5 + len(FORMS)),
+        f"| net | class | threads | batch | engine | engine, {REST} | " + " | ".join(FORMS) + " |",
+        "|" + "---|" * (6 + len(FORMS)),
     ]
     every = [
         "",
@@ -253,12 +271,17 @@ def table(record: dict[str, Any]) -> str:
     ]
     for key in dict.fromkeys(map(key_of, rows)):
         engine, *others = [row for row in rows if key_of(row) == key]
-        cells = [*map(str, key), _cell(engine)]
+        rest = next((row for row in others if form_of(row["runtime"]) == REST), None)
+        cells = [*map(str, key), _cell(engine), "-" if rest is None else _cell(rest)]
         for form in FORMS:
             fitting = [row for row in others if form_of(row["runtime"]) == form]
-            best = min(fitting, key=lambda row: float(row["milliseconds"]), default=None)
-            ratio = "" if best is None else f", {best['milliseconds'] / engine['milliseconds']:.2f}x, {_name(best)}"
-            cells.append("-" if best is None else _cell(best) + ratio)
+            if not fitting:
+                cells.append("-")
+                continue
+            best = min(fitting, key=lambda row: float(row["milliseconds"]))
+            over = [engine] if rest is None or form != "int8" else [engine, rest]
+            ratios = " and ".join(f"{best['milliseconds'] / ours['milliseconds']:.2f}x" for ours in over)
+            cells.append(f"{_cell(best)}, {ratios}, {_name(best)}")
         lines.append(f"| {' | '.join(cells)} |")
         for row in (engine, *others):
             ratio = f"{row['milliseconds'] / engine['milliseconds']:.2f}"
@@ -303,7 +326,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
             for form, milliseconds in best.items():
                 colour, shape = marks[form]
                 axis.plot(milliseconds, height, shape, color=colour, markersize=6)
-                above = 6 if form not in ("bf16", "binary") else -12  # these and int8 are often close
+                above = 6 if form not in ("bf16", "binary", REST) else -12  # these and others are often close
                 place = {"xytext": (0, above), "textcoords": "offset points", "ha": "center", "fontsize": 7}
                 axis.annotate(f"{milliseconds:.{3 if milliseconds < 1000 else 4}g}", (milliseconds, height), **place)
         axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
@@ -315,10 +338,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.margins(x=0.1)
         axis.set_title(f"{net}, batch {batch}", fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-    shown = {form_of(row["runtime"]) for row in rows if not row["runtime"].startswith("lowbit")}
-    names = {"engine": "lowbit", **{form: f"{form}, best peer" for form in reversed(FORMS) if form in shown}}
+    shown = {form_of(row["runtime"]) for row in rows}
+    names = {"engine": "lowbit"} | ({REST: f"lowbit, {REST}"} if REST in shown else {})
+    names |= {form: f"{form}, best peer" for form in reversed(FORMS) if form in shown}
     handles = [pyplot.Line2D([], [], color=marks[form][0], marker=marks[form][1], linestyle="") for form in names]
-    figure.legend(handles, list(names.values()), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(handles, list(names.values()), loc="outside upper center", ncols=6, fontsize=8, frameon=False)
     figure.supxlabel("milliseconds for a batch, logarithmic: further left is faster", fontsize=8)
     drawing.save(figure, path)
 

@@ -48,8 +48,9 @@ def publish(
 
 
 def form_of(runtime: str) -> str:
-    """What most of a peer's products are made of: it is named 'runtime version form'."""
-    return runtime.split(" ", 2)[2].partition(",")[0].partition(" and ")[0]
+    """What most of the products are made of; a peer is named 'runtime version form', the engine 'lowbit isa [form]'."""
+    _, _, form = runtime.partition(" ")[2].partition(" ")
+    return form.partition(",")[0].partition(" and ")[0]
 
 
 def into_page(page: Path, name: str, text: str) -> None:

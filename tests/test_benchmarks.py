@@ -88,6 +88,7 @@ def test_the_table_has_the_best_of_each_form_and_every_peer(script: Any) -> None
     engine = script("engine")
     rows = [
         row("conv256", "AMX", 1, 2.0),
+        row("conv256", "AMX", 1, 1.0, "lowbit amx 8-bit rest"),
         row("conv256", "AMX", 1, 9.0, "torch 2 float32, channels last"),
         row("conv256", "AMX", 1, 8.0, "openvino 3 float32"),
         row("conv256", "AMX", 1, 5.0, "openvino 3 int8 and bf16"),
@@ -96,9 +97,10 @@ def test_the_table_has_the_best_of_each_form_and_every_peer(script: Any) -> None
     shown = engine.table({"cpu": "A CPU", "cores": 2, "rows": rows})
     summary = next(line for line in shown.splitlines() if line.startswith("| conv256"))
     assert [cell.strip() for cell in summary.split("|")[6:-1]] == [
+        "1.000 (1.000 to 1.000)",
         "8.000 (8.000 to 8.000), 4.00x, openvino",
         "-",
-        "5.000 (5.000 to 5.000), 2.50x, openvino",
+        "5.000 (5.000 to 5.000), 2.50x and 5.00x, openvino",
         "3.000 (3.000 to 3.000), 1.50x, openvino",
     ]
     assert "| torch 2 float32, channels last | 9.000 (9.000 to 9.000) | 4.50 |" in shown

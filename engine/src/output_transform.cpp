@@ -2,6 +2,8 @@
 
 #include <bit>
 
+#include "ramp_table.h"
+
 namespace lowbit {
 namespace {
 
@@ -19,7 +21,12 @@ class ThresholdCodes final : public PixelwiseOp {
  public:
   ThresholdCodes(const OpSpec& spec, const Shape& input, const Kernels& kernels)
       : PixelwiseOp(codes_like(input, spec.bits)), kernels_(kernels), thresholds_(spec, input.channels) {
-    if (spec.bits > kMostCounted) return;
+    if (spec.bits > kMostCounted) {
+      std::vector<int64_t> row(round_up(kRampValues, input.channels));
+      for (size_t i = 0; i < row.size(); ++i) row[i] = static_cast<int64_t>(i) % input.channels;
+      ramp_ = RampTable<float>::fit(thresholds_, row);
+      return;
+    }
     limits_.resize(thresholds_.levels() * input.channels);
     flips_.resize(input.channels);
     for (int64_t c = 0; c < input.channels; ++c) {
@@ -29,14 +36,22 @@ class ThresholdCodes final : public PixelwiseOp {
     }
   }
 
-  const char* kernel(bool) const override { return limits_.empty() ? "" : "float_codes"; }
+  const char* kernel(bool) const override { return ramp_ ? "float_ramp" : limits_.empty() ? "" : "float_codes"; }
 
   void apply(const Operands& operands, const Part& part) const override {
     const int64_t channels = output().channels, count = part.end - part.channel;
-    for (int64_t pixel = part.first; pixel < part.first + part.count; ++pixel) {
-      const float* x = operands.input<float>() + pixel * channels + part.channel;
-      uint8_t* codes = operands.result<uint8_t>() + pixel * channels + part.channel;
-      if (limits_.empty())
+    const float* x = operands.input<float>() + part.first * channels + part.channel;
+    uint8_t* codes = operands.result<uint8_t>() + part.first * channels + part.channel;
+    if (ramp_ && count == channels) {  // as many pixels at once as the table goes on for
+      const int64_t size = static_cast<int64_t>(ramp_->size()), end = part.count * channels;
+      for (int64_t i = 0; i < end; i += size)
+        kernels_.float_ramp(x + i, ramp_->from(0), std::min(size, end - i), codes + i);
+      return;
+    }
+    for (int64_t p = 0; p < part.count; ++p, x += channels, codes += channels) {
+      if (ramp_)
+        kernels_.float_ramp(x, ramp_->from(part.channel), count, codes);
+      else if (limits_.empty())
         for (int64_t c = 0; c < count; ++c) codes[c] = thresholds_.code(x[c], part.channel + c);
       else
         kernels_.float_codes(x, limits_.data() + part.channel, channels, flips_.data() + part.channel, count,
@@ -45,11 +60,13 @@ class ThresholdCodes final : public PixelwiseOp {
   }
 
  private:
-  static constexpr int64_t kMostCounted = 4;  // bits up to which counting limits is faster than searching them
+  static constexpr int64_t kMostCounted = 4;   // bits up to which counting limits is faster than searching them
+  static constexpr int64_t kRampValues = 128;  // at least, so that pixels of few channels are not done one by one
 
   const Kernels& kernels_;
   Thresholds<float> thresholds_;
-  Buffer<float> limits_;  // [level][channel], flipped; empty where they are searched
+  std::optional<RampTable<float>> ramp_;  // of pixels; where there is none, thresholds are counted or searched
+  Buffer<float> limits_;                  // [level][channel], flipped; empty where they are not counted
   Buffer<uint32_t> flips_;
 };
 

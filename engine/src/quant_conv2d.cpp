@@ -5,6 +5,7 @@
 #include "byte_blocks.h"
 #include "convolution.h"
 #include "output_transform.h"
+#include "ramp_table.h"
 
 namespace lowbit {
 namespace {
@@ -36,6 +37,13 @@ class ByteConv2d final : public Op {
       return;
     }
     const Thresholds<int32_t> thresholds(spec, spec.channels);
+    if (spec.bits > kMostCounted) {
+      std::vector<int64_t> rows(groups_ * product_.panels() * kTileChannels, -1);
+      for (int64_t c = 0; c < spec.channels; ++c)
+        rows[slot(c / group_channels_, c % group_channels_ / kTileChannels) + c % group_channels_ % kTileChannels] = c;
+      ramp_ = RampTable<int32_t>::fit(thresholds, rows);
+      if (ramp_) return;
+    }
     levels_ = thresholds.levels();
     limits_.assign(groups_ * product_.panels() * levels_ * kTileChannels, 0);
     flips_.emplace(spec.channels, spec.groups, 0);
@@ -44,7 +52,7 @@ class ByteConv2d final : public Op {
       const int32_t flip = thresholds.falling(c) ? -1 : 0;
       flips_->at(c) = flip;
       const int64_t inside = c % group_channels_;
-      int32_t* of_channel = limits_.data() + limits_at(c / group_channels_, inside / kTileChannels);
+      int32_t* of_channel = limits_.data() + slot(c / group_channels_, inside / kTileChannels) * levels_;
       for (int level = 0; level < levels_; ++level)
         of_channel[level * kTileChannels + inside % kTileChannels] = thresholds.of(c)[level] ^ flip;
     }
@@ -89,21 +97,26 @@ class ByteConv2d final : public Op {
     }
   }
 
-  int64_t limits_at(int64_t group, int64_t panel) const {
-    return (group * product_.panels() + panel) * levels_ * kTileChannels;
-  }
+  // The first of 16 channels.
+  int64_t slot(int64_t group, int64_t panel) const { return (group * product_.panels() + panel) * kTileChannels; }
 
   void put_codes(const Call& call, const IntegerSums& sums, int64_t pixel, int64_t group, int64_t panel) const {
-    const IntegerLimits limits{limits_.data() + limits_at(group, panel), flips_->panel(group, panel), levels_};
+    const auto write = [&](uint8_t* target, int64_t stride) {
+      if (ramp_)
+        kernels_.ramp(sums, ramp_->from(slot(group, panel)), target, stride);
+      else
+        kernels_.codes(sums, {limits_.data() + slot(group, panel) * levels_, flips_->panel(group, panel), levels_},
+                       target, stride);
+    };
     const int64_t inside = panel * kTileChannels, first = group * group_channels_ + inside;
     const int64_t wanted = std::min<int64_t>(kTileChannels, group_channels_ - inside);
     uint8_t codes[kTilePixels][kTileChannels];
     const bool in_place = output().bits != 1 && wanted == kTileChannels;
     if (in_place) {
-      kernels_.codes(sums, limits, call.result<uint8_t>() + pixel * output().channels + first, output().channels);
+      write(call.result<uint8_t>() + pixel * output().channels + first, output().channels);
       return;
     }
-    kernels_.codes(sums, limits, codes[0], kTileChannels);
+    write(codes[0], kTileChannels);
     for (int p = 0; p < sums.count; ++p) {
       if (output().bits != 1) {
         std::copy_n(codes[p], wanted, call.result<uint8_t>() + (pixel + p) * output().channels + first);
@@ -121,7 +134,10 @@ class ByteConv2d final : public Op {
   ByteBlocks product_;
   std::optional<BorderCases> cases_;  // where the grid has an offset; else there is one
   std::optional<PerChannel<int32_t>> bases_;
-  int levels_ = 0;          // for codes, as what follows
+  static constexpr int64_t kMostCounted = 4;  // bits up to which counting limits is faster than a ramp
+
+  std::optional<RampTable<int32_t>> ramp_;  // for codes; where there is none, what follows
+  int levels_ = 0;
   Buffer<int32_t> limits_;  // [group][panel][level][16]
   std::optional<PerChannel<int32_t>> flips_;
   std::optional<FloatEpilogue> epilogue_;  // for floats

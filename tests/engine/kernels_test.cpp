@@ -272,6 +272,60 @@ void check_byte_outputs(Comparison& comparison, int count, int levels) {
   comparison.compare("bytes.floats", levels, count, floats, found);
 }
 
+// Codes of values near thresholds that rise evenly, which are held against all of them.
+template <class T, class Write>
+void check_ramp(Comparison& comparison, const char* entry, size_t count, const std::vector<T>& values, T step,
+                const Write& write) {
+  constexpr int kLevels = 255;
+  const bool is_float = std::is_same_v<T, float>;
+  const float slope = 1 / static_cast<float>(step);
+  const auto flips =
+      filled<uint32_t>(count, [&] { return integer(0, 1) ? (is_float ? 0x80000000u : 0xffffffffu) : 0u; });
+  const auto rows = filled<int32_t>(count, [] { return kLevels * static_cast<int32_t>(integer(0, 2)); });
+  std::vector<T> limits;
+  for (int row = 0; row < 3; ++row)
+    for (int level = 0; level < kLevels; ++level) limits.push_back(step * static_cast<T>(level - 40 * row));
+  std::vector<float> slopes(count, slope), low(count, 0.5f), high(count, kLevels + 0.4375f), start;
+  for (size_t i = 0; i < count; ++i) start.push_back(1 + 40 * static_cast<float>(rows[i] / kLevels));
+  for (const float slack : {0.03125f, 1.0f}) {
+    const Ramp<T> ramp{slopes.data(), start.data(), low.data(),    high.data(),
+                       flips.data(),  rows.data(),  limits.data(), slack};
+    Results<uint8_t> expected(count + 1, 77), found = expected;
+    for (size_t i = 0; i < count; ++i) {
+      T value = values[i];
+      if (flips[i] != 0) value = is_float ? -value : static_cast<T>(-1 - value);
+      expected[i] = 0;
+      for (int level = 0; level < kLevels; ++level) expected[i] += value >= limits[rows[i] + level];
+    }
+    write(ramp, found.data());
+    comparison.compare(entry, count, 1, expected, found);
+  }
+}
+
+void check_ramps(Comparison& comparison, size_t count) {
+  const auto floats = filled<float>(count, [] {
+    const float value = 0.75f * static_cast<float>(integer(-300, 300));
+    const int64_t kind = integer(0, 4);
+    if (kind == 0) return std::numeric_limits<float>::quiet_NaN();
+    if (kind == 1) return std::nextafter(value, -INFINITY);
+    return kind == 2 ? value + real() : value;
+  });
+  check_ramp<float>(comparison, "float_ramp", count, floats, 0.75f, [&](const Ramp<float>& ramp, uint8_t* codes) {
+    comparison.kernels.float_ramp(floats.data(), ramp, count, codes);
+  });
+  if (comparison.kernels.bytes == nullptr) return;
+  const auto sums = filled<int32_t>(kTileChannels, [] { return static_cast<int32_t>(integer(-3000, 3000)); });
+  const auto bases = filled<int32_t>(kTileChannels, [] { return static_cast<int32_t>(integer(-3, 3)); });
+  const int32_t* const rows[1] = {bases.data()};
+  std::vector<int32_t> values;
+  for (int c = 0; c < kTileChannels; ++c) values.push_back(3 * sums[c] + bases[c]);
+  const IntegerSums all{reinterpret_cast<const int32_t (*)[kTileChannels]>(sums.data()), 1, 3, rows};
+  check_ramp<int32_t>(comparison, "bytes.ramp", kTileChannels, values, 32,
+                      [&](const Ramp<int32_t>& ramp, uint8_t* codes) {
+                        comparison.kernels.bytes->ramp(all, ramp, codes, kTileChannels);
+                      });
+}
+
 void check_integers(Comparison& comparison, size_t depth, int count) {
   const auto largest = static_cast<int64_t>(std::sqrt(INT32_MAX / static_cast<double>(depth == 0 ? 1 : depth)));
   const int64_t end = std::min<int64_t>(largest, INT16_MAX);
@@ -393,6 +447,7 @@ bool equals_scalar(const Kernels& kernels) {
       for (const int levels : {1, 3, 255}) check_byte_outputs(comparison, count, levels);
   }
   for (size_t channels = 1; channels <= 200; ++channels) check_float_bits(comparison, channels);
+  for (size_t count = 1; count <= 200; ++count) check_ramps(comparison, count);
   for (size_t channels = 1; channels <= 70; ++channels) check_rows(comparison, channels);
   return comparison.equal;
 }

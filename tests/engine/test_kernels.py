@@ -292,6 +292,66 @@ def test_integer_thresholds_at_every_sum_and_at_the_ends(isa, sums):
     np.testing.assert_array_equal(Engine(net.model).run_op(1, [x]), expected)
 
 
+@pytest.mark.parametrize("jitter", [0.0, 1e-6, 0.3, 2.0])
+@pytest.mark.parametrize(("channels", "shared"), [(3, True), (20, False), (130, False)])
+@pytest.mark.parametrize("bits", [5, 8])
+def test_thresholds_that_rise_almost_evenly_decide_as_they_say(isa, bits, channels, shared, jitter):
+    """At every threshold, just below and above it, at the ends and at what is no number."""
+    rng = np.random.default_rng(7)
+    rows, levels = 1 if shared else channels, 2**bits - 1
+    steps = rng.uniform(0.01, 3, (rows, 1))
+    table = steps * (np.arange(levels) + rng.uniform(-levels, levels, (rows, 1)))
+    table = np.sort(table + jitter * steps * rng.uniform(-0.5, 0.5, table.shape), axis=1).astype(np.float32)
+    falling = np.full(channels, 1) if shared else rng.integers(0, 2, channels)
+    table[falling[:rows] == 1] = table[falling[:rows] == 1, ::-1]
+    tensors = {"thresholds": np.ascontiguousarray(table), "falling": falling.astype(np.uint8)}
+    ends = np.broadcast_to(np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1e38], np.float32), (rows, 6))
+    sides = [np.nextafter(table, np.float32(end)) for end in (-np.inf, np.inf)]
+    x = np.concatenate([table, *sides, rng.normal(0, 300, (rows, 200)).astype(np.float32), ends], axis=1)
+    x = np.ascontiguousarray(np.broadcast_to(x, (channels, x.shape[1])).T)[None, None]
+    net = Builder((channels, 1, x.shape[2]))
+    net.op("threshold", tensors=tensors, bits=bits)
+    net.op("relu", inputs=[0])
+    expected = reference.run_op(net.model.ops[0], tensors, [x])
+    engine = Engine(net.model, threads=2)
+    np.testing.assert_array_equal(engine.run_op(0, [x]), expected)
+    if jitter < 1:
+        assert engine.kernels[0] == "float_ramp"
+    elif not shared:
+        assert engine.kernels[0] == ""
+
+
+@pytest.mark.parametrize("channels", [16, 37])
+@pytest.mark.parametrize("step", [1, 7.3, 150])
+def test_integer_thresholds_that_rise_almost_evenly_decide_as_they_say(isa, step, channels):
+    """Every sum of a 1x1 convolution; thresholds that every sum passes and that none reaches; constant channels."""
+    rng = np.random.default_rng(8)
+    sums = np.arange(255 * 17 + 1)
+    table = np.rint(step * (np.arange(255) - rng.integers(0, 200, (channels, 1)))).astype(np.int64)
+    table += rng.integers(0, 500, (channels, 1))
+    table[1:4, :100], table[3:6, 150:], table[6], table[7] = -(2**31), 2**31 - 1, -(2**31), 2**31 - 1
+    falling = rng.integers(0, 2, channels)
+    opposite = np.where(table == -(2**31), 2**31 - 1, np.where(table == 2**31 - 1, -(2**31), 4000 - table))
+    table[falling == 1] = opposite[falling == 1]
+    grid = {"input_multiplier": 1, "input_offset": 0, "weight_width": 8, "weight_multiplier": 1, "weight_offset": -100}
+    tensors = {
+        "weight_codes": np.full((channels, 1), 101 | 116 << 8, np.uint64),  # weights of 1 and 16
+        "thresholds": table.astype(np.int32),
+        "falling": falling.astype(np.uint8),
+    }
+    net = Builder((2, 1, len(sums)))
+    net.op("threshold", tensors=thresholds(rng, np.float32, 2, 8, 1.0), bits=8)
+    net.op(
+        "quant_conv2d", tensors=tensors, groups=1, channels=channels, bits=8, **grid, **window((1, 1), dilation=(1, 1))
+    )
+    net.op("relu", inputs=[0])
+    high = np.minimum(sums // 16, 255)
+    x = np.stack([sums - 16 * high, high], axis=1).astype(np.uint8)[None, None]
+    expected = reference.run_op(net.model.ops[1], tensors, [x])
+    assert len(np.unique(expected)) > 100
+    np.testing.assert_array_equal(Engine(net.model).run_op(1, [x]), expected)
+
+
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (5, 3, 2), (1, 1, 0)])
 @pytest.mark.parametrize("bits", [1, 4, 32])
 def test_max_pool_equals_the_reference(isa, kernel, stride, padding, bits):

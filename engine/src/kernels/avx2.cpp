@@ -51,6 +51,7 @@ __m256i difference(const uint64_t* x, const uint64_t* w, int k) {
 
 #include "kernels/arrange_rows.h"
 #include "kernels/carry_save.h"
+#include "kernels/ramp.h"
 
 namespace lowbit {
 namespace {
@@ -295,7 +296,7 @@ void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
       _mm256_storeu_ps(out.output + p * out.stride + i, scaled(_mm256_cvtepi32_ps(completed(sums, p, i)), out, i));
 }
 
-constexpr ByteKernels kBytes{4, INT16_MAX, arrange_rows, byte_sums, sums_to_codes, sums_to_floats};
+constexpr ByteKernels kBytes{4, INT16_MAX, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};
 
 void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
   const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -344,8 +345,8 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 
 #include "kernels/rows.h"
 
-const lowbit::Kernels lowbit::kAvx2Kernels{"avx2",      binary_counts,   binary_bits,  binary_floats,
-                                           float_tile,  float_tile_bits, integer_sums, float_bits,
-                                           float_codes, &kRows,          nullptr,      &kBytes};
+const lowbit::Kernels lowbit::kAvx2Kernels{"avx2",          binary_counts, binary_bits, binary_floats, float_tile,
+                                           float_tile_bits, integer_sums,  float_bits,  float_codes,   ramp<float>,
+                                           &kRows,          nullptr,       &kBytes};
 
 LOWBIT_TARGET_CLOSE

@@ -119,13 +119,13 @@ void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int c
     LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
 }
 
-constexpr ByteKernels kBytes{4, INT16_MAX, arrange_rows, byte_sums, sums_to_codes, sums_to_floats};
+constexpr ByteKernels kBytes{4, INT16_MAX, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};
 
 }  // namespace
 }  // namespace lowbit
 
 const lowbit::Kernels lowbit::kAvx512Kernels{
-    "avx512",    binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums, float_bits,
-    float_codes, &kRows,        nullptr,     &kBytes,       2};
+    "avx512",   binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums,
+    float_bits, float_codes,   ramp<float>, &kRows,        nullptr,    &kBytes,         2};
 
 LOWBIT_TARGET_CLOSE

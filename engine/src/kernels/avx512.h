@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/arrange_rows.h"
+#include "kernels/ramp.h"
 
 namespace lowbit {
 namespace {

@@ -87,6 +87,22 @@ struct IntegerLimits {
   int levels;
 };
 
+// Thresholds that rise almost evenly, for as many values as lie in a row. Where v is a value with its bits flipped, its
+// place is v * slope + start, two roundings, cut to low..high. The code is the place cut to an integer, unless that is
+// within `slack` of the next or the last: then limits[rows + k], where k + 1 is the integer nearest to the place, says
+// whether it is k or k + 1. Limits come flipped already.
+template <class T>
+struct Ramp {
+  const float* slope;
+  const float* start;
+  const float* low;
+  const float* high;
+  const uint32_t* flips;
+  const int32_t* rows;
+  const T* limits;
+  float slack;
+};
+
 struct ByteKernels {
   int64_t depth_multiple;
   int64_t largest_pair;  // the products of two neighbours in a row, added up, must not pass it
@@ -102,6 +118,9 @@ struct ByteKernels {
 
   // codes[p * stride + c] = how many limits the integer passes.
   void (*codes)(const IntegerSums&, const IntegerLimits&, uint8_t* codes, ptrdiff_t stride);
+
+  // The same for 16 channels whose limits rise almost evenly.
+  void (*ramp)(const IntegerSums&, const Ramp<int32_t>&, uint8_t* codes, ptrdiff_t stride);
 
   void (*floats)(const IntegerSums&, const FloatOutput&);
 
@@ -165,6 +184,9 @@ struct Kernels {
   // codes[c] = how many of the limits thresholds[level * pitch + c] x[c] passes, as above.
   void (*float_codes)(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,
                       int levels, uint8_t* codes);
+
+  // The codes of `count` values in a row.
+  void (*float_ramp)(const float* x, const Ramp<float>&, size_t count, uint8_t* codes);
 
   const RowKernels* rows;
 

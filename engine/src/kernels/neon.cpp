@@ -202,7 +202,9 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 }  // namespace
 }  // namespace lowbit
 
+#include "kernels/ramp.h"
 #include "kernels/rows.h"
 
-const lowbit::Kernels lowbit::kNeonKernels{"neon",          binary_counts, binary_bits, binary_floats, float_tile,
-                                           float_tile_bits, integer_sums,  float_bits,  float_codes,   &kRows};
+const lowbit::Kernels lowbit::kNeonKernels{"neon",      binary_counts,   binary_bits,  binary_floats,
+                                           float_tile,  float_tile_bits, integer_sums, float_bits,
+                                           float_codes, ramp<float>,     &kRows};
