@@ -157,6 +157,8 @@ def test_tables_as_json(table: str) -> None:
 def test_a_method_is_described_with_its_options() -> None:
     described = json.loads(lowbit("methods", "xnor_net", "--json").stdout)
     assert {option["option"] for option in described["options"]} >= {"gradient", "center", "clamp"}
+    assert list(described["recipes"]) == ["default", "paper", "bin_vgg16", "nin"]
+    assert described["recipes"]["nin"]["epochs"] == 320
 
 
 MISTAKES = {

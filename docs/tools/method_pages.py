@@ -22,6 +22,7 @@ from lowbit.methods import Method, Recipe
 from lowbit.quantizers.base import Quantizer
 from lowbit.runs import read_json
 from lowbit.study.results import read_results, summarise, table, traced
+from lowbit.terminal import plain
 
 RESULTS = Path(__file__).parents[2] / "results" / "fashion_mnist"
 """Where the results of studies/fashion_mnist.toml are published."""
@@ -211,17 +212,22 @@ def _type(annotation: Any) -> str:
 
 
 def _recipes(method: Method) -> str:
-    default = Recipe()
-    rows = []
-    for name, recipe in {"default": method.recipe, **method.recipes}.items():
-        fields = [
-            f"{f.name} {_value(getattr(recipe, f.name))}"
-            for f in dataclasses.fields(recipe)
-            if f.name in ("optimizer", "learning_rate", "schedule", "epochs")
-            or (f.name != "source" and getattr(recipe, f.name) != getattr(default, f.name))
-        ]
-        rows.append(f"| `{name}` | {', '.join(fields)} | {recipe.source} |")
-    return "\n".join(["| recipe | settings | from |", "|---|---|---|", *rows])
+    """A column for each recipe, a row for each field that is in effect in one of them, and where they come from."""
+    settings = {key: recipe.settings() for key, recipe in method.named_recipes.items()}
+    rows = [
+        f"| {field.name} | {' | '.join(plain(each.get(field.name, '')) for each in settings.values())} |"
+        for field in dataclasses.fields(Recipe)
+        if any(field.name in each for each in settings.values())
+    ]
+    sources = [f"- `{key}`: {recipe.source}." for key, recipe in method.named_recipes.items()]
+    head = [f"| field | {' | '.join(f'`{key}`' for key in settings)} |", "|---" * (len(settings) + 1) + "|"]
+    return "\n\n".join([_HOW_TO_CHOOSE, "\n".join([*head, *rows]), "\n".join(sources)])
+
+
+_HOW_TO_CHOOSE = (
+    "`lowbit train --recipe NAME` takes another than `default`; `--set recipe.FIELD=VALUE` changes a "
+    "[field](../api/methods.md#lowbit.methods.base.Recipe)."
+)
 
 
 def _measured(name: str) -> list[str]:
@@ -237,12 +243,6 @@ def _measured(name: str) -> list[str]:
 
 
 _HOW_TO_READ = "[How to read the table](../studies.md#reading-the-table)."
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "(" + ", ".join(f"{item:.3g}" for item in value) + ")"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _use(name: str) -> str:

@@ -46,13 +46,14 @@ def options(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show this method's options.")] = None, as_json: AsJson = False
+    name: Annotated[str | None, typer.Argument(help="Show this method's options and recipes.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """List the methods, or describe one of them and its options."""
+    """List the methods, or describe one of them, its options and its recipes."""
     from lowbit.methods import registry
 
     if name is not None:
-        describe(registry, name, as_json)
+        describe(registry, name, as_json, recipes=registry[name]().named_recipes)
         return
     made = [registry[each]() for each in registry]
     rows = [
@@ -108,7 +109,7 @@ def train(
     optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The peak.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Spares norms, biases and latent weights.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="step, cosine, linear or poly.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="step, cosine, linear, poly or exponential.")] = None,
     recipe: Annotated[str | None, typer.Option(help="One of the method's recipes by name.")] = None,
     settings: Annotated[
         list[str] | None,

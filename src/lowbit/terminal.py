@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,13 +13,20 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from lowbit.methods import Recipe
     from lowbit.registry import Registry
 
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def describe(registry: Registry[Callable[..., Any]], name: str, as_json: bool, hidden: Sequence[str] = ()) -> None:
-    """Print the docstring of the entry ``name`` and a table of its options, those in ``hidden`` left out."""
+def describe(
+    registry: Registry[Callable[..., Any]],
+    name: str,
+    as_json: bool,
+    hidden: Sequence[str] = (),
+    recipes: Mapping[str, Recipe] | None = None,
+) -> None:
+    """Print the docstring of the entry ``name``, a table of its options, without those in ``hidden``, and recipes."""
     documentation = inspect.cleandoc(registry[name].__doc__ or "")
     rows = [
         {"option": p.name, "type": _type_name(p.annotation), "default": p.default}
@@ -27,11 +34,24 @@ def describe(registry: Registry[Callable[..., Any]], name: str, as_json: bool, h
         if p.name not in hidden
     ]
     if as_json:
-        print_json({"name": name, "documentation": documentation, "options": rows})
+        described: dict[str, Any] = {"name": name, "documentation": documentation, "options": rows}
+        if recipes is not None:
+            described["recipes"] = {key: {**r.settings(), "source": r.source} for key, r in recipes.items()}
+        print_json(described)
         return
     Console().print(documentation, markup=False, highlight=False)
     if rows:
         print_rows(f"Options of {name}", rows, False)
+    for key, recipe in (recipes or {}).items():
+        settings = ", ".join(f"{field} {plain(value)}" for field, value in recipe.settings().items())
+        Console().print(f"\nRecipe {key}: {settings}.\nFrom: {recipe.source}.", markup=False, highlight=False)
+
+
+def plain(value: Any) -> str:
+    """A value of a recipe for reading: numbers in four digits, those of a tuple with slashes."""
+    if isinstance(value, tuple):
+        return " / ".join(map(plain, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _type_name(annotation: Any) -> str:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit import data, models
+from lowbit import data, methods, models
+from lowbit.cli import app
 from lowbit.errors import LowbitError, UsageError
 from lowbit.methods.base import Recipe
 from lowbit.preprocessing import Preprocessing
@@ -21,7 +22,7 @@ from lowbit.training.distillation import distillation_loss
 from lowbit.training.initialise import init_from
 from lowbit.training.module import find_not_finite, parameter_groups, squared_hinge
 from lowbit.training.schedules import multiplier
-from lowbit.training.settings import check_recipe
+from lowbit.training.settings import TrainConfig, check_recipe, choose_recipe
 
 CPU = torch.device("cpu")
 
@@ -38,6 +39,9 @@ CPU = torch.device("cpu")
         (Recipe(schedule="cosine", epochs=12, warmup=2), 7, 0.5),
         (Recipe(schedule="linear", epochs=8), 2, 0.75),
         (Recipe(schedule="poly", gamma=2.0, epochs=8), 2, 0.5625),
+        (Recipe(schedule="exponential", gamma=1e-4, epochs=8), 0, 1.0),
+        (Recipe(schedule="exponential", gamma=1e-4, epochs=8), 4, 0.01),
+        (Recipe(schedule="exponential", gamma=1e-4, epochs=8), 8, 1e-4),
         (Recipe(schedule="step", milestones=(0.5, 0.75), epochs=20), 9.99, 1.0),
         (Recipe(schedule="step", milestones=(0.5, 0.75), epochs=20), 10, 0.1),
         (Recipe(schedule="step", milestones=(0.5, 0.75), epochs=20), 19, 0.01),
@@ -69,6 +73,29 @@ def test_schedules_have_their_closed_forms(recipe: Recipe, epoch: float, expecte
 def test_recipes_out_of_range_are_refused_by_field(change: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=next(iter(change))):
         check_recipe(replace(Recipe(), **change))  # type: ignore[arg-type]
+
+
+def test_a_published_recipe_is_shown_and_taken_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app(["methods", "bnn"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "Recipe paper: optimizer adam, learning_rate 0.001" in shown
+    assert "MatthieuCourbariaux/BinaryNet" in shown
+    asked: list[TrainConfig] = []
+    monkeypatch.setattr("lowbit.training.train", asked.append)
+    monkeypatch.setattr("lowbit.cli._summarise", lambda run: None)
+    command = ["train", "--method", "bnn", "--model", "lenet", "--data", "digits", "--out", "x"]
+    for more in ([], ["--recipe", "paper"], ["--recipe", "paper", "--epochs", "3", "--set", "recipe.batch_size=64"]):
+        app([*command, *more], standalone_mode=False)
+    bnn = methods.registry["bnn"]()
+    paper = bnn.recipes["paper"]
+    assert [choose_recipe(bnn, config) for config in asked] == [
+        ("default", bnn.recipe),
+        ("paper", paper),
+        ("paper", replace(paper, epochs=3, batch_size=64)),
+    ]
+    assert [paper.learning_rate * multiplier(paper, epoch) for epoch in (0, 500)] == pytest.approx([1e-3, 3e-7])
 
 
 def decayed_names(model: nn.Module, recipe: Recipe) -> set[str]:

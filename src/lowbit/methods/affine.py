@@ -129,13 +129,15 @@ FROM_SCRATCH = Recipe(
     decay_all=True,
     schedule="cosine",
     warmup=1,
-    source="the float twin's; the step follows the size of the weights, so decay reaches the latent weights too",
+    source="the float twin's, for the comparison with it, where the whitepaper tunes a trained float network; the step "
+    "follows the size of the weights, so decay reaches the latent weights too",
 )
 FINE_TUNE = Recipe(
     optimizer="sgd",
     learning_rate=1e-3,
     schedule="cosine",
-    source="SGD with a small rate, from the weights of a float run, as the paper advises; the rate is ours",
+    source="SGD with a small rate, from the weights of a float run, as the paper advises; rate, schedule and length "
+    "are ours, for no complete published recipe was found",
 )
 
 

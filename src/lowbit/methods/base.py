@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -24,8 +24,8 @@ class Recipe:
         learning_rate: the peak, after warm-up.
         weight_decay: reaches convolution and linear weights; norms, biases and latent binary weights only with
             ``decay_all`` (a latent weight's size has no meaning for its sign).
-        schedule: ``step`` (times ``gamma`` at each of ``milestones``), ``cosine``, ``linear`` or ``poly`` (power
-            ``gamma``).
+        schedule: ``step`` (times ``gamma`` at each of ``milestones``), ``cosine``, ``linear``, ``poly`` (power
+            ``gamma``) or ``exponential`` (down to ``gamma`` times the peak).
         milestones: fractions of the epochs, for ``step``.
         warmup: epochs of linear warm-up from 0.
         epochs, batch_size: as they say.
@@ -34,7 +34,7 @@ class Recipe:
             method's own plus ``distill_weight`` times that of `lowbit.training.distillation` at this temperature.
         augment: random crop, and flip where the data set allows it.
         crop: pixels of padding that an image is cropped out of; short trainings, which fit too little, want fewer.
-        source: where the recipe comes from and what was changed.
+        source: where the recipe comes from, what was changed and why.
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
@@ -42,7 +42,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 0.0
     decay_all: bool = False
-    schedule: Literal["step", "cosine", "linear", "poly"] = "cosine"
+    schedule: Literal["step", "cosine", "linear", "poly", "exponential"] = "cosine"
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
     warmup: float = 0.0
@@ -54,6 +54,22 @@ class Recipe:
     augment: bool = True
     crop: int = 4
     source: str = ""
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that have an effect beside the others, for tables; without ``source``."""
+        shown = {
+            "momentum": self.optimizer == "sgd",
+            "decay_all": self.weight_decay > 0,
+            "milestones": self.schedule == "step",
+            "gamma": self.schedule in ("step", "poly", "exponential"),
+            "warmup": self.warmup > 0,
+            "label_smoothing": self.label_smoothing > 0,
+            "distill_weight": self.distill_weight < 1,
+            "temperature": self.temperature != 1,
+            "crop": self.augment,
+            "source": False,
+        }
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if shown.get(entry.name, True)}
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,7 @@ class Method:
             (`QuantizedLayer.magnitudes`).
         loss: ``cross_entropy``, ``squared_hinge`` or ``sum_of_squares``.
         recipe: the default recipe.
-        recipes: further recipes by name, such as the paper's own.
+        recipes: further recipes by name; ``paper`` is the published one, or as much of it as a `Recipe` can say.
     """
 
     name: str
@@ -111,6 +127,11 @@ class Method:
     loss: Literal["cross_entropy", "squared_hinge", "sum_of_squares"] = "cross_entropy"
     recipe: Recipe = field(default_factory=Recipe)
     recipes: dict[str, Recipe] = field(default_factory=dict)
+
+    @property
+    def named_recipes(self) -> dict[str, Recipe]:
+        """All recipes by the names that ``--recipe`` takes, ``default`` first."""
+        return {"default": self.recipe, **self.recipes}
 
 
 registry: Registry[Callable[..., Method]] = Registry("lowbit.methods", "method")

@@ -43,6 +43,23 @@ def bwn(gradient: Literal["exact", "paper"] = "exact") -> Method:
             weight_decay=1e-4,
             schedule="cosine",
             warmup=0.5,
-            source="as for xnor_net, in place of the paper's SGD with steps",
+            source="xnor_net's, so that the two can be compared: AdamW with a cosine in place of the SGD with steps of "
+            "the authors' code, and for runs of some ten epochs",
         ),
+        recipes={
+            "paper": Recipe(
+                optimizer="sgd",
+                learning_rate=0.01,
+                weight_decay=5e-4,
+                decay_all=True,
+                schedule="step",
+                milestones=(18 / 55, 29 / 55, 43 / 55, 52 / 55),
+                gamma=10**-0.5,
+                epochs=55,
+                source="the authors' Torch code for AlexNet on ImageNet (allenai/XNOR-Net, train.lua and README): SGD "
+                "with momentum 0.9 and batch 128, 55 epochs of 2,500 batches each, the rate 0.01, 0.005, 0.001, 0.0005 "
+                "and 0.0001 from epochs 1, 19, 30, 44 and 53, its factors of 1/2 and 1/5 in turn evened out here; "
+                "decay of all parameters, which ends there with epoch 29 and goes on here",
+            ),
+        },
     )

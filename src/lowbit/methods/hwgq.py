@@ -60,8 +60,24 @@ def hwgq(bits_a: int = 2, levels: Levels = "uniform", backward: Backward = "clip
             weight_decay=1e-4,
             schedule="cosine",
             warmup=0.5,
-            source="AdamW with a cosine, in place of the paper's SGD with steps",
+            source="AdamW with a cosine in place of the authors' SGD with a line to zero over 200 epochs, for runs of "
+            "some ten",
         ),
+        recipes={
+            "paper": Recipe(
+                optimizer="sgd",
+                learning_rate=0.01,
+                weight_decay=5e-4,
+                decay_all=True,
+                schedule="linear",
+                epochs=200,
+                batch_size=100,
+                source="the authors' Caffe code for a VGG on CIFAR-10 (zhaoweicai/hwgq, "
+                "examples/cifar10/vgg-hwgq-3ne-clip-poly): SGD 0.01 with momentum 0.9 and a line to zero over 100,000 "
+                "batches of 100, crop and flip, decay of all weights, latent ones too; here it reaches norms and "
+                "biases as well, and 4 pixels of padding are ours",
+            ),
+        },
     )
 
 

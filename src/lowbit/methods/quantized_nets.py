@@ -83,7 +83,8 @@ def quantized_nets(rule: Rule = "bc", bits_w: int = 1) -> Method:
             learning_rate=0.01,
             schedule="step",
             milestones=(0.5, 0.75),
-            source="the paper's Adam; rate, steps and epochs are chosen for short runs",
+            source="the paper's Adam; rate, steps and epochs are chosen for short runs, and the paper's own could not "
+            "be looked up",
         ),
     )
 

@@ -41,6 +41,21 @@ def reactnet(shifts: bool = True) -> Method:
             learning_rate=3e-3,
             schedule="linear",
             warmup=0.5,
-            source="AdamW with a line to zero, in place of the paper's Adam over 256 epochs on ImageNet",
+            source="the paper's line to zero with AdamW at six times its rate, in one stage in place of two and "
+            "without a teacher unless one is given: for runs of some ten epochs in place of 256",
         ),
+        recipes={
+            "paper": Recipe(
+                optimizer="adam",
+                learning_rate=5e-4,
+                schedule="linear",
+                epochs=256,
+                batch_size=256,
+                source="the authors' code for ImageNet (liuzechun/ReActNet, mobilenet/2_step2/run.sh, the long "
+                "setting): the second of two steps, Adam 5e-4 with a line to zero and no decay, to be run with "
+                "--distill-from a float network, whose logits are its only target, and --init-from the first step. "
+                "That one has the same settings, float weights and decay 1e-5, and cannot be said here; nor can crops "
+                "of random size and changes of colour",
+            ),
+        },
     )

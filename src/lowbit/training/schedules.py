@@ -16,6 +16,7 @@ def multiplier(recipe: Recipe, epoch: float) -> float:
     - ``cosine``: (1 + cos(pi t)) / 2
     - ``linear``: 1 - t
     - ``poly``: (1 - t) ** gamma
+    - ``exponential``: gamma ** t
     - ``step``: gamma ** (how many of milestones * E have passed)
     """
     if epoch < recipe.warmup:
@@ -25,4 +26,6 @@ def multiplier(recipe: Recipe, epoch: float) -> float:
     t = min(1.0, (epoch - recipe.warmup) / max(recipe.epochs - recipe.warmup, 1e-9))
     if recipe.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * t))
+    if recipe.schedule == "exponential":
+        return float(recipe.gamma**t)
     return float((1 - t) ** (recipe.gamma if recipe.schedule == "poly" else 1))

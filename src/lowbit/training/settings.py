@@ -106,13 +106,12 @@ def choose_recipe(method: Method, config: TrainConfig) -> tuple[str, Recipe]:
     """
     if isinstance(config.recipe, Recipe):
         name, recipe = "custom", config.recipe
-    elif config.recipe is None or config.recipe == "default":
-        name, recipe = "default", method.recipe
-    elif config.recipe in method.recipes:
-        name, recipe = config.recipe, method.recipes[config.recipe]
     else:
-        choices = ", ".join(["default", *method.recipes])
-        raise UsageError(f"method '{method.name}' has no recipe '{config.recipe}'; choose from {choices}")
+        name = config.recipe or "default"
+        if name not in method.named_recipes:
+            choices = ", ".join(method.named_recipes)
+            raise UsageError(f"method '{method.name}' has no recipe '{name}'; choose from {choices}")
+        recipe = method.named_recipes[name]
     known = [entry.name for entry in fields(Recipe)]
     for key in config.overrides:
         if key not in known:
