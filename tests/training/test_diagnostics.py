@@ -443,12 +443,12 @@ def test_a_run_from_before_there_were_diagnostics_goes_on(config: TrainConfig, m
     train_until(config, monkeypatch, batch=0)
     run = Run(Path(config.out))
     old = {key: value for key, value in run.config.items() if key not in ("diagnose", "distill_from")}
-    for later in ("crop", "distill_weight", "temperature"):
+    for later in ("average", "crop", "distill_weight", "temperature"):
         del old["recipe"][later]
     run.config_path.write_text(json.dumps(old))
     path = run.checkpoints_path / "last.ckpt"
     state = torch.load(path, weights_only=True)
-    del state["diagnostics"]
+    del state["diagnostics"], state["average"]
     torch.save(state, path)
     with pytest.raises(UsageError, match="diagnose False, not True"):
         train(replace(config, resume=True, diagnose=True))

@@ -67,6 +67,7 @@ def test_schedules_have_their_closed_forms(recipe: Recipe, epoch: float, expecte
         {"label_smoothing": -0.1},
         {"distill_weight": 1.5},
         {"temperature": 0.0},
+        {"average": 1.5},
         {"crop": -1},
     ],
 )

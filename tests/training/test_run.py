@@ -13,15 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from ctrl_c import press_ctrl_c
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lowbit import models
+from lowbit import data, models
 from lowbit.errors import LowbitError, UsageError
+from lowbit.evaluation import evaluate
 from lowbit.runs import Run
 from lowbit.training import TrainConfig, train
+from lowbit.training.batches import TrainBatches
 from lowbit.training.callbacks import COLUMNS, Recorder
 from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.module import TrainingModule
@@ -90,7 +94,64 @@ def test_it_learns_and_the_last_epoch_gives_the_weights(config: TrainConfig) -> 
     run = train(replace(config, method="float", epochs=6, overrides={**config.overrides, "learning_rate": 0.02}))
     assert run.metrics()[-1]["test_accuracy"] > 0.85
     assert "best" not in run.config
-    assert equal(weights(run.path), Checkpoint.load(run.checkpoints_path / "last.ckpt").model)
+    checkpoint = Checkpoint.load(run.checkpoints_path / "last.ckpt")
+    assert equal(weights(run.path), checkpoint.model)
+    assert checkpoint.average == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "frozen"),
+    [("xnor_net", {}, False), ("affine", {"freeze": 0.5}, True), ("wage", {}, False)],
+    ids=["projected weights", "frozen norms", "no norms, weights on a grid"],
+)
+def test_averaged_weights_are_measured_and_saved(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, Any], frozen: bool
+) -> None:
+    steps: list[dict[str, np.ndarray]] = []
+    stepped = TrainingModule.on_train_batch_end
+
+    def recording(self: TrainingModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stepped(self, outputs, batch, batch_idx)
+        steps.append({name: tensor.numpy().astype(np.float64) for name, tensor in self.model.state_dict().items()})
+
+    monkeypatch.setattr(TrainingModule, "on_train_batch_end", recording)
+    # Of 3 epochs of 5 steps, those whose middle lies in the last 1.35.
+    overrides = {**config.overrides, "epochs": 3, "average": 0.45}
+    run = train(replace(config, method=method, method_options=options, overrides=overrides))
+    saved, last = weights(run.path), Checkpoint.load(run.checkpoints_path / "last.ckpt")
+    model = models.load_run(run.path)
+    names = {name for name, _ in model.named_parameters()}
+    assert len(steps) == 15
+    for name in names:
+        mean = np.mean([step[name] for step in steps[-7:]], axis=0)
+        np.testing.assert_allclose(saved[name].numpy(), mean, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(saved[name], last.model[name]) for name in names)
+    assert all(np.array_equal(steps[-1][name], tensor.numpy()) for name, tensor in last.model.items())
+    assert int(last.average["n_averaged"]) == 7
+
+    images = data.load(config.data)
+    assert evaluate(run.path, images)["accuracy"] == run.metrics()[-1]["test_accuracy"]
+    cpu = torch.device("cpu")
+    batches = TrainBatches(
+        images.train_images, images.train_labels, images.preprocessing, 16, config.seed, True, images.flip, cpu
+    )
+    batches.epoch = 2
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    read: dict[str, list[np.ndarray]] = {name: [] for name in norms}
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(lambda _, inputs, name=name: read[name].append(inputs[0].numpy()))
+    with torch.no_grad():
+        for batch, _ in batches:
+            model.train()(batch)
+    for name in norms:
+        mean = np.mean([x.mean(axis=(0, 2, 3), dtype=np.float64) for x in read[name]], axis=0)
+        variance = np.mean([x.var(axis=(0, 2, 3), ddof=1, dtype=np.float64) for x in read[name]], axis=0)
+        for statistic, expected in (("running_mean", mean), ("running_var", variance)):
+            key = f"{name}.{statistic}"
+            if frozen:
+                assert torch.equal(saved[key], last.model[key])
+            else:
+                np.testing.assert_allclose(saved[key].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_is_never_overwritten(config: TrainConfig, tmp_path: Path) -> None:
@@ -136,11 +197,20 @@ def test_resume_with_other_settings_names_the_setting(
         train(replace(config, resume=True, **change))
 
 
-@pytest.mark.parametrize("method", ["xnor_net", "adabin"], ids=["", "learned levels and phases"])
+@pytest.mark.parametrize(
+    ("method", "average"),
+    [("xnor_net", 0.4), ("adabin", 0.8)],
+    ids=["before weights are averaged", "learned levels, phases and averaged weights"],
+)
 def test_ctrl_c_says_how_to_resume(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, method: str
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    method: str,
+    average: float,
 ) -> None:
-    config = replace(config, method=method)
+    config = replace(config, method=method, overrides={**config.overrides, "average": average})
     whole = train(replace(config, out=tmp_path / "whole", epochs=3))
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -188,7 +258,8 @@ print(ends)
 
 
 def test_killed_at_random_moments_gives_the_same_weights(config: TrainConfig, tmp_path: Path) -> None:
-    config = replace(config, precision="bf16", overrides={"batch_size": 8, "epochs": 5}, val_fraction=0.1)
+    overrides = {"batch_size": 8, "epochs": 5, "average": 0.7}
+    config = replace(config, precision="bf16", overrides=overrides, val_fraction=0.1)
     whole = train(replace(config, out=tmp_path / "whole"))
     settings = {name: getattr(config, name) for name in ("method", "model", "data", "overrides", "precision")}
     settings |= {"out": str(config.out), "threads": 1, "val_fraction": 0.1, "progress": False}

@@ -32,6 +32,8 @@ class Recipe:
         label_smoothing: of the cross entropy.
         distill_weight, temperature: with a teacher (``distill_from``), the loss is ``1 - distill_weight`` times the
             method's own plus ``distill_weight`` times that of `lowbit.training.distillation` at this temperature.
+        average: share of the epochs, at the end, over whose steps the weights are averaged, each step counting the same
+            (`lowbit.training.module.TrainingModule`); 0 is never.
         augment: random crop, and flip where the data set allows it.
         crop: pixels of padding that an image is cropped out of; short trainings, which fit too little, want fewer.
         source: where the recipe comes from, what was changed and why.
@@ -51,6 +53,7 @@ class Recipe:
     label_smoothing: float = 0.0
     distill_weight: float = 1.0
     temperature: float = 1.0
+    average: float = 0.0
     augment: bool = True
     crop: int = 4
     source: str = ""
@@ -66,6 +69,7 @@ class Recipe:
             "label_smoothing": self.label_smoothing > 0,
             "distill_weight": self.distill_weight < 1,
             "temperature": self.temperature != 1,
+            "average": self.average > 0,
             "crop": self.augment,
             "source": False,
         }

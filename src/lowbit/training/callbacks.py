@@ -101,10 +101,14 @@ class Recorder(Callback):
         row = self.row(pl_module)
         self.rows.append(row)
         if not self.validated or best(self.rows, "val_accuracy") is row:
-            save_weights(pl_module.model, self.run.weights_path)
-        Checkpoint(pl_module.model.state_dict(), pl_module.optimizer.state_dict(), self.rows, self.diagnostics).save(
-            self.run.checkpoints_path / "last.ckpt"
-        )
+            save_weights(pl_module.measured, self.run.weights_path)
+        Checkpoint(
+            pl_module.model.state_dict(),
+            pl_module.optimizer.state_dict(),
+            self.rows,
+            self.diagnostics,
+            {} if pl_module.averaged is None else pl_module.averaged.state_dict(),
+        ).save(self.run.checkpoints_path / "last.ckpt")
         write_metrics(self.run, self.rows)
         for name, value in row.items():
             if name != "epoch":

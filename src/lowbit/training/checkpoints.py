@@ -25,12 +25,14 @@ class Checkpoint:
         model, optimizer: state dictionaries at the end of the last finished epoch.
         rows: one row of metrics per finished epoch.
         diagnostics: one row of diagnostics per finished epoch, when the run is diagnosed.
+        average: state of the averaged weights, once the run averages them.
     """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     rows: list[dict[str, float]]
     diagnostics: list[dict[str, Any]] = field(default_factory=list)
+    average: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the checkpoint, whole or not at all.

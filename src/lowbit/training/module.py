@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from lowbit.layers import attach_rules, start_epoch
 from lowbit.layers.integer import IntegerConvolutions
@@ -20,6 +22,9 @@ from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.distillation import distillation_loss, teach
 from lowbit.training.schedules import multiplier
 from lowbit.training.small_maps import SmallMapConvolutions
+
+# Enough to know a channel's mean and variance by; an epoch of CIFAR-10 has four times as many.
+NORM_BATCHES = 100
 
 
 def squared_hinge(logits: Tensor, labels: Tensor) -> Tensor:
@@ -111,6 +116,13 @@ class Tally:
 class TrainingModule(pl.LightningModule):
     """Model, loss, optimizer and learning rate for Lightning's loop.
 
+    With the recipe's ``average``, a copy of the model holds the mean of the weights over the steps so far of that share
+    of the epochs: latent weights, norms' and learned levels alike. From then on the copy is what is measured, chosen
+    and saved, while training goes on with the weights themselves. A sign of averaged latent weights is a vote of the
+    steps, weighted by their size; where projections keep weights in a range, their mean lies in it too. Statistics of
+    batch norms are no averages: before each measurement the copy takes them anew from train images, as long as norms
+    are not frozen. Its other buffers, such as observed ranges, go on from those of the last step.
+
     Args:
         model: takes (N, C, H, W) float32, gives logits.
         method: whose loss and phases are used.
@@ -120,6 +132,13 @@ class TrainingModule(pl.LightningModule):
         seed: of the run; dropout of epoch e is drawn from (seed, e).
         checkpoint: to resume from, or None.
         teacher: gives logits that are a target beside the labels, or None.
+
+    Attributes:
+        average: the averaged copy, if the recipe asks for one.
+
+    Source: of averaging, Polyak and Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging"; with new
+    statistics of batch norms, Izmailov, Podoprikhin, Garipov, Vetrov and Wilson 2018, "Averaging Weights Leads to Wider
+    Optima and Better Generalization", arXiv 1803.05407.
     """
 
     def __init__(
@@ -144,6 +163,7 @@ class TrainingModule(pl.LightningModule):
         # In a list, so that it is no part of this module: train() and the state dictionary pass it by.
         self.teachers = [] if teacher is None else [teacher]
         self.tallies: dict[str, Tally] = {}
+        self.average = AveragedModel(model) if recipe.average else None
         self.step_loss = torch.zeros(())
         self.step_batch: Batch | None = None
         self.learning_rate = 0.0
@@ -154,18 +174,39 @@ class TrainingModule(pl.LightningModule):
             # Attaching projects once more, which is no identity in the last bit: so the weights are restored after it.
             self.model.load_state_dict(self.checkpoint.model)
             self.optimizer.load_state_dict(self.checkpoint.optimizer)
+            if self.average is not None and self.checkpoint.average:
+                self.average.load_state_dict(self.checkpoint.average)
             self.checkpoint = None
         return self.optimizer
+
+    @property
+    def share(self) -> float:
+        """Share of the epochs that was done when this epoch began."""
+        return self.current_epoch / self.recipe.epochs
+
+    @property
+    def averaged(self) -> AveragedModel | None:
+        """The averaged copy, once averaging has begun."""
+        return self.average if self.average is not None and self.average.n_averaged > 0 else None
+
+    @property
+    def measured(self) -> nn.Module:
+        """The model that is evaluated and saved."""
+        return self.model if self.averaged is None else self.averaged.module
 
     def on_train_epoch_start(self) -> None:
         self.batches.epoch = self.current_epoch
         torch.manual_seed(derived_seed(self.seed, self.current_epoch, 2))
-        start_epoch(self.model, self.method, self.current_epoch / self.recipe.epochs)
+        for model in [self.model] if self.average is None else [self.model, self.average.module]:
+            start_epoch(model, self.method, self.share)
         self.tallies = {name: Tally.empty(self.device) for name in ("train", *self.sets)}
 
+    def moment(self, batch_idx: int) -> float:
+        """The middle of a step, in epochs."""
+        return self.current_epoch + (batch_idx + 0.5) / len(self.batches)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        moment = self.current_epoch + (batch_idx + 0.5) / len(self.batches)
-        self.learning_rate = self.recipe.learning_rate * multiplier(self.recipe, moment)
+        self.learning_rate = self.recipe.learning_rate * multiplier(self.recipe, self.moment(batch_idx))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
 
@@ -181,10 +222,20 @@ class TrainingModule(pl.LightningModule):
         self.tallies["train"].add(loss, (logits.detach().argmax(1) == labels).sum(), len(labels))
         return loss
 
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        start = (1 - self.recipe.average) * self.recipe.epochs
+        if self.average is not None and self.moment(batch_idx) > start:
+            self.average.update_parameters(self.model)
+
+    def on_validation_start(self) -> None:
+        if self.averaged is not None and self.share < self.method.freeze_norms:
+            with self.trainer.precision_plugin.forward_context(), SmallMapConvolutions():
+                update_bn(islice(self.batches, NORM_BATCHES), self.measured)
+
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         images, labels = batch
         with torch.autocast(self.device.type, enabled=False), IntegerConvolutions():
-            logits = self.model(images)
+            logits = self.measured(images)
         loss = loss_of(self.method.loss, logits, labels)
         self.tallies[self.sets[dataloader_idx]].add(loss, (logits.argmax(1) == labels).sum(), len(labels))
 
