@@ -48,8 +48,31 @@ def overview() -> str:
             "| name | W | A | G | title | source |",
             "|---|---|---|---|---|---|",
             *rows,
+            "",
+            _ABOUT_RECIPES.format(", ".join(f"`{m.name}`" for m in made if "paper" not in m.recipes)),
         ]
     )
+
+
+_ABOUT_RECIPES = """## Recipes
+
+How a method is trained is its recipe: optimizer, rates, epochs and so on. `default` is made for runs of some ten
+epochs on small images. `paper` is the published recipe, or that of the authors' code, as far as it was found and the
+[fields](../api/methods.md#lowbit.methods.base.Recipe) can say it; most take hundreds of epochs. Each method's page, and
+`lowbit methods NAME`, shows both, what each comes from, and what the default changes and why. There is no `paper` for
+{}.
+
+```sh
+lowbit train --method bnn --model vgg_small --data cifar10 --recipe paper --out runs/bnn-paper
+lowbit train --method bnn --model vgg_small --data cifar10 --epochs 20 --set recipe.average=0.25 --out runs/bnn-average
+```
+
+With `average=0.25` the weights are averaged over all steps of the last quarter of the epochs: latent weights, norms
+and learned levels; the batch norms' statistics are taken anew for the average. From there on metrics.csv, the choice of
+the epoch and model.safetensors are those of the average, while `train_loss` and the diagnostics show the weights that
+are trained. No recipe averages unless it is asked to. Sources: Polyak and Juditsky 1992, "Acceleration of Stochastic
+Approximation by Averaging"; Izmailov et al. 2018, [arXiv 1803.05407](https://arxiv.org/abs/1803.05407).
+"""
 
 
 def page(name: str) -> str:
