@@ -19,6 +19,7 @@ constexpr double kPoolWork = 1 << 8;    // products that an element under a wind
 constexpr int kMaxThreads = 256;
 constexpr int64_t kChunkBytes = 1 << 20;  // images run together as long as their values fit each thread's L2 cache
 constexpr int64_t kMaxChunk = 64;
+constexpr int64_t kEnoughImages = 4;  // for a thread, so that it matters little if one has an image more to do
 
 std::unique_ptr<Op> make_op(const OpSpec& spec, Inputs inputs, const Kernels& kernels) {
   require(inputs.size() == (spec.op == "add" || spec.op == "multiply" ? 2 : 1),
@@ -55,6 +56,17 @@ struct Group {
 struct Block {
   int64_t bytes, offset;
   size_t first, last;
+};
+
+// Images that run together: their part of the arena, and the threads that share each op's work.
+struct Lane {
+  std::byte* arena;
+  int64_t batch;
+  ThreadPool& pool;
+  std::byte* thread_scratch;
+  std::vector<Follower>& followers;
+
+  std::byte* at(const Block& block) const { return arena + block.offset * batch; }
 };
 
 // Gives every block the lowest offset at which no block that lives at the same time is in the way. Returns the total.
@@ -119,11 +131,12 @@ struct Engine::State {
   void find_homes();
   void plan_memory();
 
-  std::byte* at(const Block& block, int64_t batch) { return arena.data() + block.offset * batch; }
-  std::byte* value(size_t number, int64_t batch) { return at(values[home[number]], batch); }
-  Operands operands(size_t op, int64_t batch) {
-    Operands result{{}, value(op + 1, batch)};
-    for (size_t k = 0; k < inputs[op].size(); ++k) result.inputs[k] = value(inputs[op][k], batch);
+  void run(const Lane& lane, const float* images, float* outputs, double* seconds);
+
+  std::byte* value(const Lane& lane, size_t number) const { return lane.at(values[home[number]]); }
+  Operands operands(const Lane& lane, size_t op) const {
+    Operands result{{}, value(lane, op + 1)};
+    for (size_t k = 0; k < inputs[op].size(); ++k) result.inputs[k] = value(lane, inputs[op][k]);
     return result;
   }
 
@@ -142,7 +155,8 @@ struct Engine::State {
   int64_t image_bytes = 0;     // of the arena
   size_t thread_bytes = 0;
   Buffer<std::byte> arena, thread_scratch;
-  std::vector<Follower> followers;  // of the group that runs
+  ThreadPool alone{1};
+  std::vector<std::vector<Follower>> followers;  // of the group that runs in each lane
 };
 
 // A pixelwise op follows the op, or a follower of the op, that runs last of those whose outputs it reads, if that has
@@ -252,50 +266,63 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
   s.plan_memory();
   s.arena.resize(s.image_bytes);
   s.thread_scratch.resize(s.thread_bytes * s.pool->size());
+  s.followers.resize(s.pool->size());
   if (tune)
     for (const auto& op : s.ops) op->tune(Measure(s.kernels.isa, *s.pool));
 }
 
 Engine::~Engine() = default;
 
-void Engine::run(const float* images, int64_t batch, float* outputs, double* seconds) {
+void Engine::State::run(const Lane& lane, const float* images, float* outputs, double* seconds) {
   using Clock = std::chrono::steady_clock;
+  const Shape &in = shapes.front(), &out = shapes.back();
+  auto* pixels = reinterpret_cast<float*>(value(lane, 0));
+  lane.pool.run(static_cast<size_t>(lane.batch),
+                [&](size_t n, int) { to_channels_last(images + n * in.elements(), in, pixels + n * in.elements()); });
+  for (size_t number = 0; number < groups.size(); ++number) {
+    const auto start = Clock::now();
+    const Group& group = groups[number];
+    const Op& head = *ops[group.head];
+    lane.followers.clear();
+    for (const size_t i : group.followers) lane.followers.push_back({pixelwise[i], operands(lane, i)});
+    Call call{
+        operands(lane, group.head), lane.at(scratch[number]), lane.thread_scratch, thread_bytes, lane.batch, lane.pool};
+    if (group.joined) {
+      call.output = lane.followers[0].operands.output;
+      head.run_joined(*lane.followers[0].op, call);
+    } else {
+      call.followers = lane.followers;
+      head.run(call);
+    }
+    if (seconds != nullptr) seconds[group.head] += std::chrono::duration<double>(Clock::now() - start).count();
+  }
+  const auto* results = reinterpret_cast<const float*>(value(lane, ops.size()));
+  for (int64_t n = 0; n < lane.batch; ++n)
+    to_channels_first(results + n * out.elements(), out, outputs + n * out.elements());
+}
+
+// Threads take images of their own where there are enough for all, and need not wait for each other then; else, and
+// where ops are timed, they share the work of each op.
+void Engine::run(const float* images, int64_t batch, float* outputs, double* seconds) {
   State& s = *state_;
   const std::lock_guard lock(*s.mutex);
-  const int64_t chunk = std::clamp<int64_t>(kChunkBytes * s.pool->size() / s.image_bytes, 1, kMaxChunk);
-  const Shape &in = s.shapes.front(), &out = s.shapes.back();
-  for (int64_t first = 0; first < batch; first += chunk) {
-    const int64_t count = std::min(chunk, batch - first);
-    if (static_cast<int64_t>(s.arena.size()) < s.image_bytes * count) s.arena.resize(s.image_bytes * count);
-    auto* pixels = reinterpret_cast<float*>(s.value(0, count));
-    s.pool->run(static_cast<size_t>(count), [&](size_t n, int) {
-      to_channels_last(images + (first + n) * in.elements(), in, pixels + n * in.elements());
-    });
-    for (size_t number = 0; number < s.groups.size(); ++number) {
-      const auto start = Clock::now();
-      const Group& group = s.groups[number];
-      const Op& head = *s.ops[group.head];
-      s.followers.clear();
-      for (const size_t i : group.followers) s.followers.push_back({s.pixelwise[i], s.operands(i, count)});
-      Call call{s.operands(group.head, count),
-                s.at(s.scratch[number], count),
-                s.thread_scratch.data(),
-                s.thread_bytes,
-                count,
-                *s.pool};
-      if (group.joined) {
-        call.output = s.followers[0].operands.output;
-        head.run_joined(*s.followers[0].op, call);
-      } else {
-        call.followers = s.followers;
-        head.run(call);
-      }
-      if (seconds != nullptr) seconds[group.head] += std::chrono::duration<double>(Clock::now() - start).count();
-    }
-    const auto* results = reinterpret_cast<const float*>(s.value(s.ops.size(), count));
-    for (int64_t n = 0; n < count; ++n)
-      to_channels_first(results + n * out.elements(), out, outputs + (first + n) * out.elements());
-  }
+  const int64_t threads = s.pool->size(), in = s.shapes.front().elements(), out = s.shapes.back().elements();
+  const bool apart = threads > 1 && seconds == nullptr && (batch % threads == 0 || batch >= kEnoughImages * threads);
+  const int64_t lanes = apart ? threads : 1;
+  const int64_t most = std::clamp<int64_t>(kChunkBytes * (threads / lanes) / s.image_bytes, 1, kMaxChunk);
+  const int64_t chunk = std::min(most, ceil_div(batch, lanes)), lane_bytes = s.image_bytes * chunk;
+  if (static_cast<int64_t>(s.arena.size()) < lane_bytes * lanes) s.arena.resize(lane_bytes * lanes);
+  const auto run = [&](size_t number, int thread, ThreadPool& pool) {
+    const int64_t first = static_cast<int64_t>(number) * chunk;
+    s.run({s.arena.data() + thread * lane_bytes, std::min(chunk, batch - first), pool,
+           s.thread_scratch.data() + thread * s.thread_bytes, s.followers[thread]},
+          images + first * in, outputs + first * out, seconds);
+  };
+  const auto chunks = static_cast<size_t>(batch == 0 ? 0 : ceil_div(batch, chunk));
+  if (apart)
+    s.pool->run(chunks, [&](size_t number, int thread) { run(number, thread, s.alone); });
+  else
+    for (size_t number = 0; number < chunks; ++number) run(number, 0, *s.pool);
 }
 
 void Engine::run_op(size_t index, const std::vector<const void*>& inputs, int64_t batch, void* output) {
