@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lowbit import pretrained
+from lowbit.runs import Run
 from lowbit.study.results import read_results
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,19 @@ def test_every_row_of_the_page_is_a_row_of_the_study() -> None:
     ]
     assert len(rows) == len(results)
     assert sorted(lines) == sorted(rows)
+
+
+def test_the_one_bit_network_of_the_page_is_that_of_its_files() -> None:
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for name in ("patchnet_float", "patchnet_reactnet"):
+        run = Run(ROOT / "results" / "cifar10" / name)
+        evaluation = run.evaluation
+        assert evaluation is not None
+        shown = re.search(rf"\| `{name}`[^|]*\| (\d+) \| ([\d.]+) % \| ([\d.]+) \|", text)
+        assert shown is not None
+        accuracy, hours = f"{100 * evaluation['accuracy']:.2f}", f"{run.config['seconds'] / 3600:.2f}"
+        assert shown.groups() == (str(run.config["epochs"]), accuracy, hours)
+    assert f"{pretrained.card('cifar10-1bit')['correct']:,} images of 10,000" in text
 
 
 def test_the_page_shows_the_command_of_the_study() -> None:
