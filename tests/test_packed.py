@@ -443,6 +443,25 @@ def test_small_file_cannot_ask_for_much_memory():
         packed.validate(net.model)
 
 
+def test_small_file_of_many_groups_cannot_ask_for_much_memory():
+    """Nothing is laid out for it. Python and the native engine count alike, to the byte."""
+    for groups, wrong in ((4096, False), (4097, True)):
+        net = Builder((groups, 1, 1))
+        codes = np.zeros((groups, 1), np.float32)
+        net.op("threshold", tensors={"thresholds": codes, "falling": np.zeros(groups, np.uint8)}, bits=1)
+        shape = window((1, 2048), padding=(0, 1024), dilation=(1, 1))
+        tensors = {"weight_bits": np.zeros((groups, 1, 2048, 1), np.uint64), "scale": np.ones(groups, np.float32)}
+        net.op("binary_conv2d", inputs=[1], tensors=tensors, groups=groups, channels=groups, **shape)
+        given = [net.model.op_tensors(index) for index in range(2)]
+        if not wrong:
+            packed.validate(net.model)
+            continue
+        with pytest.raises(LowbitError, match=r"weights take 1074003968 bytes, more than 1073741824"):
+            packed.validate(net.model)
+        with pytest.raises(ValueError, match="the weights take too much memory"):
+            _engine.Engine(net.model.input_shape, net.model.ops, given, 1)
+
+
 def test_small_file_cannot_ask_for_much_time():
     """Nothing in the file grows with a pool's window. Python and the native engine count alike, to the element."""
     for width, wrong in ((1024, False), (1025, True)):

@@ -14,8 +14,9 @@ namespace {
 
 constexpr size_t kMaxOps = 1 << 12;
 constexpr int64_t kMaxAllElements = 1 << 27;
-constexpr double kMaxWork = 1ll << 38;  // products of one image, over all ops
-constexpr double kPoolWork = 1 << 8;    // products that an element under a window without weights counts as
+constexpr double kMaxWork = 1ll << 38;       // products of one image, over all ops
+constexpr double kMaxWeightBytes = 1 << 30;  // of all ops, as they are laid out
+constexpr double kPoolWork = 1 << 8;         // products that an element under a window without weights counts as
 constexpr int kMaxThreads = 256;
 constexpr int64_t kChunkBytes = 1 << 20;  // images run together as long as their values fit each thread's L2 cache
 constexpr int64_t kMaxChunk = 64;
@@ -43,6 +44,17 @@ double work_of(const OpSpec& spec, const Shape& input, const Shape& output) {
   const bool weighted = spec.op.ends_with("conv2d");
   return taps * static_cast<double>(output.elements()) *
          (weighted ? static_cast<double>(input.channels / spec.groups) : kPoolWork);
+}
+
+// What kMaxWeightBytes limits: a group's weights go on to a multiple of 16 channels, a pixel's bits to words, so that a
+// small file of many groups may grow.
+double weight_bytes_of(const OpSpec& spec, const Shape& input) {
+  if (!spec.op.ends_with("conv2d")) return 0;
+  const double taps = static_cast<double>(spec.kernel[0]) * static_cast<double>(spec.kernel[1]);
+  const int64_t groups = std::clamp<int64_t>(spec.groups, 1, kMaxExtent), depth = ceil_div(input.channels, groups);
+  const int64_t bytes = spec.op == "binary_conv2d" ? 8 * ceil_div(depth, 64) : 4 * depth;
+  const int64_t channels = round_up(ceil_div(std::clamp<int64_t>(spec.channels, 0, kMaxExtent), groups), kTileChannels);
+  return taps * static_cast<double>(groups) * static_cast<double>(channels) * static_cast<double>(bytes);
 }
 
 // An op, and pixelwise ops that follow it part by part, in order, while what they read is in the cache.
@@ -240,7 +252,7 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
   State& s = *state_;
   s.shapes.push_back(input);
   int64_t elements = input.elements();
-  double work = 0;
+  double work = 0, weight_bytes = 0;
   for (size_t i = 0; i < specs.size(); ++i) {
     try {
       std::vector<Shape> shapes;
@@ -248,6 +260,8 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
         require(number >= 0 && static_cast<size_t>(number) <= i, "an input is no value of an earlier op");
         shapes.push_back(s.shapes[number]);
       }
+      if (!shapes.empty()) weight_bytes += weight_bytes_of(specs[i], shapes[0]);
+      require(weight_bytes <= kMaxWeightBytes, "the weights take too much memory");
       s.ops.push_back(make_op(specs[i], shapes, s.kernels));
       s.inputs.emplace_back(specs[i].inputs.begin(), specs[i].inputs.end());
       s.shapes.push_back(s.ops.back()->output());

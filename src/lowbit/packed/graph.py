@@ -29,6 +29,9 @@ MAX_VALUES = 1 << 27
 MAX_WORK = 1 << 38
 """Most products for one image, over all ops. An element under the window of a pool or a mean counts as `POOL_WORK`."""
 POOL_WORK = 1 << 8
+MAX_WEIGHTS = 1 << 30
+"""Most bytes of all weights as an engine lays them out: a group's channels go on to a multiple of `PANEL`."""
+PANEL = 16
 MAX_TAPS = 1 << 24
 """Most products in one sum, so that every accumulator of bits fits an int32."""
 MAX_INTEGER = (1 << 15) - 1
@@ -106,10 +109,21 @@ def check_graph(input_shape: Sequence[Any], ops: Any, tensors: Mapping[str, Arra
     work = sum(_work(op, values[op["inputs"][0]], value) for op, value in zip(ops, values[1:], strict=True))
     if work > MAX_WORK:
         raise LowbitError(f"one image takes {work} products, more than {MAX_WORK}")
+    weights = sum(_weights(op, values[op["inputs"][0]]) for op in ops if "channels" in op)
+    if weights > MAX_WEIGHTS:
+        raise LowbitError(f"laid out for the engine, weights take {weights} bytes, more than {MAX_WEIGHTS}")
     output = values[-1]
     if output.kind != "float":
         raise LowbitError(f"op {len(ops) - 1} writes the output, which must be float32, not {output}")
     return values
+
+
+def _weights(op: Op, source: Value) -> int:
+    """What `MAX_WEIGHTS` limits. Groups with fewer channels and inputs than a kernel takes at once make a file grow."""
+    groups, taps = int(op["groups"]), int(math.prod(op["kernel"]))
+    depth, channels = source.channels // groups, int(op["channels"]) // groups
+    each = 8 * -(-depth // WORD_BITS) if op["op"] == "binary_conv2d" else 4 * depth
+    return taps * groups * -(-channels // PANEL) * PANEL * each
 
 
 def _work(op: Op, source: Value, value: Value) -> int:
