@@ -323,10 +323,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
                     best.get(form_of(row["runtime"]), row["milliseconds"]), row["milliseconds"]
                 )
             axis.plot([min(best.values()), max(best.values())], [height, height], color=drawing.FAINT, zorder=0)
-            for form, milliseconds in best.items():
+            for number, (form, milliseconds) in enumerate(sorted(best.items(), key=lambda item: item[1])):
                 colour, shape = marks[form]
                 axis.plot(milliseconds, height, shape, color=colour, markersize=6)
-                above = 6 if form not in ("bf16", "binary", REST) else -12  # these and others are often close
+                above = -12 if number % 2 else 6  # neighbours are often close
                 place = {"xytext": (0, above), "textcoords": "offset points", "ha": "center", "fontsize": 7}
                 axis.annotate(f"{milliseconds:.{3 if milliseconds < 1000 else 4}g}", (milliseconds, height), **place)
         axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
