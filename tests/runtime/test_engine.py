@@ -178,6 +178,18 @@ def test_predict_needs_a_preprocessing(model):
         Engine(model).predict([Image.new("RGB", (8, 8))])
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_with_images_of_their_own_give_the_same(model, threads):
+    """Fewer images than threads, as many, a rest, and more than fit into memory at once."""
+    x = images(215)
+    alone, together = Engine(model), Engine(model, threads=threads)
+    expected = alone(x)
+    for batch in (215, 1, threads, threads + 1, 4 * threads + 1, 150, 0):
+        np.testing.assert_array_equal(together(x[:batch]), expected[:batch])
+    together.profile(x[:12])
+    np.testing.assert_array_equal(together(x), expected)
+
+
 def test_calls_from_many_threads(model):
     """Two engines, each called from four threads at once with batches of different sizes."""
     engines = [Engine(model, threads=2), Engine(model)]
