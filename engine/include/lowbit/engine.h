@@ -57,7 +57,8 @@ class Engine {
   Engine(Shape input, const std::vector<OpSpec>& ops, int threads, std::string_view isa, bool tune = true);
   ~Engine();
 
-  // Float32 images (batch, C, H, W) to outputs (batch, C, H, W); `seconds`, when given, gets the time of each op added.
+  // Float32 images (batch, C, H, W) to outputs (batch, C, H, W). `seconds`, when given, gets the time of each op added,
+  // in which all threads work on it; else they take images of their own where there are enough.
   void run(const float* images, int64_t batch, float* outputs, double* seconds = nullptr);
 
   // Runs op `index` alone. Values are (batch, H, W, C): floats, or codes as a byte each, which must be below 2^bits.

@@ -129,7 +129,10 @@ class Engine:
         return self._flat(self._native.run(self._checked(x)))
 
     def profile(self, x: Floats) -> list[float]:
-        """Seconds that each op takes in one run on ``x``. Raises like calling the engine."""
+        """Seconds that each op takes in one run on ``x``, all threads at work on it. Raises like calling the engine.
+
+        Otherwise threads take images of their own where a batch has enough of them, and the ops' sum is an upper bound.
+        """
         seconds: list[float] = []
         self._native.run(self._checked(x), seconds)
         return seconds
