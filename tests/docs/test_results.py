@@ -33,17 +33,22 @@ def test_every_row_of_the_page_is_a_row_of_the_study() -> None:
     assert sorted(lines) == sorted(rows)
 
 
-def test_the_one_bit_network_of_the_page_is_that_of_its_files() -> None:
+@pytest.mark.parametrize(
+    ("packaged", "title", "folder"),
+    [("cifar10-1bit", "CIFAR-10", "cifar10"), ("fashion-1bit", "Fashion-MNIST", "fashion_mnist_patchnet")],
+)
+def test_the_one_bit_networks_of_the_page_are_those_of_their_files(packaged: str, title: str, folder: str) -> None:
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text = text.partition(f"## One bit on {title}\n")[2].partition("\n## ")[0]
     for name in ("patchnet_float", "patchnet_reactnet"):
-        run = Run(ROOT / "results" / "cifar10" / name)
+        run = Run(ROOT / "results" / folder / name)
         evaluation = run.evaluation
         assert evaluation is not None
         shown = re.search(rf"\| `{name}`[^|]*\| (\d+) \| ([\d.]+) % \| ([\d.]+) \|", text)
         assert shown is not None
         accuracy, hours = f"{100 * evaluation['accuracy']:.2f}", f"{run.config['seconds'] / 3600:.2f}"
         assert shown.groups() == (str(run.config["epochs"]), accuracy, hours)
-    assert f"{pretrained.card('cifar10-1bit')['correct']:,} images of 10,000" in text
+    assert f"{pretrained.card(packaged)['correct']:,} images of 10,000" in text
 
 
 def test_the_page_shows_the_command_of_the_study() -> None:
