@@ -210,7 +210,6 @@ def interleaved_medians(runners: Mapping[str, Call], seconds: float = 3.0) -> di
     Args:
         runners: name to what is timed.
         seconds: how long to go on; each is called 7 to 2000 times, after 3 calls to warm up.
-        layers: whether to time the engine's ops too, which takes a second more.
     """
     return {name: wall for name, (wall, _, _) in _medians(runners, seconds).items()}
 
