@@ -248,6 +248,12 @@ def measure(path: str, net: str, batch: int, threads: int, peers: list[str]) -> 
     ]
 
 
+def fastest_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The row of the least time of each form."""
+    slowest_first = sorted(rows, key=lambda row: float(row["milliseconds"]), reverse=True)
+    return {form_of(row["runtime"]): row for row in slowest_first}
+
+
 def table(record: dict[str, Any]) -> str:
     """Markdown tables: the engine beside the fastest form of each kind of peer, and then beside each peer."""
     rows = record["rows"]
@@ -271,14 +277,14 @@ def table(record: dict[str, Any]) -> str:
     ]
     for key in dict.fromkeys(map(key_of, rows)):
         engine, *others = [row for row in rows if key_of(row) == key]
-        rest = next((row for row in others if form_of(row["runtime"]) == REST), None)
+        fastest = fastest_of(others)
+        rest = fastest.get(REST)
         cells = [*map(str, key), _cell(engine), "-" if rest is None else _cell(rest)]
         for form in FORMS:
-            fitting = [row for row in others if form_of(row["runtime"]) == form]
-            if not fitting:
+            best = fastest.get(form)
+            if best is None:
                 cells.append("-")
                 continue
-            best = min(fitting, key=lambda row: float(row["milliseconds"]))
             over = [engine] if rest is None or form != "int8" else [engine, rest]
             ratios = " and ".join(f"{best['milliseconds'] / ours['milliseconds']:.2f}x" for ours in over)
             cells.append(f"{_cell(best)}, {ratios}, {_name(best)}")
@@ -317,11 +323,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
             if not there:
                 continue
             engine, *others = there
-            best = {"engine": engine["milliseconds"]}
-            for row in others:
-                best[form_of(row["runtime"])] = min(
-                    best.get(form_of(row["runtime"]), row["milliseconds"]), row["milliseconds"]
-                )
+            fastest = {"engine": engine, **fastest_of(others)}
+            best = {form: row["milliseconds"] for form, row in fastest.items()}
             axis.plot([min(best.values()), max(best.values())], [height, height], color=drawing.FAINT, zorder=0)
             for number, (form, milliseconds) in enumerate(sorted(best.items(), key=lambda item: item[1])):
                 colour, shape = marks[form]
