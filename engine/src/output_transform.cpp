@@ -1,7 +1,5 @@
 #include "output_transform.h"
 
-#include <bit>
-
 #include "ramp_table.h"
 
 namespace lowbit {
@@ -10,11 +8,6 @@ namespace {
 Shape codes_like(const Shape& input, int64_t bits) {
   require(input.is_float(), "threshold needs float32 as input");
   return {input.height, input.width, input.channels, static_cast<int>(bits)};
-}
-
-// v <= t is -v >= -t.
-float flipped(float threshold, uint32_t flip) {
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(threshold) ^ flip);
 }
 
 class ThresholdCodes final : public PixelwiseOp {
@@ -30,7 +23,7 @@ class ThresholdCodes final : public PixelwiseOp {
     limits_.resize(thresholds_.levels() * input.channels);
     flips_.resize(input.channels);
     for (int64_t c = 0; c < input.channels; ++c) {
-      flips_[c] = thresholds_.falling(c) ? 0x80000000u : 0u;
+      flips_[c] = flip_of<float>(thresholds_.falling(c));
       for (int level = 0; level < thresholds_.levels(); ++level)
         limits_[level * input.channels + c] = flipped(thresholds_.of(c)[level], flips_[c]);
     }
@@ -60,7 +53,6 @@ class ThresholdCodes final : public PixelwiseOp {
   }
 
  private:
-  static constexpr int64_t kMostCounted = 4;   // bits up to which counting limits is faster than searching them
   static constexpr int64_t kRampValues = 128;  // at least, so that pixels of few channels are not done one by one
 
   const Kernels& kernels_;
@@ -79,7 +71,7 @@ ThresholdBits::ThresholdBits(const OpSpec& spec, const Shape& input, const Kerne
       flips_(limits_.size()) {
   const Thresholds<float> thresholds(spec, input.channels);
   for (int64_t c = 0; c < input.channels; ++c) {
-    flips_[c] = thresholds.falling(c) ? 0x80000000u : 0u;
+    flips_[c] = flip_of<float>(thresholds.falling(c));
     limits_[c] = flipped(*thresholds.of(c), flips_[c]);
   }
 }

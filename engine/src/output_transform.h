@@ -1,12 +1,28 @@
 // From sums to codes by thresholds.
 #pragma once
 
+#include <bit>
 #include <type_traits>
 #include <vector>
 
 #include "op.h"
 
 namespace lowbit {
+
+// Bits of codes up to which counting thresholds is faster than a line through them, or a search.
+inline constexpr int64_t kMostCounted = 4;
+
+// Kernels know v >= t alone, so where a channel falls, values and thresholds are flipped: v <= t is -v >= -t of floats,
+// and ~v >= ~t of integers.
+template <class T>
+constexpr uint32_t flip_of(bool falling) {
+  return falling ? std::is_same_v<T, float> ? 0x80000000u : 0xffffffffu : 0u;
+}
+
+template <class T>
+T flipped(T value, uint32_t flip) {
+  return std::bit_cast<T>(std::bit_cast<uint32_t>(value) ^ flip);
+}
 
 // code = number of thresholds t with v >= t where the channel rises, with v <= t where it falls; T is what v is.
 template <class T>

@@ -48,13 +48,12 @@ class ByteConv2d final : public Op {
     limits_.assign(groups_ * product_.panels() * levels_ * kTileChannels, 0);
     flips_.emplace(spec.channels, spec.groups, 0);
     for (int64_t c = 0; c < spec.channels; ++c) {
-      // v <= t is ~v >= ~t.
-      const int32_t flip = thresholds.falling(c) ? -1 : 0;
-      flips_->at(c) = flip;
+      const uint32_t flip = flip_of<int32_t>(thresholds.falling(c));
+      flips_->at(c) = static_cast<int32_t>(flip);
       const int64_t inside = c % group_channels_;
       int32_t* of_channel = limits_.data() + slot(c / group_channels_, inside / kTileChannels) * levels_;
       for (int level = 0; level < levels_; ++level)
-        of_channel[level * kTileChannels + inside % kTileChannels] = thresholds.of(c)[level] ^ flip;
+        of_channel[level * kTileChannels + inside % kTileChannels] = flipped(thresholds.of(c)[level], flip);
     }
   }
 
@@ -134,8 +133,6 @@ class ByteConv2d final : public Op {
   ByteBlocks product_;
   std::optional<BorderCases> cases_;  // where the grid has an offset; else there is one
   std::optional<PerChannel<int32_t>> bases_;
-  static constexpr int64_t kMostCounted = 4;  // bits up to which counting limits is faster than a ramp
-
   std::optional<RampTable<int32_t>> ramp_;  // for codes; where there is none, what follows
   int levels_ = 0;
   Buffer<int32_t> limits_;  // [group][panel][level][16]

@@ -20,8 +20,6 @@ namespace lowbit {
 template <class T>
 class RampTable {
  public:
-  static constexpr uint32_t kFlip = std::is_same_v<T, float> ? 0x80000000u : 0xffffffffu;
-
   // `channels` names the channel of each value of a row, and is -1 for one that nothing reads. Nothing comes back where
   // the thresholds of a channel do not rise evenly enough.
   static std::optional<RampTable> fit(const Thresholds<T>& thresholds, std::span<const int64_t> channels) {
@@ -63,10 +61,9 @@ class RampTable {
 
   bool add(size_t i, std::span<const T> thresholds, bool falling) {
     constexpr T kLowest = std::numeric_limits<T>::lowest(), kHighest = std::numeric_limits<T>::max();
-    flips_[i] = falling ? kFlip : 0;
+    flips_[i] = flip_of<T>(falling);
     rows_[i] = static_cast<int32_t>(limits_.size());
-    for (const T threshold : thresholds)
-      limits_.push_back(__builtin_bit_cast(T, __builtin_bit_cast(uint32_t, threshold) ^ flips_[i]));
+    for (const T threshold : thresholds) limits_.push_back(flipped(threshold, flips_[i]));
     const std::span<const T> limits(limits_.data() + rows_[i], thresholds.size());
     if constexpr (std::is_same_v<T, float>)
       if (!std::all_of(limits.begin(), limits.end(), [](float limit) { return std::isfinite(limit); })) return false;
