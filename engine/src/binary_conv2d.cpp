@@ -31,14 +31,14 @@ class CountBases : public BorderCases {
         of_tap[tap] = depth - 2 * of_this;
         ones += of_this;
       }
-      for (const int64_t inside : sums_inside(of_tap)) bases_.push_back(inside + 2 * ones);
+      for (const int64_t inside : sums_inside(of_tap)) bases_.push_back(static_cast<int32_t>(inside + 2 * ones));
     }
   }
 
-  int64_t base(int64_t number, int64_t channel) const { return bases_[channel * size() + number]; }
+  int32_t base(int64_t number, int64_t channel) const { return bases_[channel * size() + number]; }
 
  private:
-  std::vector<int64_t> bases_;  // [channel][case]
+  std::vector<int32_t> bases_;  // [channel][case]; at most three times kMaxElements
 };
 
 class BinaryConv2d : public Op {
@@ -109,17 +109,17 @@ class BinaryConv2d : public Op {
   }
 
   // What the output transform needs of each border case: the bases themselves.
-  PerChannel<int64_t> base_table() const {
-    PerChannel<int64_t> bases(output().channels, groups_, 0, cases_.size());
+  PerChannel<int32_t> base_table() const {
+    PerChannel<int32_t> bases(output().channels, groups_, 0, cases_.size());
     for (int64_t number = 0; number < cases_.size(); ++number)
       for (int64_t c = 0; c < output().channels; ++c) bases.at(c, number) = cases_.base(number, c);
     return bases;
   }
 
   // Where `table` has the border cases of a tile's pixels, for one panel of channels.
-  std::array<const int64_t*, kTilePixels> rows_of(const PerChannel<int64_t>& table, int count, const int64_t* positions,
+  std::array<const int32_t*, kTilePixels> rows_of(const PerChannel<int32_t>& table, int count, const int64_t* positions,
                                                   int64_t group, int64_t panel) const {
-    std::array<const int64_t*, kTilePixels> rows;
+    std::array<const int32_t*, kTilePixels> rows;
     for (int p = 0; p < count; ++p) rows[p] = table.panel(group, panel, cases_.of_position(positions[p]));
     return rows;
   }
@@ -165,7 +165,7 @@ class BinaryConv2dFloat final : public BinaryConv2d {
     if (by_blocks(call))
       return blocks_->run(call, [&](const CountBlock& block) {
         for_tiles(block, [&](auto counts, int count, int64_t pixel, const int64_t* positions, int64_t panel) {
-          store(call, count, pixel, positions, 0, panel, [&](const int64_t* const* bases, const FloatOutput& output) {
+          store(call, count, pixel, positions, 0, panel, [&](const int32_t* const* bases, const FloatOutput& output) {
             kernels_.blocks->floats(counts, count, bases, output);
           });
         });
@@ -173,7 +173,7 @@ class BinaryConv2dFloat final : public BinaryConv2d {
     product_.run(call, kNoBegin,
                  [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
                    store(call, tile.count, pixel, positions, group, panel,
-                         [&](const int64_t* const* bases, const FloatOutput& output) {
+                         [&](const int32_t* const* bases, const FloatOutput& output) {
                            kernels_.binary_floats(tile, bases, output);
                          });
                  });
@@ -189,7 +189,7 @@ class BinaryConv2dFloat final : public BinaryConv2d {
                    [&](const FloatOutput& output) { compute(bases.data(), output); });
   }
 
-  PerChannel<int64_t> bases_;
+  PerChannel<int32_t> bases_;
   FloatEpilogue epilogue_;
 };
 
@@ -199,7 +199,8 @@ class BinaryConv2dBits final : public BinaryConv2d {
   BinaryConv2dBits(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
       : BinaryConv2d(spec, input, window, kernels, 1),
         limits_(spec.channels, spec.groups, -1, cases_.size()),  // spare channels: no count is below, so bit 0
-        falling_(spec.groups * product_.panels()) {
+        falling_(spec.groups * product_.panels()),
+        block_falling_(output().words()) {
     const Thresholds<int32_t> thresholds(spec, spec.channels);
     for (int64_t c = 0; c < spec.channels; ++c) {
       const int64_t group = c / product_.group_channels(), inside = c % product_.group_channels();
@@ -208,11 +209,14 @@ class BinaryConv2dBits final : public BinaryConv2d {
       for (int64_t number = 0; number < cases_.size(); ++number) {
         // Rising: base - 2 * count >= t, so count <= floor((base - t) / 2). Falling: base - 2 * count <= t, so
         // count >= ceil((base - t) / 2), the opposite of count <= that - 1.
-        const int64_t twice = cases_.base(number, c) - *thresholds.of(c);
-        limits_.at(c, number) = thresholds.falling(c) ? ((twice + 1) >> 1) - 1 : twice >> 1;
+        const int64_t twice = int64_t{cases_.base(number, c)} - *thresholds.of(c);
+        const int64_t limit = thresholds.falling(c) ? ((twice + 1) >> 1) - 1 : twice >> 1;
+        limits_.at(c, number) =
+            static_cast<int32_t>(std::clamp<int64_t>(limit, -1, std::numeric_limits<int32_t>::max()));
       }
     }
-    if (blocks_) prepare_blocks();
+    for (int64_t panel = 0; blocks_ && panel < product_.panels(); ++panel)
+      block_falling_[panel / 4] |= static_cast<uint64_t>(falling_[panel]) << panel % 4 * kTileChannels;
   }
 
   const char* kernel(bool) const override { return shown_by_blocks() ? "blocks.bits" : "binary_bits"; }
@@ -226,7 +230,7 @@ class BinaryConv2dBits final : public BinaryConv2d {
         const int64_t first = block.first_panel * kTileChannels;
         for (int64_t p = 0; p < block.count; ++p)
           kernels_.blocks->bits(block.counts[0] + p, static_cast<int>(block.panels),
-                                block_limits_->panel(0, block.first_panel, cases_.of_position(block.positions[p])),
+                                limits_.panel(0, block.first_panel, cases_.of_position(block.positions[p])),
                                 block_falling_.data() + first / 64,
                                 codes + (block.first_pixel + p) * words + first / 64);
       });
@@ -244,23 +248,9 @@ class BinaryConv2dBits final : public BinaryConv2d {
   }
 
  private:
-  // The same for blocks: what a count is held against fits 32 bits, as the count does.
-  void prepare_blocks() {
-    const int64_t channels = output().channels;
-    block_limits_.emplace(channels, 1, -1, cases_.size());
-    for (int64_t number = 0; number < cases_.size(); ++number)
-      for (int64_t c = 0; c < channels; ++c)
-        block_limits_->at(c, number) =
-            static_cast<int32_t>(std::clamp<int64_t>(limits_.at(c, number), -1, std::numeric_limits<int32_t>::max()));
-    block_falling_.resize(output().words());
-    for (int64_t panel = 0; panel < product_.panels(); ++panel)
-      block_falling_[panel / 4] |= static_cast<uint64_t>(falling_[panel]) << panel % 4 * kTileChannels;
-  }
-
-  PerChannel<int64_t> limits_;
-  std::vector<uint16_t> falling_;  // [group][panel], a bit per channel
-  std::optional<PerChannel<int32_t>> block_limits_;
-  std::vector<uint64_t> block_falling_;
+  PerChannel<int32_t> limits_;
+  std::vector<uint16_t> falling_;        // [group][panel], a bit per channel
+  std::vector<uint64_t> block_falling_;  // the same by words, of one group
 };
 
 // Codes of 2 to 8 bits out, a byte each.
@@ -298,10 +288,10 @@ class BinaryConv2dCodes final : public BinaryConv2d {
     for (int p = 0; p < count; ++p)
       for (int64_t c = 0; c < wanted; ++c)
         call.result<uint8_t>()[(pixel + p) * output().channels + first + c] =
-            thresholds_.code(static_cast<int32_t>(bases[p][c] - 2 * counts[p][c]), first + c);
+            thresholds_.code(bases[p][c] - 2 * counts[p][c], first + c);
   }
 
-  PerChannel<int64_t> bases_;
+  PerChannel<int32_t> bases_;
   Thresholds<int32_t> thresholds_;
 };
 

@@ -77,11 +77,11 @@ ThresholdBits::ThresholdBits(const OpSpec& spec, const Shape& input, const Kerne
 }
 
 void ThresholdBits::apply(const Operands& operands, const Part& part) const {
-  const int64_t channels = output().channels, words = output().words(), channel = part.channel;
-  for (int64_t pixel = part.first; pixel < part.first + part.count; ++pixel)
-    kernels_.float_bits(operands.input<float>() + pixel * channels + channel, limits_.data() + channel,
-                        flips_.data() + channel, part.end - channel,
-                        operands.result<uint64_t>() + pixel * words + channel / 64);
+  const int64_t channels = output().channels, words = output().words();
+  kernels_.float_bits(
+      operands.input<float>() + part.first * channels + part.channel, limits(part.channel),
+      {static_cast<size_t>(part.count), static_cast<size_t>(part.end - part.channel), static_cast<size_t>(channels)},
+      operands.result<uint64_t>() + part.first * words + part.channel / 64, words);
 }
 
 std::unique_ptr<Op> make_threshold(const OpSpec& spec, const Shape& input, const Kernels& kernels) {

@@ -206,18 +206,12 @@ void bits(const int32_t (*counts)[kTileChannels], int panels, const int32_t* lim
   }
 }
 
-__m256 dot(__m256i counts, const int64_t* base) {
-  const __m512i count = _mm512_cvtepi32_epi64(counts);
-  return _mm512_cvtepi64_ps(_mm512_sub_epi64(_mm512_loadu_si512(base), _mm512_add_epi64(count, count)));
-}
-
-void floats(const int32_t (*counts)[kTileChannels], int count, const int64_t* const* bases, const FloatOutput& out) {
+void floats(const int32_t (*counts)[kTileChannels], int count, const int32_t* const* bases, const FloatOutput& out) {
+  const __m512 scale = _mm512_loadu_ps(out.scale), bias = _mm512_loadu_ps(out.bias);
   for (int p = 0; p < count; ++p) {
     const __m512i row = _mm512_loadu_si512(counts[p]);
-    const __m512 low = _mm512_castps256_ps512(dot(_mm512_castsi512_si256(row), bases[p]));
-    const __m512 dots = _mm512_insertf32x8(low, dot(_mm512_extracti64x4_epi64(row, 1), bases[p] + 8), 1);
-    _mm512_storeu_ps(out.output + p * out.stride,
-                     _mm512_add_ps(_mm512_mul_ps(dots, _mm512_loadu_ps(out.scale)), _mm512_loadu_ps(out.bias)));
+    const __m512i dots = _mm512_sub_epi32(_mm512_loadu_si512(bases[p]), _mm512_add_epi32(row, row));
+    _mm512_storeu_ps(out.output + p * out.stride, _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale), bias));
   }
 }
 

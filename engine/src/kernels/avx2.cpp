@@ -56,6 +56,12 @@ __m256i difference(const uint64_t* x, const uint64_t* w, int k) {
 namespace lowbit {
 namespace {
 
+// The low halves of eight 64-bit lanes.
+__m256i narrow(__m256i low, __m256i high) {
+  const __m256 halves = _mm256_shuffle_ps(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high), _MM_SHUFFLE(2, 0, 2, 0));
+  return _mm256_permute4x64_epi64(_mm256_castps_si256(halves), _MM_SHUFFLE(3, 1, 2, 0));
+}
+
 // How many bits of each pixel and channel differ; four channels to a vector.
 template <int P>
 struct Counts {
@@ -79,14 +85,10 @@ struct Counts {
       for (int p = 0; p < P; ++p) quads[p][i] = _mm256_add_epi64(quads[p][i], count_fours<P>(x + p, w, rest));
     }
   }
+
+  // Of pixel p, as 32 bits, for eight channels.
+  __m256i eight(int p, int first) const { return narrow(quads[p][first / 4], quads[p][first / 4 + 1]); }
 };
-
-// The low halves of 64-bit lanes: of four, then of eight.
-__m128i narrow(__m256i lanes) {
-  return _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(lanes, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6)));
-}
-
-__m256i narrow(__m256i low, __m256i high) { return _mm256_set_m128i(narrow(high), narrow(low)); }
 
 // Eight channels from `first` on.
 __m256 scaled(__m256 sums, const FloatOutput& out, int first) {
@@ -97,37 +99,31 @@ template <int P>
 void store_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
   const Counts<P> sums(tile);
   for (int p = 0; p < P; ++p)
-    for (int i = 0; i < 4; ++i)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(counts[p] + 4 * i), narrow(sums.quads[p][i]));
+    for (int first = 0; first < kTileChannels; first += 8)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts[p] + first), sums.eight(p, first));
 }
 
 template <int P>
-void store_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
+void store_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
   const Counts<P> sums(tile);
   for (int p = 0; p < P; ++p) {
     unsigned above = 0;
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const __m256i greater = _mm256_cmpgt_epi64(sums.quads[p][i], load(limits[p] + 4 * i));
-      above |= static_cast<unsigned>(_mm256_movemask_pd(_mm256_castsi256_pd(greater))) << 4 * i;
+    for (int first = 0; first < kTileChannels; first += 8) {
+      const __m256i greater = _mm256_cmpgt_epi32(sums.eight(p, first), load(limits[p] + first));
+      above |= static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(greater))) << first;
     }
     bits[p] = static_cast<uint16_t>(~above ^ falling);
   }
 }
 
-__m256i dot(__m256i counts, const int64_t* base) {
-  return _mm256_sub_epi64(load(base), _mm256_add_epi64(counts, counts));
-}
-
 template <int P>
-void store_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
+void store_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
   const Counts<P> sums(tile);
   for (int p = 0; p < P; ++p)
-    for (int i = 0; i < 4; i += 2) {
-      const __m256i low = dot(sums.quads[p][i], bases[p] + 4 * i);
-      const __m256i high = dot(sums.quads[p][i + 1], bases[p] + 4 * i + 4);
-      const __m256 dots = _mm256_cvtepi32_ps(narrow(low, high));
-      _mm256_storeu_ps(out.output + p * out.stride + 4 * i, scaled(dots, out, 4 * i));
+    for (int first = 0; first < kTileChannels; first += 8) {
+      const __m256i counts = sums.eight(p, first);
+      const __m256i dots = _mm256_sub_epi32(load(bases[p] + first), _mm256_add_epi32(counts, counts));
+      _mm256_storeu_ps(out.output + p * out.stride + first, scaled(_mm256_cvtepi32_ps(dots), out, first));
     }
 }
 
@@ -135,11 +131,11 @@ void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
   LOWBIT_BY_COUNT(store_counts, tile, counts)
 }
 
-void binary_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
+void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
   LOWBIT_BY_COUNT(store_bits, tile, limits, falling, bits)
 }
 
-void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
+void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
   LOWBIT_BY_COUNT(store_floats, tile, bases, out)
 }
 
@@ -298,21 +294,26 @@ void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
 
 constexpr ByteKernels kBytes{4, INT16_MAX, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};
 
-void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
+uint64_t passed_word(const float* x, const FloatLimits& limits, size_t count) {
   const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  for (size_t first = 0; first < channels; first += 64) {
-    uint64_t word = 0;
-    for (size_t c = first; c < channels && c < first + 64; c += 8) {
-      const int left = channels - c < 8 ? static_cast<int>(channels - c) : 8;
-      const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), numbers);
-      const __m256i flip = _mm256_maskload_epi32(reinterpret_cast<const int*>(flips + c), lanes);
-      const __m256 flipped = _mm256_xor_ps(_mm256_maskload_ps(x + c, lanes), _mm256_castsi256_ps(flip));
-      const __m256 passed = _mm256_cmp_ps(flipped, _mm256_maskload_ps(thresholds + c, lanes), _CMP_GE_OQ);
-      const int bits = _mm256_movemask_ps(_mm256_and_ps(passed, _mm256_castsi256_ps(lanes)));
-      word |= static_cast<uint64_t>(bits) << (c - first);
-    }
-    *words++ = word;
+  uint64_t word = 0;
+  for (size_t c = 0; c < count; c += 8) {
+    const int left = count - c < 8 ? static_cast<int>(count - c) : 8;
+    const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), numbers);
+    const __m256i flip = _mm256_maskload_epi32(reinterpret_cast<const int*>(limits.flips + c), lanes);
+    const __m256 flipped = _mm256_xor_ps(_mm256_maskload_ps(x + c, lanes), _mm256_castsi256_ps(flip));
+    const __m256 passed = _mm256_cmp_ps(flipped, _mm256_maskload_ps(limits.thresholds + c, lanes), _CMP_GE_OQ);
+    const int bits = _mm256_movemask_ps(_mm256_and_ps(passed, _mm256_castsi256_ps(lanes)));
+    word |= static_cast<uint64_t>(bits) << c;
   }
+  return word;
+}
+
+void float_bits(const float* x, const FloatLimits& limits, const Rows& rows, uint64_t* words, size_t pitch) {
+  for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, words += pitch)
+    for (size_t c = 0; c < rows.channels; c += 64)
+      words[c / 64] = passed_word(x + c, {limits.thresholds + c, limits.flips + c},
+                                  rows.channels - c < 64 ? rows.channels - c : 64);
 }
 
 void float_codes(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,

@@ -15,39 +15,37 @@ __m512 scaled(__m512 sums, const FloatOutput& out) {
   return _mm512_add_ps(_mm512_mul_ps(sums, _mm512_loadu_ps(out.scale)), _mm512_loadu_ps(out.bias));
 }
 
+// The counts of a pixel for all 16 channels, as 32 bits.
+template <int P>
+__m512i narrow(const Counts<P>& sums, int p) {
+  const __m512i halves = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return _mm512_permutex2var_epi32(sums.low[p], halves, sums.high[p]);
+}
+
 template <int P>
 void store_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
   const Counts<P> sums(tile);
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts[p]), _mm512_cvtepi64_epi32(sums.low[p]));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts[p] + 8), _mm512_cvtepi64_epi32(sums.high[p]));
-  }
+  for (int p = 0; p < P; ++p) _mm512_storeu_si512(counts[p], narrow(sums, p));
 }
 
 template <int P>
-void store_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
+void store_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
   const Counts<P> sums(tile);
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) {
-    const unsigned low = _mm512_cmple_epi64_mask(sums.low[p], _mm512_loadu_si512(limits[p]));
-    const unsigned high = _mm512_cmple_epi64_mask(sums.high[p], _mm512_loadu_si512(limits[p] + 8));
-    bits[p] = static_cast<uint16_t>((low | high << 8) ^ falling);
-  }
-}
-
-__m256 dot(__m512i counts, const int64_t* base) {
-  return _mm512_cvtepi64_ps(_mm512_sub_epi64(_mm512_loadu_si512(base), _mm512_add_epi64(counts, counts)));
+  for (int p = 0; p < P; ++p)
+    bits[p] = static_cast<uint16_t>(_mm512_cmple_epi32_mask(narrow(sums, p), _mm512_loadu_si512(limits[p])) ^ falling);
 }
 
 template <int P>
-void store_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
+void store_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
   const Counts<P> sums(tile);
+  const __m512 scale = _mm512_loadu_ps(out.scale), bias = _mm512_loadu_ps(out.bias);
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
-    const __m512 low = _mm512_castps256_ps512(dot(sums.low[p], bases[p]));
-    const __m512 dots = _mm512_insertf32x8(low, dot(sums.high[p], bases[p] + 8), 1);
-    _mm512_storeu_ps(out.output + p * out.stride, scaled(dots, out));
+    const __m512i counts = narrow(sums, p);
+    const __m512i dots = _mm512_sub_epi32(_mm512_loadu_si512(bases[p]), _mm512_add_epi32(counts, counts));
+    _mm512_storeu_ps(out.output + p * out.stride, _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale), bias));
   }
 }
 
@@ -179,11 +177,11 @@ void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
   LOWBIT_BY_COUNT(store_counts, tile, counts)
 }
 
-void binary_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
+void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
   LOWBIT_BY_COUNT(store_bits, tile, limits, falling, bits)
 }
 
-void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
+void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
   LOWBIT_BY_COUNT(store_floats, tile, bases, out)
 }
 
@@ -201,19 +199,31 @@ void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
   LOWBIT_BY_COUNT(multiply_integers, tile, sums)
 }
 
-void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
-  for (size_t first = 0; first < channels; first += 64) {
-    uint64_t word = 0;
-    for (size_t c = first; c < channels && c < first + 64; c += 16) {
-      const size_t left = channels - c;
-      const auto lanes = static_cast<__mmask16>(left < 16 ? (1u << left) - 1 : 0xffffu);
-      const __m512 flipped = _mm512_xor_ps(_mm512_maskz_loadu_ps(lanes, x + c),
-                                           _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(lanes, flips + c)));
-      const __m512 limits = _mm512_maskz_loadu_ps(lanes, thresholds + c);
-      word |= static_cast<uint64_t>(_mm512_mask_cmp_ps_mask(lanes, flipped, limits, _CMP_GE_OQ)) << (c - first);
-    }
-    *words++ = word;
+// A word of each pixel.
+void passed_words(const float* x, const FloatLimits& limits, const Rows& rows, uint64_t* words, size_t pitch) {
+  __m512 flips[4], thresholds[4];
+  __mmask16 lanes[4];
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 4; ++i) {
+    const size_t left = rows.channels > 16 * i ? rows.channels - 16 * i : 0;
+    lanes[i] = static_cast<__mmask16>(left < 16 ? (1u << left) - 1 : 0xffffu);
+    flips[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(lanes[i], limits.flips + 16 * i));
+    thresholds[i] = _mm512_maskz_loadu_ps(lanes[i], limits.thresholds + 16 * i);
   }
+  for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, words += pitch) {
+    __mmask16 passed[4];
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i)
+      passed[i] = _mm512_mask_cmp_ps_mask(
+          lanes[i], _mm512_xor_ps(_mm512_maskz_loadu_ps(lanes[i], x + 16 * i), flips[i]), thresholds[i], _CMP_GE_OQ);
+    *words = _mm512_kunpackd(_mm512_kunpackw(passed[3], passed[2]), _mm512_kunpackw(passed[1], passed[0]));
+  }
+}
+
+void float_bits(const float* x, const FloatLimits& limits, const Rows& rows, uint64_t* words, size_t pitch) {
+  for (size_t c = 0; c < rows.channels; c += 64)
+    passed_words(x + c, {limits.thresholds + c, limits.flips + c},
+                 {rows.pixels, rows.channels - c < 64 ? rows.channels - c : 64, rows.stride}, words + c / 64, pitch);
 }
 
 void float_codes(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,

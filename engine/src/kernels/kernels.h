@@ -63,7 +63,7 @@ struct BlockKernels {
                uint64_t* words);
 
   // As binary_floats, of up to 8 pixels of one panel.
-  void (*floats)(const int32_t (*counts)[kTileChannels], int count, const int64_t* const* bases, const FloatOutput&);
+  void (*floats)(const int32_t (*counts)[kTileChannels], int count, const int32_t* const* bases, const FloatOutput&);
 };
 
 // A product of codes, a byte each, with signed bytes, by blocks: up to 32 pixels meet any even number of panels. A
@@ -130,7 +130,7 @@ struct ByteKernels {
                     BlockSums* sums) = nullptr;
 };
 
-// What 16 channels are held against: x >= thresholds, both with their sign flipped (bit 31 of flips set) where the
+// What channels are held against: x >= thresholds, both with their sign flipped (bit 31 of flips set) where the
 // channel falls; thresholds come flipped already.
 struct FloatLimits {
   const float* thresholds;
@@ -159,14 +159,14 @@ struct RowKernels {
 struct Kernels {
   const char* isa;
 
-  // counts[p][c] = number of bits in which pixel p and channel c differ.
+  // counts[p][c] = number of bits in which pixel p and channel c differ, at most 2^24.
   void (*binary_counts)(const BinaryTile&, int32_t (*counts)[kTileChannels]);
 
   // Bit c of bits[p] = (count <= limits[p][c]) xor bit c of falling.
-  void (*binary_bits)(const BinaryTile&, const int64_t* const* limits, uint16_t falling, uint16_t* bits);
+  void (*binary_bits)(const BinaryTile&, const int32_t* const* limits, uint16_t falling, uint16_t* bits);
 
-  // sum = bases[p][c] - 2 * count, which fits an int32.
-  void (*binary_floats)(const BinaryTile&, const int64_t* const* bases, const FloatOutput&);
+  // sum = bases[p][c] - 2 * count.
+  void (*binary_floats)(const BinaryTile&, const int32_t* const* bases, const FloatOutput&);
 
   // sum = sum of products, in the order of depth: the same bits wherever the pixel lies in its tile. Every instruction
   // set but scalar fuses a product with its sum into one rounding.
@@ -178,8 +178,9 @@ struct Kernels {
   // sums[p][c] = sum of products; the sum of their absolute values fits an int32, and none is -2^15.
   void (*integer_sums)(const IntegerTile&, int32_t (*sums)[kTileChannels]);
 
-  // Bit c of words = x[c] passes its limit, as above. Tail bits are zero.
-  void (*float_bits)(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words);
+  // Bit c of a pixel's words, which begin `pitch` after those of the one before = x[c] passes its limit, as above. Tail
+  // bits are zero.
+  void (*float_bits)(const float* x, const FloatLimits&, const Rows&, uint64_t* words, size_t pitch);
 
   // codes[c] = how many of the limits thresholds[level * pitch + c] x[c] passes, as above.
   void (*float_codes)(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,

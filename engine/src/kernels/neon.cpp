@@ -38,6 +38,11 @@ struct Counts {
       left -= words;
     }
   }
+
+  // As 32 bits, for four channels.
+  int32x4_t four(int first) const {
+    return vreinterpretq_s32_u32(vmovn_high_u64(vmovn_u64(pairs[first / 2]), pairs[first / 2 + 1]));
+  }
 };
 
 // Four channels from `first` on.
@@ -49,36 +54,31 @@ void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
   for (int p = 0; p < tile.count; ++p) {
     const Counts sums(tile, p);
 #pragma GCC unroll 8
-    for (int i = 0; i < kPairs; ++i) vst1_s32(counts[p] + 2 * i, vreinterpret_s32_u32(vmovn_u64(sums.pairs[i])));
+    for (int first = 0; first < kTileChannels; first += 4) vst1q_s32(counts[p] + first, sums.four(first));
   }
 }
 
-void binary_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
+void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
+  constexpr uint32_t kBits[] = {1, 2, 4, 8};
   for (int p = 0; p < tile.count; ++p) {
     const Counts sums(tile, p);
     unsigned below = 0;
-#pragma GCC unroll 8
-    for (int i = 0; i < kPairs; ++i) {
-      const uint64x2_t passed = vcleq_s64(vreinterpretq_s64_u64(sums.pairs[i]), vld1q_s64(limits[p] + 2 * i));
-      below |= (vgetq_lane_u64(passed, 0) & 1u) << 2 * i | (vgetq_lane_u64(passed, 1) & 2u) << 2 * i;
+#pragma GCC unroll 4
+    for (int first = 0; first < kTileChannels; first += 4) {
+      const uint32x4_t passed = vcleq_s32(sums.four(first), vld1q_s32(limits[p] + first));
+      below |= vaddvq_u32(vandq_u32(passed, vld1q_u32(kBits))) << first;
     }
     bits[p] = static_cast<uint16_t>(below ^ falling);
   }
 }
 
-void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
+void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
   for (int p = 0; p < tile.count; ++p) {
     const Counts sums(tile, p);
-    int32x2_t dots[kPairs];
-#pragma GCC unroll 8
-    for (int i = 0; i < kPairs; ++i) {
-      const int64x2_t twice = vreinterpretq_s64_u64(vshlq_n_u64(sums.pairs[i], 1));
-      dots[i] = vmovn_s64(vsubq_s64(vld1q_s64(bases[p] + 2 * i), twice));
-    }
 #pragma GCC unroll 4
-    for (int i = 0; i < kPairs; i += 2) {
-      const float32x4_t four = vcvtq_f32_s32(vcombine_s32(dots[i], dots[i + 1]));
-      vst1q_f32(out.output + p * out.stride + 2 * i, scaled(four, out, 2 * i));
+    for (int first = 0; first < kTileChannels; first += 4) {
+      const int32x4_t dots = vsubq_s32(vld1q_s32(bases[p] + first), vshlq_n_s32(sums.four(first), 1));
+      vst1q_f32(out.output + p * out.stride + first, scaled(vcvtq_f32_s32(dots), out, first));
     }
   }
 }
@@ -160,23 +160,26 @@ void multiply_integers(const IntegerTile& tile, int first, int32_t (*result)[kTi
     for (int i = 0; i < 4; ++i) vst1q_s32(result[first + p] + 4 * i, sums[p][i]);
 }
 
-void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
-  LOWBIT_BY_FOURS(multiply_integers, tile, sums)
+void integer_sums(const IntegerTile& tile,
+                  int32_t (*sums)[kTileChannels]){LOWBIT_BY_FOURS(multiply_integers, tile, sums)}
+
+uint64_t passed_word(const float* x, const FloatLimits& limits, size_t count) {
+  uint64_t word = 0;
+  size_t c = 0;
+  for (; c + 4 <= count; c += 4)
+    word |= static_cast<uint64_t>(passed(vld1q_f32(x + c), limits.thresholds + c, limits.flips + c)) << c;
+  for (; c < count; ++c) {
+    const float flipped = limits.flips[c] != 0 ? -x[c] : x[c];
+    word |= static_cast<uint64_t>(flipped >= limits.thresholds[c]) << c;
+  }
+  return word;
 }
 
-void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
-  for (size_t first = 0; first < channels; first += 64) {
-    const size_t end = channels < first + 64 ? channels : first + 64;
-    uint64_t word = 0;
-    size_t c = first;
-    for (; c + 4 <= end; c += 4)
-      word |= static_cast<uint64_t>(passed(vld1q_f32(x + c), thresholds + c, flips + c)) << (c - first);
-    for (; c < end; ++c) {
-      const float flipped = flips[c] != 0 ? -x[c] : x[c];
-      word |= static_cast<uint64_t>(flipped >= thresholds[c]) << (c - first);
-    }
-    *words++ = word;
-  }
+void float_bits(const float* x, const FloatLimits& limits, const Rows& rows, uint64_t* words, size_t pitch) {
+  for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, words += pitch)
+    for (size_t c = 0; c < rows.channels; c += 64)
+      words[c / 64] = passed_word(x + c, {limits.thresholds + c, limits.flips + c},
+                                  rows.channels - c < 64 ? rows.channels - c : 64);
 }
 
 void float_codes(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,

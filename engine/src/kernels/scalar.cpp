@@ -8,8 +8,8 @@ namespace {
 
 constexpr size_t kRegisterFloats = 4;
 
-int64_t count(const BinaryTile& tile, int pixel, int channel) {
-  int64_t differing = 0;
+int32_t count(const BinaryTile& tile, int pixel, int channel) {
+  int32_t differing = 0;
   for (size_t k = 0; k < tile.depth; ++k)
     differing += std::popcount(tile.pixels[k * tile.count + pixel] ^ tile.weights[k * kTileChannels + channel]);
   return differing;
@@ -17,10 +17,10 @@ int64_t count(const BinaryTile& tile, int pixel, int channel) {
 
 void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
   for (int p = 0; p < tile.count; ++p)
-    for (int c = 0; c < kTileChannels; ++c) counts[p][c] = static_cast<int32_t>(count(tile, p, c));
+    for (int c = 0; c < kTileChannels; ++c) counts[p][c] = count(tile, p, c);
 }
 
-void binary_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t falling, uint16_t* bits) {
+void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
   for (int p = 0; p < tile.count; ++p) {
     unsigned below = 0;
     for (int c = 0; c < kTileChannels; ++c) below |= static_cast<unsigned>(count(tile, p, c) <= limits[p][c]) << c;
@@ -28,7 +28,7 @@ void binary_bits(const BinaryTile& tile, const int64_t* const* limits, uint16_t 
   }
 }
 
-void binary_floats(const BinaryTile& tile, const int64_t* const* bases, const FloatOutput& out) {
+void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
   for (int p = 0; p < tile.count; ++p)
     for (int c = 0; c < kTileChannels; ++c) {
       const auto sum = static_cast<float>(bases[p][c] - 2 * count(tile, p, c));
@@ -73,13 +73,14 @@ void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
   }
 }
 
-void float_bits(const float* x, const float* thresholds, const uint32_t* flips, size_t channels, uint64_t* words) {
-  for (size_t first = 0; first < channels; first += 64) {
-    uint64_t word = 0;
-    for (size_t c = first; c < channels && c < first + 64; ++c)
-      word |= static_cast<uint64_t>(passes(x[c], thresholds, flips, c)) << (c - first);
-    *words++ = word;
-  }
+void float_bits(const float* x, const FloatLimits& limits, const Rows& rows, uint64_t* words, size_t pitch) {
+  for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, words += pitch)
+    for (size_t first = 0; first < rows.channels; first += 64) {
+      uint64_t word = 0;
+      for (size_t c = first; c < rows.channels && c < first + 64; ++c)
+        word |= static_cast<uint64_t>(passes(x[c], limits.thresholds, limits.flips, c)) << (c - first);
+      words[first / 64] = word;
+    }
 }
 
 void float_codes(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,
