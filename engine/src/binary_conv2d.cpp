@@ -55,6 +55,7 @@ class BinaryConv2d : public Op {
     shape_ = describe(spec, input, output().bits);
   }
 
+  bool makes_strips() const override { return true; }
   int64_t scratch_bytes() const override { return product_.planes_bytes(); }
   int64_t thread_scratch_bytes() const override {
     return std::max(product_.block_bytes(), blocks_ ? blocks_->thread_scratch_bytes() : int64_t{0});
@@ -73,7 +74,7 @@ class BinaryConv2d : public Op {
 
  protected:
   bool by_blocks(const Call& call) const {
-    const int64_t pixels = product_.pixels(call);
+    const int64_t pixels = product_.span(call).count;
     return blocks_ && pixels >= kMinBlockPixels && by_blocks_[pixels >= kManyPixels];
   }
 

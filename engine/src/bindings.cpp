@@ -159,8 +159,10 @@ class PyEngine {
       specs.push_back(to_spec(nb::cast<nb::dict>(ops[i]), nb::cast<nb::dict>(tensors[i]), kept));
     const char* isa = std::getenv("LOWBIT_ISA");
     const char* tune = std::getenv("LOWBIT_TUNE");
+    const char* strip = std::getenv("LOWBIT_STRIP_BYTES");
     return lowbit::Engine({input_shape[1], input_shape[2], input_shape[0]}, specs, threads, isa == nullptr ? "" : isa,
-                          tune == nullptr || std::string_view(tune) != "0");
+                          tune == nullptr || std::string_view(tune) != "0",
+                          strip == nullptr ? lowbit::kStripBytes : std::max(1ll, std::atoll(strip)));
   }
 
   lowbit::Engine engine_;

@@ -61,6 +61,7 @@ class ByteBlocks {
 
   // Copies the input into the padded images, codes of 1 bit as bytes.
   void fill(const Call& call) const {
+    if (!call.begins()) return;
     const int64_t channels = input_.channels, border = window_.padding[1] * channels, length = input_.width * channels;
     call.pool.run(static_cast<size_t>(call.batch * padded_rows_), [&](size_t row, int) {
       const int64_t image = row / padded_rows_, y = row % padded_rows_ - window_.padding[0];
@@ -86,7 +87,8 @@ class ByteBlocks {
   // its groups. Weights that fill the cache stay there while all pixels pass by.
   template <class Begin, class Emit>
   void run(const Call& call, const Begin& begin, const Emit& emit) const {
-    const int64_t pixels = call.batch * window_.height * window_.width, blocks = ceil_div(pixels, kBlockPixels);
+    const Span span = call.span(window_.height, window_.width);
+    const int64_t blocks = ceil_div(span.count, kBlockPixels);
     const int64_t at_once = panels_at_once(even_panels(), blocks, call.pool.size());
     const int64_t cached = std::max<int64_t>(kMostWeightBytes / (depth_ * kTileChannels) / 4 * 4, kPanelsPerChunk);
     const int64_t chunk_panels = groups_ > 1 ? even_panels() : by_signs_ ? at_once : std::min(at_once, cached);
@@ -94,11 +96,12 @@ class ByteBlocks {
     call.pool.run(static_cast<size_t>(blocks * chunks), [&](size_t item, int thread) {
       auto* arranged = reinterpret_cast<uint8_t*>(call.thread_scratch + thread * call.thread_bytes);
       auto* sums = reinterpret_cast<BlockSums*>(arranged + sums_offset());
-      const int64_t first = item % blocks * kBlockPixels, count = std::min<int64_t>(kBlockPixels, pixels - first);
+      const int64_t start = item % blocks * kBlockPixels, count = std::min<int64_t>(kBlockPixels, span.count - start);
+      const int64_t first = span.first - span.origin + start;
       const int64_t panel = item / blocks * chunk_panels, end = std::min(panel + chunk_panels, even_panels());
       int64_t offsets[kBlockPixels], positions[kBlockPixels];
       locate(window_, window_.stride[0] * padded_width_ * input_.channels, window_.stride[1] * input_.channels,
-             scratch_bytes(), first, count, offsets, positions);
+             scratch_bytes(), span.first + start, count, offsets, positions);
       const int64_t channel = panel * kTileChannels;
       const int64_t end_channel = chunks == 1 ? channels_ : std::min(end * kTileChannels, channels_);
       begin(first, count, channel, end_channel);

@@ -20,6 +20,7 @@ class Conv2d final : public Op {
         product_(make_product(spec, input, window)),
         epilogue_(spec, has_float_weight(spec) ? nullptr : "weight_scale") {}
 
+  bool makes_strips() const override { return true; }
   int64_t scratch_bytes() const override { return product_.planes_bytes(); }
   int64_t thread_scratch_bytes() const override { return product_.block_bytes(); }
   const char* kernel(bool joined) const override { return joined ? "float_tile_bits" : "float_tile"; }

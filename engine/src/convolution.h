@@ -82,13 +82,14 @@ class Product {
   int64_t plane_size() const { return padded_height_ * padded_width_; }
   int64_t planes_bytes() const { return round_up(planes_ * plane_size() * sizeof(T), kAlignment); }
   const std::vector<int64_t>& taps() const { return taps_; }
-  int64_t pixels(const Call& call) const { return call.batch * window_.height * window_.width; }
+  Span span(const Call& call) const { return call.span(window_.height, window_.width); }
   int64_t block_bytes() const { return block_tiles() * kTilePixels * taps_.size() * sizeof(T); }
 
   // Fills the planes; spread(row y of an image, line, columns) must write every plane's element of input pixel (y, x)
   // to line[plane * plane_size() + columns[x]].
   template <class Spread>
   void fill_planes(const Call& call, const Shape& input, const Spread& spread) const {
+    if (!call.begins()) return;
     call.pool.run(static_cast<size_t>(call.batch * padded_height_), [&](size_t row, int) {
       T* line = planes_of(call, row / padded_height_) + row % padded_height_ * padded_width_;
       const int64_t y = static_cast<int64_t>(row % padded_height_) - window_.padding[0];
@@ -99,28 +100,29 @@ class Product {
     });
   }
 
-  // Calls emit(tile, first pixel, positions, group, panel) for every tile: pixels are numbered through the batch, and
-  // positions[p] is pixel p's number within its image. An item of work covers some channels of some pixels; before its
-  // tiles, begin(first pixel, count, first channel, end channel) is called. Where `step` is 2, only even panels are
+  // Calls emit(tile, first pixel, positions, group, panel) for every tile: pixels are numbered as they lie in memory,
+  // and positions[p] is pixel p's number within its image. An item of work covers some channels of some pixels; before
+  // its tiles, begin(first pixel, count, first channel, end channel) is called. Where `step` is 2, only even panels are
   // named, and emit sees to the next one too.
   template <class Begin, class Emit>
   void run(const Call& call, const Begin& begin, const Emit& emit, int64_t step = 1) const {
-    const int64_t pixels = this->pixels(call);
-    const int64_t block = block_pixels(pixels, call.pool.size());
-    const int64_t blocks = ceil_div(pixels, block);
+    const Span span = this->span(call);
+    const int64_t block = block_pixels(span.count, call.pool.size());
+    const int64_t blocks = ceil_div(span.count, block);
     const int64_t chunk_panels = groups_ == 1 ? panels_at_once(panels_, blocks, call.pool.size()) : panels_;
     const int64_t chunks = ceil_div(panels_, chunk_panels);
     const auto depth = taps_.size();
     call.pool.run(static_cast<size_t>(blocks * chunks), [&](size_t item, int thread) {
       T* gathered = reinterpret_cast<T*>(call.thread_scratch + thread * call.thread_bytes);
-      const int64_t first = item / chunks * block, count = std::min(block, pixels - first);
+      const int64_t start = item / chunks * block, count = std::min(block, span.count - start);
+      const int64_t first = span.first - span.origin + start;
       const int64_t first_panel = item % chunks * chunk_panels;
       const int64_t end_panel = std::min(first_panel + chunk_panels, panels_);
       const int64_t channel = first_panel * kTileChannels;
       const int64_t end_channel = chunks == 1 ? channels_ : std::min(end_panel * kTileChannels, channels_);
       begin(first, count, channel, end_channel);
       int64_t offsets[kBlockTiles * kTilePixels], positions[kBlockTiles * kTilePixels];
-      locate(first, count, offsets, positions);
+      locate(span.first + start, count, offsets, positions);
       for (int64_t group = 0; group < groups_; ++group) {
         const T* plane = static_cast<const T*>(call.scratch) + group * (planes_ / groups_) * plane_size();
         for (int64_t p = 0; p < count; p += kTilePixels)

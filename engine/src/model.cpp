@@ -1,16 +1,19 @@
-// The engine: builds the ops, plans where their values live, and runs them in order.
+// The engine: builds the ops, and runs them as planned.
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <mutex>
-#include <numeric>
 
 #include "kernels/select.h"
 #include "lowbit/engine.h"
 #include "measure.h"
 #include "op.h"
+#include "plan.h"
 
 namespace lowbit {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 constexpr size_t kMaxOps = 1 << 12;
 constexpr int64_t kMaxAllElements = 1 << 27;
@@ -57,19 +60,6 @@ double weight_bytes_of(const OpSpec& spec, const Shape& input) {
   return taps * static_cast<double>(groups) * static_cast<double>(channels) * static_cast<double>(bytes);
 }
 
-// An op, and pixelwise ops that follow it part by part, in order, while what they read is in the cache.
-struct Group {
-  size_t head;
-  std::vector<size_t> followers;
-  bool joined = false;  // the head writes what its one follower makes of its output, and the output itself is nowhere
-};
-
-// A block of memory that is in use from group `first` to group `last`, both included; sizes and offsets are per image.
-struct Block {
-  int64_t bytes, offset;
-  size_t first, last;
-};
-
 // Images that run together: their part of the arena, and the threads that share each op's work.
 struct Lane {
   std::byte* arena;
@@ -80,26 +70,6 @@ struct Lane {
 
   std::byte* at(const Block& block) const { return arena + block.offset * batch; }
 };
-
-// Gives every block the lowest offset at which no block that lives at the same time is in the way. Returns the total.
-int64_t place(std::vector<Block*>& blocks) {
-  std::stable_sort(blocks.begin(), blocks.end(), [](const Block* a, const Block* b) { return a->bytes > b->bytes; });
-  int64_t total = 0;
-  std::vector<const Block*> placed;  // by offset
-  for (Block* block : blocks) {
-    block->offset = 0;
-    for (const Block* other : placed) {
-      if (other->last < block->first || other->first > block->last) continue;
-      if (block->offset + block->bytes <= other->offset) break;
-      block->offset = std::max(block->offset, other->offset + other->bytes);
-    }
-    placed.insert(std::upper_bound(placed.begin(), placed.end(), block,
-                                   [](const Block* a, const Block* b) { return a->offset < b->offset; }),
-                  block);
-    total = std::max(total, block->offset + block->bytes);
-  }
-  return total;
-}
 
 template <class Channels>
 void interleave(const float* planes, int64_t size, Channels channels, float* pixels) {
@@ -139,13 +109,12 @@ struct Engine::State {
         pool(std::make_unique<ThreadPool>(threads)),
         mutex(std::make_unique<std::mutex>()) {}
 
-  void make_groups();
-  void find_homes();
-  void plan_memory();
-
   void run(const Lane& lane, const float* images, float* outputs, double* seconds);
+  void run_group(const Lane& lane, const Group& group, Call& call) const;
+  void run_strips(const Lane& lane, const Group& group, Call call, double* seconds) const;
+  int64_t run_pool(const Lane& lane, size_t op, int64_t image, int64_t done, int64_t kept, int64_t end) const;
 
-  std::byte* value(const Lane& lane, size_t number) const { return lane.at(values[home[number]]); }
+  std::byte* value(const Lane& lane, size_t number) const { return lane.at(plan.block(number)); }
   Operands operands(const Lane& lane, size_t op) const {
     Operands result{{}, value(lane, op + 1)};
     for (size_t k = 0; k < inputs[op].size(); ++k) result.inputs[k] = value(lane, inputs[op][k]);
@@ -158,90 +127,14 @@ struct Engine::State {
   std::vector<Shape> shapes;  // of values
   std::vector<std::vector<size_t>> inputs;
   std::vector<std::unique_ptr<Op>> ops;
-  std::vector<const PixelwiseOp*> pixelwise;  // by number; null for others
-  std::vector<Group> groups;                  // in the order in which they run
-  std::vector<size_t> group_of_op;            // by number
-  std::vector<size_t> home;  // the value in whose memory a value lies: its own, or where a follower found it
-  std::vector<Block> values;
-  std::vector<Block> scratch;  // of groups
-  int64_t image_bytes = 0;     // of the arena
-  size_t thread_bytes = 0;
+  Plan plan;
   Buffer<std::byte> arena, thread_scratch;
   ThreadPool alone{1};
   std::vector<std::vector<Follower>> followers;  // of the group that runs in each lane
 };
 
-// A pixelwise op follows the op, or a follower of the op, that runs last of those whose outputs it reads, if that has
-// as many channels: parts are the same to all.
-void Engine::State::make_groups() {
-  for (size_t i = 0; i < ops.size(); ++i) {
-    size_t last = 0;  // the number of groups up to the one that it can follow
-    for (const size_t value : inputs[i]) last = std::max(last, value == 0 ? 0 : group_of_op[value - 1] + 1);
-    pixelwise.push_back(dynamic_cast<const PixelwiseOp*>(ops[i].get()));
-    const bool follows = pixelwise[i] != nullptr && last > 0 &&
-                         ops[groups[last - 1].head]->output().channels == ops[i]->output().channels;
-    if (follows)
-      groups[last - 1].followers.push_back(i);
-    else
-      groups.push_back({i, {}});
-    group_of_op.push_back(follows ? last - 1 : groups.size() - 1);
-  }
-  for (Group& group : groups) {
-    int64_t readers = 0;
-    for (const auto& read : inputs) readers += std::count(read.begin(), read.end(), group.head + 1);
-    group.joined = group.followers.size() == 1 && readers == 1 && ops[group.head]->joins(*ops[group.followers[0]]);
-  }
-}
-
-// A follower writes over what it is the last to read, rather than into memory of its own.
-void Engine::State::find_homes() {
-  home.resize(shapes.size());
-  std::iota(home.begin(), home.end(), size_t{0});
-  const auto last_reader = [&](size_t value, size_t group, size_t op) {
-    for (size_t i = 0; i < ops.size(); ++i) {
-      if (std::find(inputs[i].begin(), inputs[i].end(), value) == inputs[i].end()) continue;
-      if (group_of_op[i] > group || (group_of_op[i] == group && (i > op || i == groups[group].head))) return false;
-    }
-    return true;
-  };
-  for (size_t group = 0; group < groups.size(); ++group)
-    for (const size_t i : groups[group].followers) {
-      std::vector<size_t> newest = inputs[i];
-      std::sort(newest.rbegin(), newest.rend());
-      for (const size_t value : newest)
-        if (shapes[value] == shapes[i + 1] && last_reader(value, group, i)) {
-          home[i + 1] = home[value];
-          break;
-        }
-    }
-}
-
-void Engine::State::plan_memory() {
-  values.resize(shapes.size(), {0, 0, groups.size(), 0});
-  const auto use = [&](size_t value, size_t group) {
-    Block& block = values[home[value]];
-    block.bytes = round_up(shapes[home[value]].bytes(), kAlignment);
-    block.first = std::min(block.first, group);
-    block.last = std::max(block.last, group);
-  };
-  use(0, 0);
-  use(ops.size(), groups.size());
-  for (size_t i = 0; i < ops.size(); ++i) {
-    use(i + 1, group_of_op[i]);
-    for (const size_t value : inputs[i]) use(value, group_of_op[i]);
-    thread_bytes = std::max<size_t>(thread_bytes, round_up(ops[i]->thread_scratch_bytes(), kAlignment));
-  }
-  std::vector<Block*> blocks;
-  for (size_t group = 0; group < groups.size(); ++group) {
-    if (groups[group].joined) values[groups[group].head + 1].bytes = 0;
-    scratch.push_back({round_up(ops[groups[group].head]->scratch_bytes(), kAlignment), 0, group, group});
-  }
-  for (auto* kind : {&values, &scratch})
-    for (Block& block : *kind) blocks.push_back(&block);
-  image_bytes = place(blocks);
-}
-
-Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::string_view isa, bool tune) {
+Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::string_view isa, bool tune,
+               int64_t strip_bytes) {
   require(threads >= 1 && threads <= kMaxThreads, "threads must be 1 to 256");
   require(!specs.empty() && specs.size() <= kMaxOps, "the graph must have 1 to 4096 ops");
   for (const int64_t extent : {input.height, input.width, input.channels})
@@ -275,11 +168,9 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
   }
   require(s.shapes.back().is_float(), "the output must be float32");
 
-  s.make_groups();
-  s.find_homes();
-  s.plan_memory();
-  s.arena.resize(s.image_bytes);
-  s.thread_scratch.resize(s.thread_bytes * s.pool->size());
+  s.plan = Plan(s.shapes, s.inputs, s.ops, strip_bytes);
+  s.arena.resize(s.plan.image_bytes);
+  s.thread_scratch.resize(s.plan.thread_bytes * s.pool->size());
   s.followers.resize(s.pool->size());
   if (tune)
     for (const auto& op : s.ops) op->tune(Measure(s.kernels.isa, *s.pool));
@@ -288,31 +179,85 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
 Engine::~Engine() = default;
 
 void Engine::State::run(const Lane& lane, const float* images, float* outputs, double* seconds) {
-  using Clock = std::chrono::steady_clock;
   const Shape &in = shapes.front(), &out = shapes.back();
   auto* pixels = reinterpret_cast<float*>(value(lane, 0));
   lane.pool.run(static_cast<size_t>(lane.batch),
                 [&](size_t n, int) { to_channels_last(images + n * in.elements(), in, pixels + n * in.elements()); });
-  for (size_t number = 0; number < groups.size(); ++number) {
+  for (size_t number = 0; number < plan.groups.size(); ++number) {
     const auto start = Clock::now();
-    const Group& group = groups[number];
-    const Op& head = *ops[group.head];
+    const Group& group = plan.groups[number];
     lane.followers.clear();
-    for (const size_t i : group.followers) lane.followers.push_back({pixelwise[i], operands(lane, i)});
-    Call call{
-        operands(lane, group.head), lane.at(scratch[number]), lane.thread_scratch, thread_bytes, lane.batch, lane.pool};
-    if (group.joined) {
-      call.output = lane.followers[0].operands.output;
-      head.run_joined(*lane.followers[0].op, call);
-    } else {
-      call.followers = lane.followers;
-      head.run(call);
-    }
+    for (const size_t i : group.followers) lane.followers.push_back({plan.pixelwise(i), operands(lane, i)});
+    Call call{operands(lane, group.head),
+              lane.at(plan.scratch[number]),
+              lane.thread_scratch,
+              plan.thread_bytes,
+              lane.batch,
+              lane.pool};
+    if (group.strip_rows > 0)
+      run_strips(lane, group, call, seconds);
+    else
+      run_group(lane, group, call);
     if (seconds != nullptr) seconds[group.head] += std::chrono::duration<double>(Clock::now() - start).count();
   }
   const auto* results = reinterpret_cast<const float*>(value(lane, ops.size()));
   for (int64_t n = 0; n < lane.batch; ++n)
     to_channels_first(results + n * out.elements(), out, outputs + n * out.elements());
+}
+
+void Engine::State::run_group(const Lane& lane, const Group& group, Call& call) const {
+  const Op& head = *ops[group.head];
+  if (group.joined) {
+    call.output = lane.followers[0].operands.output;
+    head.run_joined(*lane.followers[0].op, call);
+  } else {
+    call.followers = lane.followers;
+    head.run(call);
+  }
+}
+
+// What a pool can do with rows kept..end of an image. Returns the first row that it still needs.
+int64_t Engine::State::run_pool(const Lane& lane, size_t op, int64_t image, int64_t done, int64_t kept,
+                                int64_t end) const {
+  const auto& pool = dynamic_cast<const PoolOp&>(*ops[op]);
+  const Strip strip{pool.rows_from(done), pool.rows_from(end), kept, 0};
+  Operands pooled = operands(lane, op);
+  pooled.output = static_cast<std::byte*>(pooled.output) + image * pool.output().bytes();
+  pool.run({pooled, nullptr, lane.thread_scratch, plan.thread_bytes, 1, lane.pool, {}, &strip});
+  return pool.rows_before(strip.end);
+}
+
+// Image by image. Rows that a pool still needs when a strip is done move to the beginning of the memory.
+void Engine::State::run_strips(const Lane& lane, const Group& group, Call call, double* seconds) const {
+  const Shape &input = shapes[inputs[group.head][0]], &made = shapes[group.head + 1];
+  const auto* images = call.input<std::byte>();
+  call.batch = 1;
+  for (int64_t image = 0; image < lane.batch; ++image) {
+    call.inputs[0] = images + image * input.bytes();
+    int64_t kept = 0;  // the first row in memory
+    for (int64_t first = 0; first < made.height;) {
+      const int64_t end = std::min(kept + group.strip_rows, made.height);
+      const Strip strip{first, end, 0, kept};
+      call.strip = &strip;
+      run_group(lane, group, call);
+      int64_t needed = end;
+      for (const size_t i : group.pools) {
+        const auto start = Clock::now();
+        needed = std::min(needed, run_pool(lane, i, image, first, kept, end));
+        if (seconds == nullptr) continue;
+        const double time = std::chrono::duration<double>(Clock::now() - start).count();
+        seconds[i] += time;
+        seconds[group.head] -= time;  // which gets that of the group
+      }
+      first = end;
+      for (const size_t value : group.pooled) {
+        std::byte* rows = this->value(lane, value);
+        const int64_t row_bytes = shapes[value].width * shapes[value].pixel_bytes();
+        std::memmove(rows, rows + (needed - kept) * row_bytes, (end - needed) * row_bytes);
+      }
+      kept = needed;
+    }
+  }
 }
 
 // Threads take images of their own where there are enough for all, and need not wait for each other then; else, and
@@ -323,13 +268,13 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
   const int64_t threads = s.pool->size(), in = s.shapes.front().elements(), out = s.shapes.back().elements();
   const bool apart = threads > 1 && seconds == nullptr && (batch % threads == 0 || batch >= kEnoughImages * threads);
   const int64_t lanes = apart ? threads : 1;
-  const int64_t most = std::clamp<int64_t>(kChunkBytes * (threads / lanes) / s.image_bytes, 1, kMaxChunk);
-  const int64_t chunk = std::min(most, ceil_div(batch, lanes)), lane_bytes = s.image_bytes * chunk;
+  const int64_t most = std::clamp<int64_t>(kChunkBytes * (threads / lanes) / s.plan.image_bytes, 1, kMaxChunk);
+  const int64_t chunk = std::min(most, ceil_div(batch, lanes)), lane_bytes = s.plan.image_bytes * chunk;
   if (static_cast<int64_t>(s.arena.size()) < lane_bytes * lanes) s.arena.resize(lane_bytes * lanes);
   const auto run = [&](size_t number, int thread, ThreadPool& pool) {
     const int64_t first = static_cast<int64_t>(number) * chunk;
     s.run({s.arena.data() + thread * lane_bytes, std::min(chunk, batch - first), pool,
-           s.thread_scratch.data() + thread * s.thread_bytes, s.followers[thread]},
+           s.thread_scratch.data() + thread * s.plan.thread_bytes, s.followers[thread]},
           images + first * in, outputs + first * out, seconds);
   };
   const auto chunks = static_cast<size_t>(batch == 0 ? 0 : ceil_div(batch, chunk));
@@ -364,7 +309,7 @@ void Engine::run_op(size_t index, const std::vector<const void*>& inputs, int64_
   op.run({{stored, shape.bits == 1 ? packed.data() : output},
           scratch.data(),
           s.thread_scratch.data(),
-          s.thread_bytes,
+          s.plan.thread_bytes,
           batch,
           *s.pool});
   if (shape.bits == 1) unpack_bits(packed.data(), shape, shape.pixels() * batch, static_cast<uint8_t*>(output));
@@ -381,7 +326,7 @@ void Engine::after_fork() {
 size_t Engine::op_count() const { return state_->ops.size(); }
 const std::vector<size_t>& Engine::op_inputs(size_t index) const { return state_->inputs.at(index); }
 std::string_view Engine::op_kernel(size_t index) const {
-  const Group& group = state_->groups[state_->group_of_op.at(index)];
+  const Group& group = state_->plan.group_of(index);
   if (group.joined && group.head != index) return "";
   return state_->ops[index]->kernel(group.joined);
 }

@@ -21,6 +21,16 @@ Window::Window(const OpSpec& spec, const Shape& input)
   width = outputs[1];
 }
 
+int64_t PoolOp::rows_from(int64_t rows) const {
+  if (rows == input_.height) return window.height;
+  const int64_t room = rows + window.padding[0] - window.kernel[0];
+  return room < 0 ? 0 : room / window.stride[0] + 1;
+}
+
+int64_t PoolOp::rows_before(int64_t row) const {
+  return row == window.height ? input_.height : std::max<int64_t>(row * window.stride[0] - window.padding[0], 0);
+}
+
 const void* tensor_data(const OpSpec& spec, const char* name, Type type, std::initializer_list<int64_t> shape) {
   const auto found = spec.tensors.find(name);
   if (found == spec.tensors.end()) throw std::invalid_argument("the tensor '" + std::string(name) + "' is missing");

@@ -66,6 +66,16 @@ struct Follower {
   Operands operands;
 };
 
+// Rows of one image's output that a run makes, and the rows of its input and output with which their memory begins.
+struct Strip {
+  int64_t first, end, input_first, output_first;
+};
+
+// Pixels of an output that a run makes, numbered through the batch, and the number of the first in memory.
+struct Span {
+  int64_t first, count, origin;
+};
+
 // One run of one op on a batch.
 struct Call : Operands {
   void* scratch;              // batch * Op::scratch_bytes()
@@ -74,6 +84,15 @@ struct Call : Operands {
   int64_t batch;
   ThreadPool& pool;
   std::span<const Follower> followers = {};
+  const Strip* strip = nullptr;  // of an image, for a batch of 1; all rows of all images where there is none
+
+  // Whether the op has yet to prepare its input in the scratch memory.
+  bool begins() const { return strip == nullptr || strip->first == 0; }
+
+  Span span(int64_t height, int64_t width) const {
+    if (strip == nullptr) return {0, batch * height * width, 0};
+    return {strip->first * width, (strip->end - strip->first) * width, strip->output_first * width};
+  }
 
   // An op that writes floats says of each part that it is there.
   void done(const Part& part) const;
@@ -93,6 +112,9 @@ class Op {
 
   // Chooses between ways to compute the same, by their times on this machine.
   virtual void tune(const Measure&) {}
+
+  // Whether it can make its output strip by strip, in order, from an input that is there as a whole.
+  virtual bool makes_strips() const { return false; }
 
   // Whether this op can write what `next` makes of its output, at once, without that output being anywhere.
   virtual bool joins(const Op&) const { return false; }
@@ -150,6 +172,23 @@ struct Window {
   int64_t height, width;  // of the output
 
   Window(const OpSpec& spec, const Shape& input);
+};
+
+// An op that slides a window of no dilation over each channel. Its input may be there as a strip.
+class PoolOp : public Op {
+ public:
+  PoolOp(const Window& window, const Shape& input)
+      : Op({window.height, window.width, input.channels, input.bits}), window(window), input_(input) {}
+
+  // Rows of the output for which the first `rows` of the input are enough.
+  int64_t rows_from(int64_t rows) const;
+  // Rows of the input that no row of the output needs from `row` on.
+  int64_t rows_before(int64_t row) const;
+
+  const Window window;
+
+ protected:
+  const Shape input_;
 };
 
 // The tensor `name` of exactly this type and shape.

@@ -6,29 +6,28 @@
 namespace lowbit {
 namespace {
 
-Shape pooled(const Window& window, const Shape& input) {
-  return {window.height, window.width, input.channels, input.bits};
-}
-
 // Slides a window over pixels of `step` elements of type T.
 template <class T>
-class SlidingWindow {
+class SlidingWindow : public PoolOp {
  public:
   SlidingWindow(const OpSpec& spec, const Shape& input, int64_t step)
-      : window(spec, input), input_(input), step_(step) {
+      : PoolOp(Window(spec, input), input), step_(step) {
     for (int axis = 0; axis < 2; ++axis) {
       require(window.dilation[axis] == 1, "a pool has no dilation");
       require(2 * window.padding[axis] <= window.kernel[axis], "padding may be at most half of the kernel");
     }
   }
 
+ protected:
   // For each output pixel, calls combine(taps, count, y) with the input pixels under the window, in the order of
   // memory, and then finish(y, their number). Of a large window come some at a time, y as the first of the next.
   template <class Combine, class Finish>
-  void run(const Call& call, const Combine& combine, const Finish& finish) const {
-    call.pool.run(static_cast<size_t>(call.batch * window.height), [&](size_t row, int) {
+  void slide(const Call& call, const Combine& combine, const Finish& finish) const {
+    const Strip strip = call.strip == nullptr ? Strip{0, call.batch * window.height, 0, 0} : *call.strip;
+    call.pool.run(static_cast<size_t>(strip.end - strip.first), [&](size_t number, int) {
+      const int64_t row = strip.first + static_cast<int64_t>(number), first = (row - strip.output_first) * window.width;
       const T* image = call.input<T>() + row / window.height * input_.pixels() * step_;
-      T* y = call.result<T>() + row * window.width * step_;
+      T* y = call.result<T>() + first * step_;
       const auto [top, bottom] = covered(0, row % window.height, input_.height);
       const T* taps[kMostTaps];
       for (int64_t column = 0; column < window.width; ++column, y += step_) {
@@ -41,16 +40,14 @@ class SlidingWindow {
               taps[0] = y;
               count = 1;
             }
-            taps[count++] = image + (iy * input_.width + ix) * step_;
+            taps[count++] = image + ((iy - strip.input_first) * input_.width + ix) * step_;
           }
         combine(taps, count, y);
         finish(y, (bottom - top) * (right - left));
       }
-      call.done({static_cast<int64_t>(row) * window.width, window.width, 0, input_.channels});
+      call.done({first, window.width, 0, input_.channels});
     });
   }
-
-  const Window window;
 
  private:
   static constexpr size_t kMostTaps = 64;
@@ -61,19 +58,18 @@ class SlidingWindow {
     return {std::max<int64_t>(start, 0), std::min(start + window.kernel[axis], extent)};
   }
 
-  Shape input_;
   int64_t step_;
 };
 
 constexpr auto kAsItIs = [](auto*, int64_t) {};
 
-class MaxPool final : public Op {
+class MaxPool final : public SlidingWindow<float> {
  public:
   MaxPool(const OpSpec& spec, const Shape& input, const Kernels& kernels)
-      : Op(pooled(Window(spec, input), input)), rows_(*kernels.rows), window_(spec, input, input.channels) {}
+      : SlidingWindow(spec, input, input.channels), rows_(*kernels.rows) {}
 
   void run(const Call& call) const override {
-    window_.run(
+    slide(
         call,
         [&](const float* const* taps, size_t count, float* y) { rows_.maximum(taps, count, y, output().channels); },
         kAsItIs);
@@ -81,20 +77,17 @@ class MaxPool final : public Op {
 
  private:
   const RowKernels& rows_;
-  SlidingWindow<float> window_;
 };
 
 // Of codes, in words of 64 bits or bytes. Where a channel falls it takes the minimum: the maximum of the opposites.
 template <class T>
-class MaxPoolCodes final : public Op {
+class MaxPoolCodes final : public SlidingWindow<T> {
  public:
   MaxPoolCodes(const OpSpec& spec, const Shape& input, std::vector<T> falling)
-      : Op(pooled(Window(spec, input), input)),
-        window_(spec, input, static_cast<int64_t>(falling.size())),
-        falling_(std::move(falling)) {}
+      : SlidingWindow<T>(spec, input, static_cast<int64_t>(falling.size())), falling_(std::move(falling)) {}
 
   void run(const Call& call) const override {
-    window_.run(
+    this->slide(
         call,
         [&](const T* const* taps, size_t count, T* y) {
           const size_t size = falling_.size();  // channel after channel in each step, which the compiler makes wide
@@ -113,24 +106,20 @@ class MaxPoolCodes final : public Op {
   static uint8_t larger(uint8_t a, uint8_t b) { return std::max(a, b); }
   static uint64_t larger(uint64_t a, uint64_t b) { return a | b; }  // of bits
 
-  SlidingWindow<T> window_;
   std::vector<T> falling_;  // all ones where the channel falls
 };
 
-class AvgPool final : public Op {
+class AvgPool final : public SlidingWindow<float> {
  public:
   AvgPool(const OpSpec& spec, const Shape& input, const Kernels& kernels)
-      : Op(pooled(Window(spec, input), input)),
-        rows_(*kernels.rows),
-        window_(spec, input, input.channels),
-        count_padding_(spec.count_include_pad) {
+      : SlidingWindow(spec, input, input.channels), rows_(*kernels.rows), count_padding_(spec.count_include_pad) {
     require(input.is_float(), "avg_pool needs float32 as input");
   }
 
   void run(const Call& call) const override {
     const auto channels = static_cast<size_t>(output().channels);
-    const int64_t taps = window_.window.kernel[0] * window_.window.kernel[1];
-    window_.run(
+    const int64_t taps = window.kernel[0] * window.kernel[1];
+    slide(
         call, [&](const float* const* taps, size_t count, float* y) { rows_.sum(taps, count, y, channels); },
         [&](float* y, int64_t covered) {
           rows_.divide(y, static_cast<float>(count_padding_ ? taps : covered), y, {1, channels, channels});
@@ -139,7 +128,6 @@ class AvgPool final : public Op {
 
  private:
   const RowKernels& rows_;
-  SlidingWindow<float> window_;
   bool count_padding_;
 };
 

@@ -57,6 +57,7 @@ class ByteConv2d final : public Op {
     }
   }
 
+  bool makes_strips() const override { return true; }
   int64_t scratch_bytes() const override { return product_.scratch_bytes(); }
   int64_t thread_scratch_bytes() const override { return product_.thread_scratch_bytes(); }
   const char* kernel(bool) const override { return product_.kernel(); }
@@ -159,6 +160,7 @@ class QuantConv2d final : public Op {
       epilogue_.emplace(spec, "scale");
   }
 
+  bool makes_strips() const override { return true; }
   int64_t scratch_bytes() const override { return product_.planes_bytes(); }
   int64_t thread_scratch_bytes() const override { return product_.block_bytes(); }
   const char* kernel(bool) const override { return "integer_sums"; }

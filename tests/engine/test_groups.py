@@ -25,7 +25,7 @@ OTHERS = ("conv2d", "binary_conv2d", "quant_conv2d", "max_pool", "avg_pool", "ab
 def graphs(draw):
     """A net of up to ten random ops, whose values may be read by several."""
     channels = draw(st.sampled_from([1, 3, 16, 20, 64, 65, 130]))
-    net = Builder((channels, draw(st.integers(3, 5)), draw(st.integers(3, 5))))
+    net = Builder((channels, draw(st.integers(3, 9)), draw(st.integers(3, 5))))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     for _ in range(draw(st.integers(2, 10))):
         values = values_of(net.model)
@@ -66,7 +66,9 @@ def append(net, rng, kind, read, other, value, draw):
         bits = draw(st.sampled_from([1, 2]))
         net.op(kind, [read], thresholds(rng, np.float32, channels, bits, 1.0), bits=bits)
     elif kind.endswith("pool"):
-        shape = draw(st.sampled_from([window((3, 3), (1, 1), (1, 1)), window((2, 2), (2, 2), (1, 1))]))
+        sizes = [((3, 3), (1, 1), (1, 1)), ((2, 2), (2, 2), (1, 1)), ((2, 1), (1, 1), (0, 0)), ((1, 2), (3, 1), (0, 0))]
+        fitting = [size for size in sizes if value.shape[0] >= size[0][0] and value.shape[1] >= size[0][1]]
+        shape = window(*draw(st.sampled_from(fitting)))
         net.op(kind, [read], **shape, **({"count_include_pad": False} if kind == "avg_pool" else {}))
     elif kind == "conv2d":
         out = draw(st.sampled_from([channels, 17]))
@@ -102,9 +104,15 @@ def showing(model, number, cut):
 
 @pytest.mark.parametrize("name", _engine.available_isas())
 @settings(max_examples=12, deadline=None)
-@given(model=graphs(), seed=st.integers(0, 99), batch=st.sampled_from([0, 1, 3]), threads=st.integers(1, 2))
-def test_every_value_is_what_the_ops_give_one_by_one(name, model, seed, batch, threads):
-    same_as_one_by_one(model, name, seed, batch, threads)
+@given(
+    model=graphs(),
+    seed=st.integers(0, 99),
+    batch=st.sampled_from([0, 1, 3]),
+    threads=st.integers(1, 2),
+    strip_bytes=st.sampled_from([None, 1, 500]),
+)
+def test_every_value_is_what_the_ops_give_one_by_one(name, model, seed, batch, threads, strip_bytes):
+    same_as_one_by_one(model, name, seed, batch, threads, strip_bytes)
 
 
 @pytest.mark.parametrize("name", _engine.available_isas())
@@ -121,10 +129,39 @@ def test_a_convolution_that_its_threshold_and_a_later_sum_read(name, order):
     same_as_one_by_one(net.model, name, 0, 2, 1)
 
 
-def same_as_one_by_one(model, name, seed, batch, threads):
+@pytest.mark.parametrize("name", _engine.available_isas())
+@pytest.mark.parametrize("kind", ["conv2d", "binary_conv2d", "quant_conv2d"])
+@pytest.mark.parametrize("sizes", [((3, 3), (2, 2), (1, 1)), ((2, 3), (3, 1), (1, 0))])
+def test_pools_follow_a_convolution_strip_by_strip(name, kind, sizes):
+    net, rng, channels = Builder((20, 23, 7)), np.random.default_rng(0), 20
+    same, shape = window((3, 3), padding=(1, 1), dilation=(1, 1)) | {"groups": 1, "channels": channels}, window(*sizes)
+    floats = {name: rng.normal(size=channels).astype(np.float32) for name in ("scale", "bias", "shift", "slope")}
+    weight, grid, read = {"weight": rng.normal(size=(channels, 3, 3, channels)).astype(np.float32)}, {}, 0
+    if kind != "conv2d":
+        bits = 1 if kind == "binary_conv2d" else 2
+        read = net.op("threshold", [0], thresholds(rng, np.float32, channels, bits, 1.0), bits=bits)
+        weight = {"weight_bits": words(rng, channels, 3, 3, depth=channels), "scale": floats["scale"]}
+    if kind == "quant_conv2d":
+        grid, weight = coded(rng, channels, 3, channels, 2, 2, -3)
+        grid |= {"input_multiplier": 1, "input_offset": 0}
+        weight["scale"] = floats["scale"]
+    made = net.op(kind, [read], weight, **grid, **same)
+    codes = net.op("threshold", [made], thresholds(rng, np.float32, channels, 1, 1.0), bits=1)
+    falling = {"falling": rng.integers(0, 2, channels).astype(np.uint8)}
+    pooled = net.op("max_pool", [codes], falling, **shape)
+    scaled = net.op("affine", [made], {"scale": floats["scale"], "shift": floats["shift"]})
+    net.op("max_pool", [net.op("prelu", [scaled], {"slope": floats["slope"]})], **shape)
+    sums = {"weight_bits": words(rng, channels, 3, 3, depth=channels), "scale": floats["bias"]}
+    net.op("add", [net.op("binary_conv2d", [pooled], sums, **same), pooled + 3])
+    same_as_one_by_one(net.model, name, 0, 2, 2, 1)
+
+
+def same_as_one_by_one(model, name, seed, batch, threads, strip_bytes=None):
     x = np.random.default_rng(seed).normal(size=(batch, *model.input_shape)).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWBIT_ISA", name)
+        if strip_bytes is not None:
+            patch.setenv("LOWBIT_STRIP_BYTES", str(strip_bytes))
         alone = Engine(showing(model, len(model.ops), cut=False))
         values = [np.ascontiguousarray(x.transpose(0, 2, 3, 1))]
         for index, op in enumerate(model.ops):

@@ -48,13 +48,17 @@ struct Shape {
   bool operator==(const Shape&) const = default;
 };
 
+inline constexpr int64_t kStripBytes = 1 << 18;  // with what is made of them, they stay in the L2 cache
+
 // A network ready to run. Safe to call from several threads: calls to one engine wait for each other.
 class Engine {
  public:
   // Checks all that memory safety rests on, repacks the weights and plans the memory.
   // Throws std::invalid_argument when the graph or a tensor is malformed, or when `isa` (empty: the best) is not
   // available. Where `tune`, ops that have several ways to compute the same take the one that is faster in a short run.
-  Engine(Shape input, const std::vector<OpSpec>& ops, int threads, std::string_view isa, bool tune = true);
+  // Of a value that only pools read, no more than about `strip_bytes` is made at a time.
+  Engine(Shape input, const std::vector<OpSpec>& ops, int threads, std::string_view isa, bool tune = true,
+         int64_t strip_bytes = kStripBytes);
   ~Engine();
 
   // Float32 images (batch, C, H, W) to outputs (batch, C, H, W). `seconds`, when given, gets the time of each op added,
