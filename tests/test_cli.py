@@ -1,4 +1,4 @@
-"""The user's road through the command line, each step a process of its own."""
+"""The user's road through the command line; some steps are processes of their own, most are called in this one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import lowbit
+from command import called, lowbit
 from PIL import Image
 
 from lowbit.errors import LowbitError
@@ -21,16 +21,16 @@ TRAIN = ("--model", "lenet", "--data", "digits", "--set", "model.width=0.25", "-
 def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a float and an XNOR-Net run, evaluated, and the packed file of the latter."""
     folder = tmp_path_factory.mktemp("road")
-    for method in ("float", "xnor_net"):
-        lowbit("train", "--method", method, *TRAIN, "--epochs", "2", "--out", folder / method)
-        lowbit("evaluate", folder / method)
+    for method, run in (("float", called), ("xnor_net", lowbit)):
+        run("train", "--method", method, *TRAIN, "--epochs", "2", "--out", folder / method)
+        run("evaluate", folder / method)
     lowbit("export", folder / "xnor_net", "-o", folder / "model.lowbit")
     return folder
 
 
 def test_evaluation_of_the_run_and_of_its_packed_file_agree(road: Path) -> None:
-    run = json.loads(lowbit("evaluate", road / "xnor_net", "--json", "--batch-size", "100").stdout)
-    packed = json.loads(lowbit("evaluate", road / "model.lowbit", "--json").stdout)
+    run = json.loads(called("evaluate", road / "xnor_net", "--json", "--batch-size", "100").stdout)
+    packed = json.loads(called("evaluate", road / "model.lowbit", "--json").stdout)
     assert run["correct"] > 0.5 * run["total"]
     differing = sum(a != b for a, b in zip(run["predictions"], packed["predictions"], strict=True))
     assert differing <= 1
@@ -38,7 +38,7 @@ def test_evaluation_of_the_run_and_of_its_packed_file_agree(road: Path) -> None:
 
 
 def test_verify_passes_on_its_own_run_and_fails_on_another(road: Path) -> None:
-    report = json.loads(lowbit("verify", road / "xnor_net", road / "model.lowbit", "--images", "16", "--json").stdout)
+    report = json.loads(called("verify", road / "xnor_net", road / "model.lowbit", "--images", "16", "--json").stdout)
     assert report["passed"]
     refused = lowbit("verify", road / "float", road / "model.lowbit", "--images", "16", status=1)
     assert refused.stderr.startswith("lowbit: ")
@@ -46,14 +46,14 @@ def test_verify_passes_on_its_own_run_and_fails_on_another(road: Path) -> None:
 
 def test_export_makes_the_rest_8_bit_and_says_both_accuracies(road: Path) -> None:
     packed, run = road / "int8.lowbit", road / "xnor_net-int8"
-    said = lowbit("export", road / "xnor_net", "--rest", "int8", "-o", packed, "--json")
+    said = called("export", road / "xnor_net", "--rest", "int8", "-o", packed, "--json")
     assert all(part["packed"] for part in json.loads(said.stdout) if part["kind"].startswith("Quant"))
     evaluations = [json.loads((path / "evaluation.json").read_text()) for path in (road / "xnor_net", run)]
     before, after = (each["accuracy"] for each in evaluations)
     assert f"test accuracy {100 * before:.2f} % -> {100 * after:.2f} %" in said.stderr
     assert after > before - 0.02
-    assert json.loads(lowbit("verify", run, packed, "--images", "16", "--json").stdout)["passed"]
-    lowbit("evaluate", packed)
+    assert json.loads(called("verify", run, packed, "--images", "16", "--json").stdout)["passed"]
+    called("evaluate", packed)
     on_engine = json.loads((road / "int8.lowbit.evaluation.json").read_text())
     differing = sum(a != b for a, b in zip(on_engine["predictions"], evaluations[1]["predictions"], strict=True))
     assert differing <= 1
@@ -67,7 +67,7 @@ def test_predict_names_the_class_of_an_image_file(road: Path) -> None:
     digits = data.load("digits")
     path = road / "digit.png"
     Image.fromarray(digits.test_images[0, :, :, 0]).save(path)
-    (row,) = json.loads(lowbit("predict", road / "model.lowbit", path, "--json").stdout)
+    (row,) = json.loads(called("predict", road / "model.lowbit", path, "--json").stdout)
     evaluation = json.loads((road / "xnor_net" / "evaluation.json").read_text())
     assert row["class"] == digits.classes[evaluation["predictions"][0]]
     assert 0 < row["probability"] <= 1
@@ -91,7 +91,7 @@ def test_deployment_commands_import_no_torch(road: Path, command: str, packed: s
 
 
 def test_inspect_lists_ops_and_provenance(road: Path) -> None:
-    inside = json.loads(lowbit("inspect", road / "model.lowbit", "--json").stdout)
+    inside = json.loads(called("inspect", road / "model.lowbit", "--json").stdout)
     assert [op["kind"] for op in inside["ops"]].count("binary_conv2d") == 2
     assert inside["provenance"]["method"]["name"] == "xnor_net"
     assert inside["input"] == [1, 32, 32]
@@ -118,12 +118,12 @@ def test_a_run_becomes_a_network_with_a_name(road: Path, tmp_path: Path, monkeyp
 
 def test_compare_writes_the_page(road: Path) -> None:
     page = road / "report.html"
-    lowbit("compare", road / "float", road / "xnor_net", "-o", page)
+    called("compare", road / "float", road / "xnor_net", "-o", page)
     assert page.read_text().lstrip().lower().startswith("<!doctype html>")
 
 
 def test_bench_times_the_engine_and_torch(road: Path) -> None:
-    result = json.loads(lowbit("bench", road / "model.lowbit", "--against", "torch", "--json").stdout)
+    result = json.loads(called("bench", road / "model.lowbit", "--against", "torch", "--json").stdout)
     text = json.dumps(result)
     assert "torch" in text
     assert "lowbit" in text
@@ -132,7 +132,7 @@ def test_bench_times_the_engine_and_torch(road: Path) -> None:
 def test_bench_lists_instruction_sets_and_the_kernel_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWBIT_ISA", "scalar")
     golden = Path(__file__).parent / "golden" / "format1-codes.lowbit"
-    listed = json.loads(lowbit("bench", golden, "--list-kernels", "--json").stdout)
+    listed = json.loads(called("bench", golden, "--list-kernels", "--json").stdout)
     assert listed["instruction_sets"][-1] == {"isa": "scalar", "cpu": True, "chosen": True}
     assert sum(row["chosen"] for row in listed["instruction_sets"]) == 1
     kernels = {row["kind"]: (row["kernel"], row["isa"]) for row in listed["layers"]}
@@ -141,8 +141,8 @@ def test_bench_lists_instruction_sets_and_the_kernel_of_each_layer(monkeypatch: 
 
 
 def test_resume_goes_on_from_the_recorded_settings(road: Path) -> None:
-    lowbit("train", "--method", "bnn", *TRAIN, "--epochs", "1", "--seed", "3", "--out", road / "bnn")
-    again = lowbit("train", "--resume", "--out", road / "bnn")
+    called("train", "--method", "bnn", *TRAIN, "--epochs", "1", "--seed", "3", "--out", road / "bnn")
+    again = called("train", "--resume", "--out", road / "bnn")
     assert "nothing to do" in again.stderr
     changed = lowbit("train", "--method", "bnn", *TRAIN, "--epochs", "2", "--resume", "--out", road / "bnn", status=2)
     assert "seed" in changed.stderr or "epochs" in changed.stderr
@@ -150,12 +150,12 @@ def test_resume_goes_on_from_the_recorded_settings(road: Path) -> None:
 
 @pytest.mark.parametrize("table", ["methods", "models", "datasets"])
 def test_tables_as_json(table: str) -> None:
-    names = [row["name"] for row in json.loads(lowbit(table, "--json").stdout)]
+    names = [row["name"] for row in json.loads(called(table, "--json").stdout)]
     assert {"methods": "xnor_net", "models": "vgg16", "datasets": "cifar10"}[table] in names
 
 
 def test_a_method_is_described_with_its_options() -> None:
-    described = json.loads(lowbit("methods", "xnor_net", "--json").stdout)
+    described = json.loads(called("methods", "xnor_net", "--json").stdout)
     assert {option["option"] for option in described["options"]} >= {"gradient", "center", "clamp"}
     assert list(described["recipes"]) == ["default", "paper", "bin_vgg16", "nin"]
     assert described["recipes"]["nin"]["epochs"] == 320
@@ -198,5 +198,5 @@ MISTAKES = {
 def test_a_mistake_gets_one_sentence(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments, status, sentence = MISTAKES[mistake]
-    assert sentence in lowbit(*arguments, status=status).stderr
+    assert sentence in called(*arguments, status=status).stderr
     assert not (tmp_path / "x").exists()
