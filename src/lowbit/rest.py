@@ -35,7 +35,7 @@ def int8_rest(source: str | Path, data_dir: str | Path | None = None) -> Run:
             f"`lowbit calibrate {source} --out {made.path}` makes it 8-bit, and that run can be exported"
         )
     if not _comes_from(made, run):
-        if made.path.exists():
+        if made.config_path.is_file():
             raise UsageError(f"{made.path} exists, but does not come of {source} as it is now; move it away")
         calibrate_run(run.path, made.path, data_dir=data_dir)
     used = run.config["data"]

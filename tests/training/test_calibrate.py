@@ -17,6 +17,7 @@ from lowbit.rest import int8_rest
 from lowbit.runs import Run, write_json
 from lowbit.training import TrainConfig, calibrate_run, train
 from lowbit.training.checkpoints import save_weights
+from lowbit.training.lock import LOCK, sole_process
 
 SMALL = {"model": "lenet", "data": "digits", "model_options": {"width": 0.25}, "threads": 1, "progress": False}
 
@@ -151,6 +152,31 @@ def test_the_rest_of_a_low_bit_run(float_run: Path, tmp_path: Path) -> None:
     save_weights(models.load_run(untrained(float_run, tmp_path / "other", "xnor_net")), Run(run).weights_path)
     with pytest.raises(UsageError, match="run-int8 exists, but does not come of"):
         int8_rest(run)
+
+
+def test_what_a_failed_or_a_killed_calibration_leaves_is_in_nobodys_way(
+    float_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, made = untrained(float_run, tmp_path / "run", "xnor_net"), tmp_path / "run-int8"
+
+    def full(path: Path, record: object) -> None:
+        raise LowbitError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lowbit.training.calibrate.write_json", full)
+        with pytest.raises(LowbitError, match="the disk is full"):
+            int8_rest(run)
+    assert not made.exists()
+    with sole_process(made), pytest.raises(LowbitError, match=r"another process is at work in .*run-int8"):
+        int8_rest(run)
+    made.mkdir()
+    (made / "model.safetensors").touch()
+    with pytest.raises(UsageError, match=r"run-int8 exists; .* move it away"):
+        int8_rest(run)
+    for name in (LOCK, ".config.json.abc"):
+        (made / name).touch()
+    int8_rest(run)
+    assert {path.name for path in made.iterdir()} == {"config.json", "evaluation.json", "model.safetensors"}
 
 
 def test_the_command_line_from_calibration_to_the_packed_file(float_run: Path, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ def test_the_lock_of_a_killed_process_keeps_nobody_out(tmp_path: Path) -> None:
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
     assert (tmp_path / LOCK).is_file()
-    with sole_process(tmp_path):
+    with sole_process(tmp_path) as abandoned:
+        assert abandoned
         (tmp_path / "kept").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 

@@ -57,9 +57,6 @@ def work(settings: dict[str, Any], calibrate: int | None, threads: int) -> None:
 
 def _calibrate(run: Run, config: TrainConfig, images: int) -> None:
     assert config.init_from is not None
-    # A calibration that was killed has left no config.json; it starts over.
-    for leftover in (run.weights_path, *run.path.glob(".*")):
-        leftover.unlink(missing_ok=True)
     calibrate_run(
         config.init_from,
         run.path,

@@ -27,8 +27,8 @@ from lowbit.quantizers.observers import Observer
 from lowbit.runs import Run, write_json
 from lowbit.terminal import notes
 from lowbit.training.batches import EvalBatches
-from lowbit.training.checkpoints import save_weights
-from lowbit.training.lock import sole_process
+from lowbit.training.checkpoints import remove_partial_files, save_weights
+from lowbit.training.lock import sole_process, visible
 
 BATCH = 64
 # What the new run has in common with its source, as config.json says it.
@@ -72,8 +72,8 @@ def calibrate_run(
     run, made = Run.open(source), Run(Path(out))
     if images < 1:
         raise UsageError(f"--images is {images}, but must be at least 1")
-    if made.path.exists() and (not made.path.is_dir() or any(made.path.iterdir())):
-        raise UsageError(f"{made.path} exists; choose another --out")
+    if made.path.exists() and not made.path.is_dir():
+        raise UsageError(_taken(made))
     trained, config = models.load_run(source), run.config
     options = dict(method_options or {})
     methods.registry.check_options(method, options)
@@ -85,7 +85,12 @@ def calibrate_run(
     else:
         model = _with_quantized_rest(run, trained, method, options)
     quantized = {"name": method, "options": options}
-    with sole_process(made.path):
+    with sole_process(made.path) as abandoned:
+        # The weights that a killed calibration left, without their config.json, are no run: they are made again.
+        if visible(made.path) - ({made.weights_path.name} if abandoned else set()):
+            raise UsageError(_taken(made))
+        if abandoned:
+            remove_partial_files(made.path)
         image_data = data.load(
             config["data"]["spec"], data_dir or config["data"]["data_dir"], config["data"]["image_size"]
         )
@@ -97,7 +102,6 @@ def calibrate_run(
             image_data.train_images[chosen], image_data.train_labels[chosen], preprocessing, BATCH, torch.device("cpu")
         )
         calibrate(model, track(batches, "calibrating", console=notes, transient=True, disable=not notes.is_terminal))
-        save_weights(model, made.weights_path)
         record = {
             "lowbit": versions()["lowbit"],
             **{key: config[key] for key in INHERITED},
@@ -116,8 +120,17 @@ def calibrate_run(
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 3),
         }
-        write_json(made.config_path, record)
+        try:
+            save_weights(model, made.weights_path)
+            write_json(made.config_path, record)
+        finally:
+            if not made.config_path.is_file():
+                made.weights_path.unlink(missing_ok=True)
     return made
+
+
+def _taken(made: Run) -> str:
+    return f"{made.path} exists; choose another --out, or move it away"
 
 
 def _quantized(run: Run, trained: nn.Module, method: str, options: Mapping[str, Any]) -> nn.Module:

@@ -14,11 +14,14 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def sole_process(folder: Path) -> Iterator[None]:
+def sole_process(folder: Path) -> Iterator[bool]:
     """Make ``folder`` and keep other processes out of it; afterwards it is removed if it is still empty.
 
     The operating system holds the lock for this process and drops it when the process ends, however it ends: a lock
     file that a killed process left behind keeps nobody out.
+
+    Yields:
+        Whether there was such a lock file, so that what else is there may be half-done.
 
     Raises:
         LowbitError: another process is in there, or the folder cannot be written.
@@ -27,6 +30,7 @@ def sole_process(folder: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        abandoned = path.exists()
         lock.acquire(timeout=0)
     except Timeout:
         raise LowbitError(
@@ -35,10 +39,15 @@ def sole_process(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise LowbitError(f"cannot write {folder}: {error.strerror or error}; choose another place") from error
     try:
-        yield
+        yield abandoned
     finally:
         # Removed while it is held: who opened it in this moment sees that it is gone, and starts over.
         path.unlink(missing_ok=True)
         lock.release()
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+def visible(folder: Path) -> set[str]:
+    """Names of what is in ``folder``, without the lock and the unfinished files of `lowbit.files.write_whole`."""
+    return {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}

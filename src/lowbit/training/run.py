@@ -35,7 +35,7 @@ from lowbit.training.diagnostics import Diagnostics, Probe
 from lowbit.training.distillation import load_teacher
 from lowbit.training.environment import PRECISIONS, auto_precision, device_name, keep_freed_memory
 from lowbit.training.initialise import init_from
-from lowbit.training.lock import sole_process
+from lowbit.training.lock import sole_process, visible
 from lowbit.training.module import TrainingModule, loss_of
 from lowbit.training.settings import (
     TrainConfig,
@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> Run:
             started = run.config_path.is_file()
             if started and not config.resume:
                 raise UsageError(f"{run.path} already holds a run; go on with --resume or choose another --out")
-            if not started and _visible(run.path):
+            if not started and visible(run.path):
                 raise UsageError(f"{run.path} exists and is no run folder; choose another --out")
             return _train(config, run, started, say)
     except KeyboardInterrupt:
@@ -289,10 +289,6 @@ def _say_nothing(text: str) -> None:
 
 def _checkpoint(run: Run) -> Path:
     return run.checkpoints_path / "last.ckpt"
-
-
-def _visible(folder: Path) -> bool:
-    return any(not entry.name.startswith(".") for entry in folder.iterdir())
 
 
 def _now() -> str:
