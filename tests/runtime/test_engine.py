@@ -17,6 +17,7 @@ from packed_models import Builder, quant_net, table_net, vgg, window
 
 from lowbit import _engine
 from lowbit.errors import LowbitError, UsageError
+from lowbit.packed import check_graph, container
 from lowbit.preprocessing import Preprocessing
 from lowbit.runtime import Engine, instruction_sets, load_image, peak
 
@@ -33,14 +34,17 @@ def images(count=4, shape=(3, 8, 8)):
     return np.random.default_rng(2).normal(size=(count, *shape)).astype(np.float32)
 
 
-def test_file_bytes_and_model_give_the_same(model, tmp_path):
+def test_file_bytes_and_model_give_the_same_and_are_checked_once(model, tmp_path, monkeypatch):
     model.save(tmp_path / "m.lowbit")
-    x = images()
+    x, data, checked = images(), model.to_bytes(), []
+    monkeypatch.setattr(container, "check_graph", lambda *graph: checked.append(graph) or check_graph(*graph))
     expected = Engine(model)(x)
     assert expected.shape == (4, 3)
     assert expected.dtype == np.float32
-    for source in (tmp_path / "m.lowbit", str(tmp_path / "m.lowbit"), model.to_bytes()):
+    for count, source in enumerate((tmp_path / "m.lowbit", str(tmp_path / "m.lowbit"), data), 1):
+        assert len(checked) == count
         np.testing.assert_array_equal(Engine(source)(x), expected)
+    assert len(checked) == 4
 
 
 def test_properties(model):

@@ -3,7 +3,16 @@
 docs/contract.md lists the ops, their attributes and their tensors. NumPy only.
 """
 
-from lowbit.packed.container import FORMAT, PackedModel, parse, read, validate, write
+from lowbit.packed.container import (
+    FORMAT,
+    PackedModel,
+    parse,
+    parse_with_values,
+    read,
+    read_with_values,
+    validate,
+    write,
+)
 from lowbit.packed.graph import MAX_INTEGER, MAX_SUM, WEIGHTS, WORD_BITS, OpCost, Value, check_graph
 
 __all__ = [
@@ -17,7 +26,9 @@ __all__ = [
     "Value",
     "check_graph",
     "parse",
+    "parse_with_values",
     "read",
+    "read_with_values",
     "validate",
     "write",
 ]

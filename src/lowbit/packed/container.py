@@ -102,7 +102,12 @@ def write(path: str | Path, model: PackedModel) -> None:
 
 
 def read(path: str | Path) -> PackedModel:
-    """Map and validate the packed file at ``path``.
+    """Map and validate the packed file at ``path``. See `read_with_values`."""
+    return read_with_values(path)[0]
+
+
+def read_with_values(path: str | Path) -> tuple[PackedModel, list[Value]]:
+    """Map and validate the packed file at ``path``: its model, and all values of the graph as `validate` returns them.
 
     The tensors are views of the file, not copies. `write` and ``lowbit export`` replace a file and leave the mapped one
     alone; to cut a file short in place while a model of it is in use is as fatal as with any mapped file.
@@ -123,10 +128,15 @@ def read(path: str | Path) -> PackedModel:
             data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
     except OSError as error:
         raise LowbitError(f"cannot read {path}: {error.strerror or error}; check its permissions") from None
-    return parse(data, str(path))
+    return parse_with_values(data, str(path))
 
 
 def parse(data: bytes | mmap.mmap, name: str = "the packed model") -> PackedModel:
+    """Read and validate the bytes of a packed file. See `parse_with_values`."""
+    return parse_with_values(data, name)[0]
+
+
+def parse_with_values(data: bytes | mmap.mmap, name: str = "the packed model") -> tuple[PackedModel, list[Value]]:
     """Read and validate the bytes of a packed file; ``name`` is what error messages call it.
 
     The tensors are read-only views of ``data``.
@@ -136,12 +146,11 @@ def parse(data: bytes | mmap.mmap, name: str = "the packed model") -> PackedMode
     """
     try:
         model = _parse(data)
-        validate(model)
+        return model, validate(model)
     except LowbitError as error:
         raise LowbitError(f"{name}: {error}; write the file again with `lowbit export`") from None
     except RecursionError:
         raise LowbitError(f"{name}: its JSON is nested too deeply; write the file again with `lowbit export`") from None
-    return model
 
 
 def _open(data: bytes | mmap.mmap) -> tuple[str, dict[str, Array]]:

@@ -69,18 +69,18 @@ class Engine:
         if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 256:
             raise UsageError(f"threads is {threads!r}, but must be an integer from 1 to 256")
         _chosen_isa()
-        if isinstance(model, bytes):
-            model = packed.parse(model)
-        elif not isinstance(model, PackedModel):
-            model = packed.read(model)
-        self.model = model
-        self._values = model.values()
+        if isinstance(model, PackedModel):
+            self.model, self._values = model, model.values()
+        elif isinstance(model, bytes):
+            self.model, self._values = packed.parse_with_values(model)
+        else:
+            self.model, self._values = packed.read_with_values(model)
         tensors = [
-            {name: np.ascontiguousarray(tensor) for name, tensor in model.op_tensors(index).items()}
-            for index in range(len(model.ops))
+            {name: np.ascontiguousarray(tensor) for name, tensor in self.model.op_tensors(index).items()}
+            for index in range(len(self.model.ops))
         ]
         try:
-            self._native = _engine.Engine(list(model.input_shape), model.ops, tensors, threads)
+            self._native = _engine.Engine(list(self.model.input_shape), self.model.ops, tensors, threads)
         except (ValueError, MemoryError) as error:
             raise LowbitError(f"the engine cannot load the network: {error}; export it again") from None
         _engines.add(self)
