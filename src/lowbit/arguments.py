@@ -1,8 +1,8 @@
-"""What the command line names by a string: data sets and settings."""
+"""What the command line says, as the library takes it: data sets, settings of methods, a whole training run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from lowbit.errors import UsageError
 
 if TYPE_CHECKING:
     from lowbit.data import ImageData
+    from lowbit.training import TrainConfig
 
 
 def load_data(source: Path, data: str | None, data_dir: Path | None) -> ImageData:
@@ -65,4 +66,38 @@ def parse_settings(
         method_registry.parse_options(method, texts["method"]),
         model_registry.parse_options(model, texts["model"]),
         {key: parse_value(text, types[key], f"recipe field '{key}'") for key, text in texts["recipe"].items()},
+    )
+
+
+def train_config(
+    out: Path, resume: bool, settings: Sequence[str], recipe_fields: Mapping[str, Any], **fields: Any
+) -> TrainConfig:
+    """What ``lowbit train`` is asked for; ``--resume`` and no other option takes the settings of the run in ``out``.
+
+    Args:
+        settings: ``--set`` strings.
+        recipe_fields: options that change a field of the recipe; None where one was not given.
+        fields: options that are fields of `TrainConfig`; None where one was not given.
+
+    Raises:
+        UsageError: the method, the model or the data set is missing, or a setting is none of theirs.
+    """
+    from lowbit.runs import Run
+    from lowbit.training import TrainConfig
+
+    overrides = {name: value for name, value in recipe_fields.items() if value is not None}
+    given = {name: value for name, value in fields.items() if value is not None}
+    if resume and not (settings or overrides or given) and Run(out).config_path.is_file():
+        return TrainConfig.resuming(out)
+    for name, listing in (("method", "methods"), ("model", "models"), ("data", "datasets")):
+        if name not in given:
+            raise UsageError(f"--{name} is missing; `lowbit {listing}` lists the choices")
+    of_method, of_model, of_recipe = parse_settings(given["method"], given["model"], settings)
+    return TrainConfig(
+        out=out,
+        resume=resume,
+        method_options=of_method,
+        model_options=of_model,
+        overrides=of_recipe | overrides,
+        **given,
     )

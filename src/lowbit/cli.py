@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from lowbit import pretrained
-from lowbit.arguments import load_data, parse_settings, with_bits
+from lowbit.arguments import load_data, parse_settings, train_config, with_bits
 from lowbit.errors import LowbitError, UsageError, check_choice
 from lowbit.terminal import describe, first_line, notes, print_json, print_rows, short
 
@@ -119,7 +119,7 @@ def train(
     bits_a: Annotated[int | None, typer.Option(help="Of activations; short for --set bits_a=N.")] = None,
     bits_g: Annotated[int | None, typer.Option(help="Of gradients; short for --set bits_g=N.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random. [default: 0]", min=0)] = None,
-    precision: Annotated[str, typer.Option(help="auto, bf16 or float32.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="auto, bf16 or float32. [default: auto]")] = None,
     val_fraction: Annotated[float | None, typer.Option(help="Part of the train images that chooses the epoch.")] = None,
     init_from: Annotated[Path | None, typer.Option(help="Run or .safetensors to take fitting weights from.")] = None,
     distill_from: Annotated[Path | None, typer.Option(help="Run on the same data to learn from, as a teacher.")] = None,
@@ -128,63 +128,34 @@ def train(
     threads: Threads = None,
 ) -> None:
     """Train a model and leave a run folder."""
-    from lowbit.runs import Run
-    from lowbit.training import TrainConfig
     from lowbit.training import train as train_run
 
-    explicit = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "optimizer": optimizer,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "schedule": schedule,
-    }
-    settings = with_bits(settings, bits_w=bits_w, bits_a=bits_a, bits_g=bits_g)
-    given = (
-        method,
-        model,
-        data,
-        data_dir,
-        image_size,
-        recipe,
-        settings or None,
-        seed,
-        val_fraction,
-        init_from,
-        distill_from,
-        diagnose or None,
-        threads,
+    config = train_config(
+        out,
+        resume,
+        with_bits(settings, bits_w=bits_w, bits_a=bits_a, bits_g=bits_g),
+        {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "optimizer": optimizer,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "schedule": schedule,
+        },
+        method=method,
+        model=model,
+        data=data,
+        data_dir=data_dir,
+        image_size=image_size,
+        recipe=recipe,
+        seed=seed,
+        precision=precision,
+        val_fraction=val_fraction,
+        init_from=init_from,
+        distill_from=distill_from,
+        diagnose=diagnose or None,
+        threads=threads,
     )
-    if resume and Run(out).config_path.is_file() and not any(v is not None for v in (*given, *explicit.values())):
-        config = TrainConfig.resuming(out)
-    else:
-        for option, value in (("--method", method), ("--model", model), ("--data", data)):
-            if value is None:
-                raise UsageError(
-                    f"{option} is missing; `lowbit {option[2:].replace('data', 'dataset')}s` lists the choices"
-                )
-        of_method, of_model, of_recipe = parse_settings(method or "", model or "", settings)
-        config = TrainConfig(
-            out=out,
-            method=method or "",
-            model=model or "",
-            data=data or "",
-            data_dir=data_dir,
-            image_size=image_size,
-            method_options=of_method,
-            model_options=of_model,
-            recipe=recipe,
-            overrides={**of_recipe, **{key: value for key, value in explicit.items() if value is not None}},
-            seed=seed or 0,
-            precision=precision,
-            val_fraction=val_fraction or 0.0,
-            init_from=init_from,
-            distill_from=distill_from,
-            resume=resume,
-            threads=threads,
-            diagnose=diagnose,
-        )
     try:
         _summarise(train_run(config))
     except KeyboardInterrupt:
