@@ -23,7 +23,15 @@ RESULTS = ROOT / "results"
 PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- ledger: python studies/ledger.py -->", "<!-- end of the ledger -->"
 SAYS = ("paper", "code", "user")
-HEAD = ("method", "the paper's figure, %", "the code's claim, %", "2018 runs, %", "ours, %", "what differs in ours")
+HEAD = (
+    "method",
+    "test accuracy on",
+    "the paper's figure, %",
+    "the code's claim, %",
+    "2018 runs, %",
+    "ours, %",
+    "what differs in ours",
+)
 NAMES = {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
 
 
@@ -96,19 +104,21 @@ def ours(results: Path = RESULTS, copies: dict[str, str] | None = None) -> list[
 
 
 def nearest(figure: dict[str, Any], results: Iterable[Ours]) -> list[Ours]:
-    """Our results with the figure's method and bits: those on its data with its model, else on its data, else all."""
-    same = [r for r in results if all(getattr(r, key) == figure[key] for key in ("method", "bits_w", "bits_a"))]
-    on_data = [r for r in same if r.data == figure["data"]]
-    return [r for r in on_data if r.model == figure["model"]] or on_data or same
+    """Our results with the figure's method, bits and data: those with its model, else all."""
+    same = [r for r in results if all(getattr(r, key) == figure[key] for key in ("method", "bits_w", "bits_a", "data"))]
+    return [r for r in same if r.model == figure["model"]] or same
 
 
 def ledger(published: dict[str, Any], results: list[Ours]) -> str:
-    """The ledger as Markdown: a line for each of our results beside the figures that it is to be held against."""
+    """The ledger as Markdown: a line for each of our results beside the figures that it is to be held against.
+
+    All figures of a line are of one data set: what we have on another one only is no comparison.
+    """
     keys = ("method", "model", "data", "bits_w", "bits_a")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for figure in published["figure"]:
         groups.setdefault(tuple(figure[key] for key in keys), []).append(figure)
-    lines = [HEAD, ("---", "--:", "--:", "--:", "--:", "---")]
+    lines = [HEAD, ("---", "---", "--:", "--:", "--:", "--:", "---")]
     sources: list[str] = []
     for group in groups.values():
         first = group[0]
@@ -121,13 +131,14 @@ def ledger(published: dict[str, Any], results: list[Ours]) -> str:
                         sources.append(figure["source"])
                     texts.append(f"{_accuracy(figure['accuracy'])} ({sources.index(figure['source']) + 1})")
             cells.append(", ".join(texts))
-        name = f"`{first['method']}`, {first['model']}, {_data(first['data'])}, W{first['bits_w']} A{first['bits_a']}"
+        name = f"`{first['method']}`, {first['model']}, W{first['bits_w']} A{first['bits_a']}"
+        data = NAMES.get(first["data"], first["data"])
         epochs = next((figure["epochs"] for figure in group if "epochs" in figure), None)
         near = nearest(first, results)
         if not near:
-            lines.append((name, *cells, "", "not run"))
+            lines.append((name, data, *cells, "", f"not run on {data}"))
         for position, result in enumerate(near):
-            shown = (name, *cells) if position == 0 else ("", "", "", "")
+            shown = (name, data, *cells) if position == 0 else ("", data, "", "", "")
             lines.append((*shown, f"{result.accuracy:.2f}", f"`{result.place}`: {differs(first, epochs, result)}"))
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return table + "\n\n" + "\n".join(f"{number}. {source}" for number, source in enumerate(sources, 1))
@@ -136,8 +147,6 @@ def ledger(published: dict[str, Any], results: list[Ours]) -> str:
 def differs(figure: dict[str, Any], epochs: int | None, result: Ours) -> str:
     """How our setting is not that of the figure."""
     parts = []
-    if result.data != figure["data"]:
-        parts.append(f"{_data(result.data)}, not {_data(figure['data'])}")
     if result.copy:
         parts.append(result.copy)
     model = result.model + f" with {result.options}" * bool(result.options)
@@ -152,10 +161,6 @@ def differs(figure: dict[str, Any], epochs: int | None, result: Ours) -> str:
 
 def _accuracy(value: float | list[float]) -> str:
     return " to ".join(f"{each:g}" for each in value) if isinstance(value, list) else f"{value:.2f}"
-
-
-def _data(name: str) -> str:
-    return NAMES.get(name, name)
 
 
 def written() -> str:

@@ -73,15 +73,18 @@ def test_the_ledger_holds_ours_against_theirs(ledger) -> None:
     say = {"accuracy": 90.5, "epochs": 300, "says": "paper", "source": "a paper"}
     near, far = (
         ledger.Ours("a", "bwn", "vgg16", "", "cifar10", 1, 32, 300, "", 88.125, ""),
-        ledger.Ours("b", "bwn", "vgg16", "width 0.5", "digits", 1, 32, 8, "float", 70.0, "a copy"),
+        ledger.Ours("b", "bwn", "vgg11", "width 0.5", "cifar10", 1, 32, 8, "float", 70.0, "a copy"),
     )
-    other = ledger.Ours("c", "bwn", "vgg16", "", "cifar10", 1, 1, 300, "", 99.0, "")
-    assert ledger.nearest(figure, [far, near, other]) == [near]
-    assert ledger.nearest(figure, [far, other]) == [far]
+    others = [
+        ledger.Ours("c", "bwn", "vgg16", "", "cifar10", 1, 1, 300, "", 99.0, ""),
+        ledger.Ours("d", "bwn", "vgg16", "", "digits", 1, 32, 300, "", 99.0, ""),
+    ]
+    assert ledger.nearest(figure, [far, near, *others]) == [near]
+    assert ledger.nearest(figure, [far, *others]) == [far]
     assert ledger.differs(figure, 300, near) == "nothing"
     assert ledger.differs(figure, 300, far) == (
-        "digits, not CIFAR-10; a copy; vgg16 with width 0.5, not vgg16; 8 epochs, not 300; starts from float"
+        "a copy; vgg11 with width 0.5, not vgg16; 8 epochs, not 300; starts from float"
     )
     table = ledger.ledger({"figure": [figure | say, figure | say | {"says": "user", "accuracy": [1, 2.5]}]}, [near])
-    assert "| `bwn`, vgg16, CIFAR-10, W1 A32 | 90.50 (1) |  | 1 to 2.5 (1) | 88.12 | `a`: nothing |" in table
-    assert "not run |" in ledger.ledger({"figure": [figure | say]}, [])
+    assert "| `bwn`, vgg16, W1 A32 | CIFAR-10 | 90.50 (1) |  | 1 to 2.5 (1) | 88.12 | `a`: nothing |" in table
+    assert "not run on CIFAR-10 |" in ledger.ledger({"figure": [figure | say]}, others)
