@@ -8,7 +8,11 @@ The 2018 points are in results/nin_2018.csv; ours are the run folders in results
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import drawing
 
 from lowbit.runs import Run
 
@@ -35,24 +39,19 @@ def curves(results: Path = RESULTS) -> dict[str, Rows]:
 
 def draw(found: dict[str, Rows], path: Path) -> None:
     """One panel per column of `COLUMNS`, epochs on a logarithmic axis because the runs differ in length."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot, ticker
-
-    matplotlib.rcParams["svg.hashsalt"] = "lowbit"
-    figure, panels = pyplot.subplots(1, len(COLUMNS), figsize=(10, 3.8), layout="constrained")
+    figure, panels = drawing.pyplot().subplots(1, len(COLUMNS), figsize=(10, 3.8), layout="constrained")
     for panel, (column, (title, factor)) in zip(panels, COLUMNS.items(), strict=True):
         for index, (label, rows) in enumerate(found.items()):
             shown = [row for row in rows if column in row]
-            style = {"marker": "o", "linestyle": "--", "color": "#5b646d"} if index == 0 else {"color": f"C{index - 1}"}
+            style = (
+                {"marker": "o", "linestyle": "--", "color": drawing.INK} if index == 0 else {"color": f"C{index - 1}"}
+            )
             panel.plot([row["epoch"] for row in shown], [factor * row[column] for row in shown], label=label, **style)
         panel.set(xscale="log", xlabel="epoch", title=title)
-        panel.xaxis.set_major_formatter(ticker.ScalarFormatter())
-        panel.grid(alpha=0.3)
-    panels[-1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+        panel.xaxis.set_major_formatter(drawing.ticker().ScalarFormatter())
+        panel.grid(color=drawing.FAINT)
+    panels[-1].legend(frameon=False)
+    drawing.save(figure, path)
 
 
 def main() -> None:
