@@ -15,6 +15,7 @@ from lowbit.report import compare
 from lowbit.report.costs import common_machine, pareto_front
 from lowbit.report.diagnostics import SHOWN_HISTOGRAMS
 from lowbit.report.gather import gather
+from lowbit.report.tables import EVERY_PAIR_UP_TO, significance
 from lowbit.runs import write_json
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;<!--"
@@ -64,6 +65,19 @@ def test_settings_that_differ_and_those_that_do_not(tmp_path):
 def test_runs_that_cannot_be_tested_against_each_other(tmp_path, settings, reason):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", **settings)]
     assert f"No test: {reason}." in page(runs, tmp_path)
+
+
+def test_many_runs_are_tested_against_the_first_on_their_data(tmp_path):
+    others = {"data": {"name": "other", "hash": "other"}}
+    made = [make_run(tmp_path / f"{i}", seed=i, **(others if i % 3 == 2 else {})) for i in range(EVERY_PAIR_UP_TO + 1)]
+    all_pairs = significance(gather(made[:-1]))
+    assert all_pairs.count("<small>against ") == EVERY_PAIR_UP_TO * (EVERY_PAIR_UP_TO - 1) // 2
+    assert "No test: " in all_pairs
+    text = significance(gather(made))
+    found = re.findall(r"<bdi>(\d)</bdi><small>against <bdi>(\d)</bdi>", text)
+    assert found == [("2" if i % 3 == 2 else "0", str(i)) for i in range(len(made)) if i not in (0, 2)]
+    assert "No test: " not in text
+    assert "each is held against the first one on the same data" in text
 
 
 def test_one_run_alone(tmp_path):

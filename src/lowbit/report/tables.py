@@ -22,6 +22,7 @@ MARKERS = (
     '<path d="M13.6 3.6H22.4L18 11.6Z"/>',
 )
 COLOURS = 8
+EVERY_PAIR_UP_TO = 8
 
 
 def swatch(index: int) -> str:
@@ -177,21 +178,48 @@ def _epoch(best: dict[str, float] | None, kind: str) -> str:
 
 
 def significance(entries: Sequence[Entry]) -> str:
-    """McNemar's test for every pair of evaluated runs."""
+    """McNemar's test for every pair of evaluated runs, or of many with the first one on the same data."""
     evaluated = [entry for entry in entries if entry.evaluation]
-    pairs = [(a, b, test_between(a, b)) for a, b in itertools.combinations(evaluated, 2)]
-    if not pairs:
+    if len(evaluated) < 2:
         return '<p class="empty">McNemar&rsquo;s test needs two evaluated runs.</p>'
+    every_pair = len(evaluated) <= EVERY_PAIR_UP_TO
+    pairs = (
+        [(a, b, test_between(a, b)) for a, b in itertools.combinations(evaluated, 2)]
+        if every_pair
+        else _with_the_first(evaluated)
+    )
     head = ["Runs", "Both right", "Only first", "Only second", "Neither", "p-value", "Reading at 5 %"]
     rows = [
         [f"{name(a.label)}<small>against {name(b.label)}</small>", *_test_cells(a, b, test)] for a, b, test in pairs
     ]
     several = f" The {len(pairs)} p-values are not corrected for their number." if len(pairs) > 1 else ""
-    return table(head, rows, "numbers last-text") + (
+    left_out = (
+        ""
+        if every_pair
+        else (
+            f" Of more than {EVERY_PAIR_UP_TO} runs each is held against the first one on the same data; <code>lowbit "
+            "compare</code> with two run folders tests any other pair."
+        )
+    )
+    return (table(head, rows, "numbers last-text") if rows else "") + (
         '<p class="fine">How many test images each run classifies correctly. The p-value is two-sided: the chance of '
-        f"a difference at least this large if both runs were equally often right.{several} McNemar 1947; "
+        f"a difference at least this large if both runs were equally often right.{several}{left_out} McNemar 1947; "
         "Edwards 1948.</p>"
     )
+
+
+def _with_the_first(entries: Sequence[Entry]) -> list[tuple[Entry, Entry, McNemar | str]]:
+    """Each run that can be tested against an earlier one, after the first such."""
+    firsts: list[Entry] = []
+    pairs: list[tuple[Entry, Entry, McNemar | str]] = []
+    for entry in entries:
+        tests = ((first, entry, test_between(first, entry)) for first in firsts)
+        pair = next((found for found in tests if isinstance(found[2], McNemar)), None)
+        if pair is None:
+            firsts.append(entry)
+        else:
+            pairs.append(pair)
+    return pairs
 
 
 def _test_cells(first: Entry, second: Entry, test: McNemar | str) -> list[str]:
