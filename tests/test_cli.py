@@ -144,6 +144,8 @@ def test_resume_goes_on_from_the_recorded_settings(road: Path) -> None:
     called("train", "--method", "bnn", *TRAIN, "--epochs", "1", "--seed", "3", "--out", road / "bnn")
     again = called("train", "--resume", "--out", road / "bnn")
     assert "nothing to do" in again.stderr
+    more = called("train", "--resume", "--precision", "bf16", "--out", road / "bnn", status=2)
+    assert "--method is missing" in more.stderr
     changed = lowbit("train", "--method", "bnn", *TRAIN, "--epochs", "2", "--resume", "--out", road / "bnn", status=2)
     assert "seed" in changed.stderr or "epochs" in changed.stderr
 
