@@ -40,11 +40,13 @@ def test_every_row_of_the_page_is_a_row_of_the_study() -> None:
 def test_the_one_bit_networks_of_the_page_are_those_of_their_files(packaged: str, title: str, folder: str) -> None:
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     text = text.partition(f"## One bit on {title}\n")[2].partition("\n## ")[0]
-    for name in ("patchnet_float", "patchnet_reactnet"):
-        run = Run(ROOT / "results" / folder / name)
+    folders = sorted((ROOT / "results" / folder).glob("patchnet_*"))
+    assert len(folders) >= 2
+    for path in folders:
+        run = Run(path)
         evaluation = run.evaluation
         assert evaluation is not None
-        shown = re.search(rf"\| `{name}`[^|]*\| (\d+) \| ([\d.]+) % \| ([\d.]+) \|", text)
+        shown = re.search(rf"\| `{path.name}`[^|]*\| (\d+) \| ([\d.]+) % \| ([\d.]+) \|", text)
         assert shown is not None
         accuracy, hours = f"{100 * evaluation['accuracy']:.2f}", f"{run.config['seconds'] / 3600:.2f}"
         assert shown.groups() == (str(run.config["epochs"]), accuracy, hours)
