@@ -45,7 +45,7 @@ class BinaryBlocks {
       std::byte* arranged = call.thread_scratch + thread * call.thread_bytes;
       auto* counts = reinterpret_cast<BlockCounts*>(arranged + counts_offset());
       const int64_t start = item / chunks * kBlockPixels, count = std::min<int64_t>(kBlockPixels, span.count - start);
-      const int64_t first = span.first - span.origin + start;
+      const int64_t first = span.place + start;
       const int64_t panel = item % chunks * chunk_panels, end = std::min(panel + chunk_panels, panels_);
       int64_t offsets[kBlockPixels], positions[kBlockPixels];
       product_.locate(span.first + start, count, offsets, positions);

@@ -97,7 +97,7 @@ class ByteBlocks {
       auto* arranged = reinterpret_cast<uint8_t*>(call.thread_scratch + thread * call.thread_bytes);
       auto* sums = reinterpret_cast<BlockSums*>(arranged + sums_offset());
       const int64_t start = item % blocks * kBlockPixels, count = std::min<int64_t>(kBlockPixels, span.count - start);
-      const int64_t first = span.first - span.origin + start;
+      const int64_t first = span.place + start;
       const int64_t panel = item / blocks * chunk_panels, end = std::min(panel + chunk_panels, even_panels());
       int64_t offsets[kBlockPixels], positions[kBlockPixels];
       locate(window_, window_.stride[0] * padded_width_ * input_.channels, window_.stride[1] * input_.channels,

@@ -115,7 +115,7 @@ class Product {
     call.pool.run(static_cast<size_t>(blocks * chunks), [&](size_t item, int thread) {
       T* gathered = reinterpret_cast<T*>(call.thread_scratch + thread * call.thread_bytes);
       const int64_t start = item / chunks * block, count = std::min(block, span.count - start);
-      const int64_t first = span.first - span.origin + start;
+      const int64_t first = span.place + start;
       const int64_t first_panel = item % chunks * chunk_panels;
       const int64_t end_panel = std::min(first_panel + chunk_panels, panels_);
       const int64_t channel = first_panel * kTileChannels;

@@ -71,9 +71,9 @@ struct Strip {
   int64_t first, end, input_first, output_first;
 };
 
-// Pixels of an output that a run makes, numbered through the batch, and the number of the first in memory.
+// Pixels of an output that a run makes, numbered through the batch, and where in memory the first of them lies.
 struct Span {
-  int64_t first, count, origin;
+  int64_t first, count, place;
 };
 
 // One run of one op on a batch.
@@ -91,7 +91,7 @@ struct Call : Operands {
 
   Span span(int64_t height, int64_t width) const {
     if (strip == nullptr) return {0, batch * height * width, 0};
-    return {strip->first * width, (strip->end - strip->first) * width, strip->output_first * width};
+    return {strip->first * width, (strip->end - strip->first) * width, (strip->first - strip->output_first) * width};
   }
 
   // An op that writes floats says of each part that it is there.

@@ -18,6 +18,7 @@ from lowbit import _engine
 from lowbit.runtime import Engine
 
 POINTWISE = ("affine", "relu", "prelu", "hardtanh", "add", "add", "multiply", "threshold")
+SAME = window((3, 3), padding=(1, 1), dilation=(1, 1))
 OTHERS = ("conv2d", "binary_conv2d", "quant_conv2d", "max_pool", "avg_pool", "abs_mean")
 
 
@@ -47,7 +48,6 @@ def values_of(model):
 def append(net, rng, kind, read, other, value, draw):
     """Append an op that reads ``read``, and ``other`` of its shape; codes are made first where it reads codes."""
     channels = value.channels
-    same = window((3, 3), padding=(1, 1), dilation=(1, 1))
     per_channel = lambda *names: {name: rng.normal(size=channels).astype(np.float32) for name in names}  # noqa: E731
     if kind == "affine":
         net.op(kind, [read], per_channel("scale", "shift"))
@@ -60,7 +60,7 @@ def append(net, rng, kind, read, other, value, draw):
     elif kind == "multiply":
         net.op(kind, [read, other], per_channel("bias"))
     elif kind == "abs_mean":
-        factors = net.op(kind, [read], groups=1, **same)
+        factors = net.op(kind, [read], groups=1, **SAME)
         net.op("multiply", [read, factors])
     elif kind == "threshold":
         bits = draw(st.sampled_from([1, 2]))
@@ -77,13 +77,17 @@ def append(net, rng, kind, read, other, value, draw):
     else:
         bits = 1 if kind == "binary_conv2d" else 2
         codes = net.op("threshold", [read], thresholds(rng, np.float32, channels, bits, 1.0), bits=bits)
-        out = draw(st.sampled_from([channels, 48]))
-        grid, weight = {}, {"weight_bits": words(rng, out, 3, 3, depth=channels)}
-        if kind == "quant_conv2d":
-            grid, weight = coded(rng, out, 3, channels, 2, 2, -3)
-            grid |= {"input_multiplier": 1, "input_offset": 0}
-        weight |= {name: rng.normal(0, 0.05, out).astype(np.float32) for name in ("scale", "bias")}
-        net.op(kind, [codes], weight, groups=1, channels=out, **grid, **same)
+        of_codes(net, rng, kind, codes, channels, draw(st.sampled_from([channels, 48])))
+
+
+def of_codes(net, rng, kind, read, channels, out):
+    """Append a 3x3 convolution of codes, of 1 bit or of 2, to floats."""
+    grid, weight = {}, {"weight_bits": words(rng, out, 3, 3, depth=channels)}
+    if kind == "quant_conv2d":
+        grid, weight = coded(rng, out, 3, channels, 2, 2, -3)
+        grid |= {"input_multiplier": 1, "input_offset": 0}
+    weight |= {name: rng.normal(0, 0.05, out).astype(np.float32) for name in ("scale", "bias")}
+    return net.op(kind, [read], weight, groups=1, channels=out, **grid, **SAME)
 
 
 def showing(model, number, cut):
@@ -134,25 +138,21 @@ def test_a_convolution_that_its_threshold_and_a_later_sum_read(name, order):
 @pytest.mark.parametrize("sizes", [((3, 3), (2, 2), (1, 1)), ((2, 3), (3, 1), (1, 0))])
 def test_pools_follow_a_convolution_strip_by_strip(name, kind, sizes):
     net, rng, channels = Builder((20, 23, 7)), np.random.default_rng(0), 20
-    same, shape = window((3, 3), padding=(1, 1), dilation=(1, 1)) | {"groups": 1, "channels": channels}, window(*sizes)
-    floats = {name: rng.normal(size=channels).astype(np.float32) for name in ("scale", "bias", "shift", "slope")}
-    weight, grid, read = {"weight": rng.normal(size=(channels, 3, 3, channels)).astype(np.float32)}, {}, 0
-    if kind != "conv2d":
+    shape = window(*sizes)
+    floats = {name: rng.normal(size=channels).astype(np.float32) for name in ("scale", "shift", "slope")}
+    if kind == "conv2d":
+        weight = {"weight": rng.normal(size=(channels, 3, 3, channels)).astype(np.float32)}
+        made = net.op(kind, [0], weight, groups=1, channels=channels, **SAME)
+    else:
         bits = 1 if kind == "binary_conv2d" else 2
         read = net.op("threshold", [0], thresholds(rng, np.float32, channels, bits, 1.0), bits=bits)
-        weight = {"weight_bits": words(rng, channels, 3, 3, depth=channels), "scale": floats["scale"]}
-    if kind == "quant_conv2d":
-        grid, weight = coded(rng, channels, 3, channels, 2, 2, -3)
-        grid |= {"input_multiplier": 1, "input_offset": 0}
-        weight["scale"] = floats["scale"]
-    made = net.op(kind, [read], weight, **grid, **same)
+        made = of_codes(net, rng, kind, read, channels, channels)
     codes = net.op("threshold", [made], thresholds(rng, np.float32, channels, 1, 1.0), bits=1)
     falling = {"falling": rng.integers(0, 2, channels).astype(np.uint8)}
     pooled = net.op("max_pool", [codes], falling, **shape)
     scaled = net.op("affine", [made], {"scale": floats["scale"], "shift": floats["shift"]})
     net.op("max_pool", [net.op("prelu", [scaled], {"slope": floats["slope"]})], **shape)
-    sums = {"weight_bits": words(rng, channels, 3, 3, depth=channels), "scale": floats["bias"]}
-    net.op("add", [net.op("binary_conv2d", [pooled], sums, **same), pooled + 3])
+    net.op("add", [of_codes(net, rng, "binary_conv2d", pooled, channels, channels), pooled + 3])
     same_as_one_by_one(net.model, name, 0, 2, 2, 1)
 
 

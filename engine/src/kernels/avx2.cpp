@@ -309,13 +309,6 @@ uint64_t passed_word(const float* x, const FloatLimits& limits, size_t count) {
   return word;
 }
 
-void float_bits(const float* x, const FloatLimits& limits, const Rows& rows, uint64_t* words, size_t pitch) {
-  for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, words += pitch)
-    for (size_t c = 0; c < rows.channels; c += 64)
-      words[c / 64] = passed_word(x + c, {limits.thresholds + c, limits.flips + c},
-                                  rows.channels - c < 64 ? rows.channels - c : 64);
-}
-
 void float_codes(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,
                  int levels, uint8_t* codes) {
   const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -344,6 +337,7 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 }  // namespace
 }  // namespace lowbit
 
+#include "kernels/float_bits.h"
 #include "kernels/rows.h"
 
 const lowbit::Kernels lowbit::kAvx2Kernels{"avx2",          binary_counts, binary_bits, binary_floats, float_tile,

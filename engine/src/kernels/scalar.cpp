@@ -73,14 +73,11 @@ void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
   }
 }
 
-void float_bits(const float* x, const FloatLimits& limits, const Rows& rows, uint64_t* words, size_t pitch) {
-  for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, words += pitch)
-    for (size_t first = 0; first < rows.channels; first += 64) {
-      uint64_t word = 0;
-      for (size_t c = first; c < rows.channels && c < first + 64; ++c)
-        word |= static_cast<uint64_t>(passes(x[c], limits.thresholds, limits.flips, c)) << (c - first);
-      words[first / 64] = word;
-    }
+uint64_t passed_word(const float* x, const FloatLimits& limits, size_t count) {
+  uint64_t word = 0;
+  for (size_t c = 0; c < count; ++c)
+    word |= static_cast<uint64_t>(passes(x[c], limits.thresholds, limits.flips, c)) << c;
+  return word;
 }
 
 void float_codes(const float* x, const float* thresholds, size_t pitch, const uint32_t* flips, size_t channels,
@@ -94,6 +91,7 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 }  // namespace
 }  // namespace lowbit
 
+#include "kernels/float_bits.h"
 #include "kernels/ramp.h"
 #include "kernels/rows.h"
 
