@@ -40,15 +40,12 @@ class BinaryBlocks {
     const Span span = product_.span(call);
     const int64_t blocks = ceil_div(span.count, kBlockPixels);
     const int64_t chunk_panels = panels_at_once(panels_, blocks, call.pool.size());
-    const int64_t chunks = ceil_div(panels_, chunk_panels);
-    call.pool.run(static_cast<size_t>(blocks * chunks), [&](size_t item, int thread) {
-      std::byte* arranged = call.thread_scratch + thread * call.thread_bytes;
+    for_items(call, span, kBlockPixels, panels_, chunk_panels, [&](const Item& item) {
+      std::byte* arranged = item.memory;
       auto* counts = reinterpret_cast<BlockCounts*>(arranged + counts_offset());
-      const int64_t start = item / chunks * kBlockPixels, count = std::min<int64_t>(kBlockPixels, span.count - start);
-      const int64_t first = span.place + start;
-      const int64_t panel = item % chunks * chunk_panels, end = std::min(panel + chunk_panels, panels_);
+      const int64_t count = item.count, first = item.place, panel = item.panel, end = item.end;
       int64_t offsets[kBlockPixels], positions[kBlockPixels];
-      product_.locate(span.first + start, count, offsets, positions);
+      product_.locate(item.first, count, offsets, positions);
       const int size = static_cast<int>(count);
       kernels_.arrange_pixels(product_.planes_of(call, 0), product_.taps().data(), depth_, offsets, size, arranged);
       kernels_.count(arranged, masks_.data() + panel * depth_ * kTileChannels, ones_.data() + panel * kTileChannels,

@@ -262,34 +262,40 @@ class BinaryConv2dCodes final : public BinaryConv2d {
         bases_(base_table()),
         thresholds_(spec, spec.channels) {}
 
-  const char* kernel(bool) const override { return shown_by_blocks() ? "blocks.count" : "binary_counts"; }
+  const char* kernel(bool) const override { return shown_by_blocks() ? "blocks.count" : "binary_subtract"; }
 
   void run(const Call& call) const override {
     fill_planes(call);
     if (by_blocks(call))
       return blocks_->run(call, [&](const CountBlock& block) {
         for_tiles(block, [&](auto counts, int count, int64_t pixel, const int64_t* positions, int64_t panel) {
-          store_codes(call, counts, count, pixel, positions, 0, panel);
+          store(call, count, pixel, positions, 0, panel, [&](int32_t (*sums)[kTileChannels]) {
+            for (int p = 0; p < count; ++p)
+              for (int c = 0; c < kTileChannels; ++c) sums[p][c] -= 2 * counts[p][c];
+          });
         });
       });
     product_.run(call, kNoBegin,
                  [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
-                   int32_t counts[kTilePixels][kTileChannels];
-                   kernels_.binary_counts(tile, counts);
-                   store_codes(call, counts, tile.count, pixel, positions, group, panel);
+                   store(call, tile.count, pixel, positions, group, panel,
+                         [&](int32_t (*sums)[kTileChannels]) { kernels_.binary_subtract(tile, 1, sums); });
                  });
   }
 
  private:
-  void store_codes(const Call& call, const int32_t (*counts)[kTileChannels], int count, int64_t pixel,
-                   const int64_t* positions, int64_t group, int64_t panel) const {
+  // subtract(sums) takes twice the counts of a tile from its bases.
+  template <class Subtract>
+  void store(const Call& call, int count, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel,
+             const Subtract& subtract) const {
     const auto bases = rows_of(bases_, count, positions, group, panel);
+    int32_t sums[kTilePixels][kTileChannels];
+    for (int p = 0; p < count; ++p) std::copy_n(bases[p], kTileChannels, sums[p]);
+    subtract(sums);
     const int64_t inside = panel * kTileChannels, first = group * product_.group_channels() + inside;
     const int64_t wanted = std::min<int64_t>(kTileChannels, product_.group_channels() - inside);
     for (int p = 0; p < count; ++p)
       for (int64_t c = 0; c < wanted; ++c)
-        call.result<uint8_t>()[(pixel + p) * output().channels + first + c] =
-            thresholds_.code(bases[p][c] - 2 * counts[p][c], first + c);
+        call.result<uint8_t>()[(pixel + p) * output().channels + first + c] = thresholds_.code(sums[p][c], first + c);
   }
 
   PerChannel<int32_t> bases_;

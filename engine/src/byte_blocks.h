@@ -19,10 +19,10 @@ struct SumBlock {
 
 class ByteBlocks {
  public:
-  // Whether the product of codes of `bits` bits with weights from `low` to `high` is one for `kernels`.
-  static bool fits(const OpSpec& spec, int bits, int64_t low, int64_t high, const ByteKernels* kernels) {
+  // Whether the product of codes with weights from `low` to `high` is one for `kernels`.
+  static bool fits(const OpSpec& spec, int64_t low, int64_t high, const ByteKernels* kernels) {
     return kernels != nullptr && low >= std::numeric_limits<int8_t>::min() &&
-           high <= std::numeric_limits<int8_t>::max() && pair(bits, std::max(-low, high)) <= kernels->largest_pair &&
+           high <= std::numeric_limits<int8_t>::max() &&
            (spec.groups == 1 || spec.channels / spec.groups > kTileChannels);
   }
 
@@ -92,18 +92,15 @@ class ByteBlocks {
     const int64_t at_once = panels_at_once(even_panels(), blocks, call.pool.size());
     const int64_t cached = std::max<int64_t>(kMostWeightBytes / (depth_ * kTileChannels) / 4 * 4, kPanelsPerChunk);
     const int64_t chunk_panels = groups_ > 1 ? even_panels() : by_signs_ ? at_once : std::min(at_once, cached);
-    const int64_t chunks = ceil_div(even_panels(), chunk_panels);
-    call.pool.run(static_cast<size_t>(blocks * chunks), [&](size_t item, int thread) {
-      auto* arranged = reinterpret_cast<uint8_t*>(call.thread_scratch + thread * call.thread_bytes);
+    for_items(call, span, kBlockPixels, even_panels(), chunk_panels, [&](const Item& item) {
+      auto* arranged = reinterpret_cast<uint8_t*>(item.memory);
       auto* sums = reinterpret_cast<BlockSums*>(arranged + sums_offset());
-      const int64_t start = item % blocks * kBlockPixels, count = std::min<int64_t>(kBlockPixels, span.count - start);
-      const int64_t first = span.place + start;
-      const int64_t panel = item / blocks * chunk_panels, end = std::min(panel + chunk_panels, even_panels());
+      const int64_t count = item.count, first = item.place, panel = item.panel, end = item.end;
       int64_t offsets[kBlockPixels], positions[kBlockPixels];
       locate(window_, window_.stride[0] * padded_width_ * input_.channels, window_.stride[1] * input_.channels,
-             scratch_bytes(), span.first + start, count, offsets, positions);
+             scratch_bytes(), item.first, count, offsets, positions);
       const int64_t channel = panel * kTileChannels;
-      const int64_t end_channel = chunks == 1 ? channels_ : std::min(end * kTileChannels, channels_);
+      const int64_t end_channel = groups_ > 1 ? channels_ : std::min(end * kTileChannels, channels_);
       begin(first, count, channel, end_channel);
       const int size = static_cast<int>(count), size_panels = static_cast<int>(end - panel);
       for (int64_t group = 0; group < groups_; ++group) {

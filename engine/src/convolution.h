@@ -45,17 +45,40 @@ inline void locate(const Window& window, int64_t down, int64_t right, int64_t im
   }
 }
 
+// What an item of a convolution's work covers: some panels of some pixels.
+struct Item {
+  int64_t first, count;  // pixels, numbered through the batch
+  int64_t place;         // of the first in memory
+  int64_t panel, end;    // panels of each group
+  std::byte* memory;     // of its thread
+};
+
+// Calls work(Item) for `block` pixels at a time of a span, and for `chunk` of the panels: all pixels pass by the same
+// weights before the next ones.
+template <class Work>
+void for_items(const Call& call, const Span& span, int64_t block, int64_t panels, int64_t chunk, const Work& work) {
+  const int64_t blocks = ceil_div(span.count, block);
+  call.pool.run(static_cast<size_t>(blocks * ceil_div(panels, chunk)), [&](size_t number, int thread) {
+    const int64_t start = number % blocks * block, panel = number / blocks * chunk;
+    work(Item{span.first + start, std::min(block, span.count - start), span.place + start, panel,
+              std::min(panel + chunk, panels), call.thread_scratch + thread * call.thread_bytes});
+  });
+}
+
 // The product loop that most convolutions share; T is float, uint64_t or int16_t.
 template <class T>
 class Product {
  public:
-  // `depth` is channels (or words) per group; `weight_at(o, tap, d)` is the weight of output channel o.
+  // `depth` is channels (or words) per group; `weight_at(o, tap, d)` is the weight of output channel o. The input has
+  // `sets` of planes, which all meet the same weights.
   template <class WeightAt>
-  Product(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth, const WeightAt& weight_at)
+  Product(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth, const WeightAt& weight_at,
+          int64_t sets = 1)
       : window_(window),
         groups_(spec.groups),
         channels_(spec.channels),
-        planes_(groups_ * depth),
+        set_planes_(groups_ * depth),
+        planes_(sets * set_planes_),
         padded_height_(input.height + 2 * window.padding[0]),
         phases_(window.width > 1 ? window.stride[1] : 1),
         padded_width_(round_up(input.width + 2 * window.padding[1], phases_)),
@@ -69,7 +92,7 @@ class Product {
     weights_.assign(groups_ * panels_ * taps_.size() * kTileChannels, T{});
     for (int64_t o = 0; o < channels_; ++o) {
       const int64_t inside = o % group_channels();
-      T* weights = panel(o / group_channels(), inside / kTileChannels) + inside % kTileChannels;
+      T* weights = weights_.data() + panel_start(o / group_channels(), inside / kTileChannels) + inside % kTileChannels;
       for (int64_t tap = 0; tap < kernel; ++tap)
         for (int64_t d = 0; d < depth; ++d, weights += kTileChannels) *weights = weight_at(o, tap, d);
     }
@@ -110,24 +133,19 @@ class Product {
     const int64_t block = block_pixels(span.count, call.pool.size());
     const int64_t blocks = ceil_div(span.count, block);
     const int64_t chunk_panels = groups_ == 1 ? panels_at_once(panels_, blocks, call.pool.size()) : panels_;
-    const int64_t chunks = ceil_div(panels_, chunk_panels);
     const auto depth = taps_.size();
-    call.pool.run(static_cast<size_t>(blocks * chunks), [&](size_t item, int thread) {
-      T* gathered = reinterpret_cast<T*>(call.thread_scratch + thread * call.thread_bytes);
-      const int64_t start = item / chunks * block, count = std::min(block, span.count - start);
-      const int64_t first = span.place + start;
-      const int64_t first_panel = item % chunks * chunk_panels;
-      const int64_t end_panel = std::min(first_panel + chunk_panels, panels_);
-      const int64_t channel = first_panel * kTileChannels;
-      const int64_t end_channel = chunks == 1 ? channels_ : std::min(end_panel * kTileChannels, channels_);
+    for_items(call, span, block, panels_, chunk_panels, [&](const Item& item) {
+      T* gathered = reinterpret_cast<T*>(item.memory);
+      const int64_t count = item.count, first = item.place, channel = item.panel * kTileChannels;
+      const int64_t end_channel = groups_ > 1 ? channels_ : std::min(item.end * kTileChannels, channels_);
       begin(first, count, channel, end_channel);
       int64_t offsets[kBlockTiles * kTilePixels], positions[kBlockTiles * kTilePixels];
-      locate(span.first + start, count, offsets, positions);
+      locate(item.first, count, offsets, positions);
       for (int64_t group = 0; group < groups_; ++group) {
-        const T* plane = static_cast<const T*>(call.scratch) + group * (planes_ / groups_) * plane_size();
+        const T* plane = static_cast<const T*>(call.scratch) + group * (set_planes_ / groups_) * plane_size();
         for (int64_t p = 0; p < count; p += kTilePixels)
           gather(plane, offsets + p, static_cast<int>(std::min<int64_t>(kTilePixels, count - p)), gathered + p * depth);
-        for (int64_t number = first_panel; number < end_panel; number += step)
+        for (int64_t number = item.panel; number < item.end; number += step)
           for (int64_t p = 0; p < count; p += kTilePixels) {
             const int size = static_cast<int>(std::min<int64_t>(kTilePixels, count - p));
             emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size, 1}, first + p, positions + p, group,
@@ -138,9 +156,9 @@ class Product {
     });
   }
 
-  const T* panel(int64_t group, int64_t number) const { return const_cast<Product*>(this)->panel(group, number); }
-  T* planes_of(const Call& call, int64_t image) const {
-    return static_cast<T*>(call.scratch) + image * (planes_bytes() / sizeof(T));
+  const T* panel(int64_t group, int64_t number) const { return weights_.data() + panel_start(group, number); }
+  T* planes_of(const Call& call, int64_t image, int64_t set = 0) const {
+    return static_cast<T*>(call.scratch) + image * (planes_bytes() / sizeof(T)) + set * set_planes_ * plane_size();
   }
 
   void locate(int64_t first, int64_t count, int64_t* offsets, int64_t* positions) const {
@@ -148,12 +166,25 @@ class Product {
                    positions);
   }
 
+  // What up to 8 pixels see, as a tile has it.
+  void gather(const T* plane, const int64_t* pixels, int count, T* tile) const {
+    if (count == kTilePixels && pixels[kTilePixels - 1] - pixels[0] == kTilePixels - 1) {
+      for (const int64_t tap : taps_) {
+        std::memcpy(tile, plane + tap + pixels[0], kTilePixels * sizeof(T));
+        tile += kTilePixels;
+      }
+    } else {
+      for (const int64_t tap : taps_)
+        for (int p = 0; p < count; ++p) *tile++ = plane[tap + pixels[p]];
+    }
+  }
+
  private:
   // Where a row has the padded image's column x.
   int64_t column(int64_t x) const { return x % phases_ * (padded_width_ / phases_) + x / phases_; }
 
-  T* panel(int64_t group, int64_t number) {
-    return weights_.data() + (group * panels_ + number) * taps_.size() * kTileChannels;
+  size_t panel_start(int64_t group, int64_t number) const {
+    return (group * panels_ + number) * taps_.size() * kTileChannels;
   }
 
   int64_t block_tiles() const {
@@ -167,20 +198,8 @@ class Product {
     return std::clamp<int64_t>(tiles / (2 * threads), 1, block_tiles()) * kTilePixels;
   }
 
-  void gather(const T* plane, const int64_t* pixels, int count, T* tile) const {
-    if (count == kTilePixels && pixels[kTilePixels - 1] - pixels[0] == kTilePixels - 1) {
-      for (const int64_t tap : taps_) {
-        std::memcpy(tile, plane + tap + pixels[0], kTilePixels * sizeof(T));
-        tile += kTilePixels;
-      }
-    } else {
-      for (const int64_t tap : taps_)
-        for (int p = 0; p < count; ++p) *tile++ = plane[tap + pixels[p]];
-    }
-  }
-
   Window window_;
-  int64_t groups_, channels_, planes_, padded_height_, phases_, padded_width_, panels_;
+  int64_t groups_, channels_, set_planes_, planes_, padded_height_, phases_, padded_width_, panels_;
   std::vector<int64_t> taps_, columns_;
   Buffer<T> weights_;  // [group][panel][tap][16], zero beyond the last channel
 };
@@ -246,13 +265,16 @@ class WeightCodes {
   int64_t largest() const { return grid_.largest; }
   bool are_signs() const { return width_ == 1 && grid_.multiplier == 2 && grid_.offset == -1; }
 
-  // The integer of output channel o's weight number n. Its code may cross into the next word.
-  int64_t at(int64_t o, int64_t n) const {
+  // The integer of output channel o's weight number n.
+  int64_t at(int64_t o, int64_t n) const { return grid_.integer(static_cast<int64_t>(code(o, n))); }
+
+  // Its code, which may cross into the next word.
+  uint64_t code(int64_t o, int64_t n) const {
     const int64_t bit = n * width_, shift = bit % 64;
     const uint64_t* word = codes_.data() + o * words_ + bit / 64;
     uint64_t code = word[0] >> shift;
     if (shift + width_ > 64) code |= word[1] << (64 - shift);
-    return grid_.integer(static_cast<int64_t>(code & ((uint64_t{1} << width_) - 1)));
+    return code & ((uint64_t{1} << width_) - 1);
   }
 
  private:

@@ -4,7 +4,9 @@
 #include "border_cases.h"
 #include "byte_blocks.h"
 #include "convolution.h"
+#include "measure.h"
 #include "output_transform.h"
+#include "plane_blocks.h"
 #include "ramp_table.h"
 
 namespace lowbit {
@@ -18,17 +20,23 @@ Shape output_shape(const OpSpec& spec, const Window& window) {
 
 // The products are of the codes themselves: with integers W of the weight, sum = m * (sum of code * W) + o * (sum of W
 // inside the image) for a grid m * code + o. A code of zero adds nothing at the border. Modulo 2^32, which the sum
-// fits.
-class ByteConv2d final : public Op {
+// fits. Codes are multiplied whole, a byte each, or bit by bit.
+class CodeConv2d final : public Op {
  public:
-  ByteConv2d(const OpSpec& spec, const Shape& input, const Window& window, const WeightCodes& weights, int64_t depth,
-             int64_t largest, const ByteKernels& kernels)
+  CodeConv2d(const OpSpec& spec, const Shape& input, const Window& window, const WeightCodes& weights, int64_t depth,
+             int64_t largest, const Kernels& kernels)
       : Op(output_shape(spec, window)),
-        kernels_(kernels),
+        kernels_(*kernels.bytes),
+        input_(input),
         multiplier_(static_cast<int32_t>(spec.input_multiplier)),
         groups_(spec.groups),
         group_channels_(spec.channels / spec.groups),
-        product_(spec, input, window, depth, weights, largest, kernels) {
+        bytes_(spec, input, window, depth, weights, largest, kernels_) {
+    if (PlaneBlocks::fits(spec, input.bits, depth)) {
+      planes_.emplace(spec, input, window, depth, weights, kernels);
+      by_planes_ = planes_->products() <= kernels_.planes;
+      shape_ = describe(spec, input, output().bits) + std::to_string(spec.weight_width);
+    }
     if (spec.input_offset != 0) cases_.emplace(input, window);
     bases_.emplace(spec.channels, spec.groups, 0, cases_ ? cases_->size() : 1);
     if (cases_) fill_bases(window, weights, depth, spec.input_offset);
@@ -38,14 +46,14 @@ class ByteConv2d final : public Op {
     }
     const Thresholds<int32_t> thresholds(spec, spec.channels);
     if (spec.bits > kMostCounted) {
-      std::vector<int64_t> rows(groups_ * product_.panels() * kTileChannels, -1);
+      std::vector<int64_t> rows(groups_ * bytes_.panels() * kTileChannels, -1);
       for (int64_t c = 0; c < spec.channels; ++c)
         rows[slot(c / group_channels_, c % group_channels_ / kTileChannels) + c % group_channels_ % kTileChannels] = c;
       ramp_ = RampTable<int32_t>::fit(thresholds, rows);
       if (ramp_) return;
     }
     levels_ = thresholds.levels();
-    limits_.assign(groups_ * product_.panels() * levels_ * kTileChannels, 0);
+    limits_.assign(groups_ * bytes_.panels() * levels_ * kTileChannels, 0);
     flips_.emplace(spec.channels, spec.groups, 0);
     for (int64_t c = 0; c < spec.channels; ++c) {
       const uint32_t flip = flip_of<int32_t>(thresholds.falling(c));
@@ -58,13 +66,34 @@ class ByteConv2d final : public Op {
   }
 
   bool makes_strips() const override { return true; }
-  int64_t scratch_bytes() const override { return product_.scratch_bytes(); }
-  int64_t thread_scratch_bytes() const override { return product_.thread_scratch_bytes(); }
-  const char* kernel(bool) const override { return product_.kernel(); }
+  int64_t scratch_bytes() const override {
+    return std::max(bytes_.scratch_bytes(), planes_ ? planes_->scratch_bytes() : int64_t{0});
+  }
+  int64_t thread_scratch_bytes() const override {
+    return std::max(bytes_.thread_scratch_bytes(), planes_ ? planes_->thread_scratch_bytes() : int64_t{0});
+  }
+  const char* kernel(bool) const override { return by_planes_ ? planes_->kernel() : bytes_.kernel(); }
+
+  void tune(const Measure& measure) override {
+    if (!planes_) return;
+    const bool rule = by_planes_;
+    const auto choose = [&](bool first) { by_planes_ = first == rule; };
+    choose(measure.first_is_faster(*this, input_, shape_, 1, choose));
+  }
 
   void run(const Call& call) const override {
-    product_.fill(call);
-    product_.run(call, clearing(call, output()), [&](const SumBlock& block) {
+    if (by_planes_)
+      run_by(*planes_, static_cast<int32_t>(static_cast<uint32_t>(multiplier_) * planes_->unit()), call);
+    else
+      run_by(bytes_, multiplier_, call);
+  }
+
+ private:
+  // `multiplier`: of the sums, which are of codes.
+  template <class Blocks>
+  void run_by(const Blocks& blocks, int32_t multiplier, const Call& call) const {
+    blocks.fill(call);
+    blocks.run(call, clearing(call, output()), [&](const SumBlock& block) {
       for (int64_t number = 0; number < block.panels; ++number)
         for (int64_t p = 0; p < block.count; p += kTilePixels) {
           const int count = static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p));
@@ -72,7 +101,7 @@ class ByteConv2d final : public Op {
           const int32_t* bases[kTilePixels];
           for (int i = 0; i < count; ++i)
             bases[i] = bases_->panel(block.group, panel, cases_ ? cases_->of_position(block.positions[p + i]) : 0);
-          const IntegerSums sums{block.sums[number] + p, count, multiplier_, bases};
+          const IntegerSums sums{block.sums[number] + p, count, multiplier, bases};
           if (epilogue_)
             epilogue_->emit(call.result<float>(), pixel, count, block.group, panel,
                             [&](const FloatOutput& out) { kernels_.floats(sums, out); });
@@ -82,7 +111,6 @@ class ByteConv2d final : public Op {
     });
   }
 
- private:
   void fill_bases(const Window& window, const WeightCodes& weights, int64_t depth, int64_t offset) {
     const int64_t taps = window.kernel[0] * window.kernel[1];
     std::vector<int64_t> of_tap(taps);  // sums of a channel's weights
@@ -98,7 +126,7 @@ class ByteConv2d final : public Op {
   }
 
   // The first of 16 channels.
-  int64_t slot(int64_t group, int64_t panel) const { return (group * product_.panels() + panel) * kTileChannels; }
+  int64_t slot(int64_t group, int64_t panel) const { return (group * bytes_.panels() + panel) * kTileChannels; }
 
   void put_codes(const Call& call, const IntegerSums& sums, int64_t pixel, int64_t group, int64_t panel) const {
     const auto write = [&](uint8_t* target, int64_t stride) {
@@ -129,9 +157,13 @@ class ByteConv2d final : public Op {
   }
 
   const ByteKernels& kernels_;
+  Shape input_;
   int32_t multiplier_;
   int64_t groups_, group_channels_;
-  ByteBlocks product_;
+  ByteBlocks bytes_;
+  std::optional<PlaneBlocks> planes_;
+  bool by_planes_ = false;
+  std::string shape_;                 // where there are planes
   std::optional<BorderCases> cases_;  // where the grid has an offset; else there is one
   std::optional<PerChannel<int32_t>> bases_;
   std::optional<RampTable<int32_t>> ramp_;  // for codes; where there is none, what follows
@@ -231,8 +263,8 @@ std::unique_ptr<Op> make_quant_conv2d(const OpSpec& spec, const Shape& input, co
       low = std::min(low, weights.at(o, n));
       high = std::max(high, weights.at(o, n));
     }
-  if (ByteBlocks::fits(spec, input.bits, low, high, kernels.bytes))
-    return std::make_unique<ByteConv2d>(spec, input, window, weights, depth, std::max(-low, high), *kernels.bytes);
+  if (ByteBlocks::fits(spec, low, high, kernels.bytes))
+    return std::make_unique<CodeConv2d>(spec, input, window, weights, depth, std::max(-low, high), kernels);
   return std::make_unique<QuantConv2d>(spec, input, window, weights, depth, grid, kernels);
 }
 

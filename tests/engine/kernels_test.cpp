@@ -106,10 +106,11 @@ void check_binary(Comparison& comparison, size_t depth, int count) {
   const TileData<uint64_t> mixed(depth, count, any, any);
   TileData<uint64_t> opposite(depth, count, zeros, zeros);
   for (uint64_t& word : opposite.weights) word = ~uint64_t{0};
+  const auto shift = static_cast<int>(integer(0, 9));
   for (const BinaryTile& tile : {mixed.tile, opposite.tile}) {
     comparison.check<int32_t>(
-        "binary_counts", depth, count, kTilePixels * kTileChannels,
-        [&](const Kernels& k, int32_t* out) { k.binary_counts(tile, reinterpret_cast<Sums>(out)); });
+        "binary_subtract", depth, count, kTilePixels * kTileChannels,
+        [&](const Kernels& k, int32_t* out) { k.binary_subtract(tile, shift, reinterpret_cast<Sums>(out)); });
     const auto middle = static_cast<int64_t>(32 * depth);
     const TileRows limits(count, [&] {
       constexpr int64_t kEnds[] = {INT32_MIN, -1, INT32_MAX};
@@ -191,7 +192,6 @@ void check_bytes(Comparison& comparison, size_t length, size_t run_count, int bi
   const size_t terms = length * run_count, multiple = bytes.depth_multiple;
   const size_t depth = (terms + multiple - 1) / multiple * multiple;
   const int64_t top = (1 << bits) - 1, pair = 2 * top * largest;
-  if (pair > bytes.largest_pair) return;
   const auto ends = [](int64_t low, int64_t high) {
     return integer(0, 2) == 0 ? (integer(0, 1) ? high : low) : integer(low, high);
   };

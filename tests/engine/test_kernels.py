@@ -65,7 +65,7 @@ def layer(case, seed, kind):
     return net.model, 1, rng.integers(0, 2, x.shape, dtype=np.uint8)
 
 
-def coded_layer(case, seed, bits_in, width, kind):
+def coded_layer(case, seed, bits_in, width, kind, weight_grid=None):
     """A model of one convolution of codes whose grids are drawn at random, and its input as run_op takes it."""
     size, c_in, c_out, groups, kernel, stride, padding, dilation, batch = CASES[case]
     rng = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def coded_layer(case, seed, bits_in, width, kind):
         [(1, 0), (1, -int(rng.integers(0, top + 1))), (2, -top), (3, int(rng.integers(-top, top)))][rng.integers(4)]
         for top in largest
     ]
-    grid, tensors = coded(rng, c_out, kernel, depth, width, *grids[1])
+    grid, tensors = coded(rng, c_out, kernel, depth, width, *(weight_grid or grids[1]))
     attributes = {"groups": groups, "channels": c_out, **shape, **grid}
     attributes |= {"input_multiplier": grids[0][0], "input_offset": grids[0][1]}
     net = Builder((c_in, size, size))
@@ -116,12 +116,13 @@ def test_binary_convolution_equals_the_reference(isa, case, kind):
         np.testing.assert_array_equal(result, expected)
 
 
-def check_coded_layer(isa, *layer):
+def check_coded_layer(isa, *layer, kernel=None):
     model, x = coded_layer(*layer)
     expected = reference.run_op(model.ops[1], model.op_tensors(1), [x])
     for threads in (1, 2):
         engine = Engine(model, threads=threads)
         assert engine.isa == isa
+        assert kernel in (None, engine.kernels[1])
         result = engine.run_op(1, [x])
         assert result.dtype == expected.dtype
         np.testing.assert_array_equal(result, expected)
@@ -142,6 +143,20 @@ def test_convolution_of_codes_of_every_width(isa, bits_in, width, kind):
     case = ["odd channels", "groups within words", "stride and dilation", "wide padding"][(bits_in + width) % 4]
     expected = check_coded_layer(isa, case, 10 * bits_in + width, bits_in, width, kind)
     assert len(np.unique(expected)) > 1
+
+
+# Binary products that take no longer than one of bytes, so that codes are multiplied bit by bit.
+PLANES = {"avx512_vpopcntdq": 2, "avx512": 4, "avx2": 8}
+
+
+@pytest.mark.parametrize("kind", ["1", "3", "scale and bias"])
+@pytest.mark.parametrize("bits", [(1, 1), (2, 1), (1, 2), (2, 2), (3, 2), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("case", ["odd channels", "stride and dilation", "wide padding", "many tiles", "one pixel"])
+def test_products_of_the_bits_of_codes_equal_the_reference(isa, case, bits, kind):
+    """Weights on a grid around zero: each of their bits is worth as much set as it takes away where not."""
+    unit = 1 + sum(bits) % 3
+    name = "planes.binary_subtract" if bits[0] * bits[1] <= PLANES.get(isa, 0) else None
+    check_coded_layer(isa, case, 1, *bits, kind, (2 * unit, -unit * (2 ** bits[1] - 1)), kernel=name)
 
 
 def test_sums_may_fill_an_int32(isa):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from packed_models import Builder, quant_net, table_net, vgg, window
+from packed_models import Builder, coded, quant_net, table_net, thresholds, vgg, window
 
 from lowbit import _engine
 from lowbit.errors import LowbitError, UsageError
@@ -130,6 +130,24 @@ def test_kernels_chosen_by_measuring_give_the_same_bits(model, monkeypatch):
         assert engine.kernels[2] in ("blocks.bits", "binary_bits")
         assert Engine(model).kernels == engine.kernels  # measured once
         outputs.append(engine(images()))
+    np.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.parametrize("isa", _engine.available_isas())
+def test_codes_may_be_multiplied_bit_by_bit(monkeypatch, isa):
+    monkeypatch.setenv("LOWBIT_ISA", isa)
+    rng, shape = np.random.default_rng(7), window((3, 3), padding=(1, 1), dilation=(1, 1))
+    net = Builder((64, 9, 9))
+    net.op("threshold", tensors=thresholds(rng, np.float32, 64, 2, 1.0), bits=2)
+    grid, tensors = coded(rng, 48, 3, 64, 1, 2, -1)
+    grid |= {"input_multiplier": 1, "input_offset": 0}
+    net.op("quant_conv2d", tensors=tensors | {"scale": np.ones(48, np.float32)}, groups=1, channels=48, **grid, **shape)
+    x, outputs = rng.normal(size=(3, 64, 9, 9)).astype(np.float32), []
+    for tune in ("0", "1"):
+        monkeypatch.setenv("LOWBIT_TUNE", tune)
+        engine = Engine(net.model)
+        assert engine.kernels[1] in ("planes.binary_subtract", "bytes.sums", "bytes.sign_sums", "integer_sums")
+        outputs.append(engine(x))
     np.testing.assert_array_equal(*outputs)
 
 

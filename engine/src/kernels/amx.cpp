@@ -229,6 +229,7 @@ lowbit::Kernels lowbit::amx_kernels() {
   kernels.blocks = &kBlocks;
   static const ByteKernels bytes = [](ByteKernels table) {
     table.depth_multiple = 64;
+    table.planes = 0;
     table.sums = byte_sums;
     table.sign_sums = sign_sums;
     return table;

@@ -96,11 +96,14 @@ __m256 scaled(__m256 sums, const FloatOutput& out, int first) {
 }
 
 template <int P>
-void store_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
-  const Counts<P> sums(tile);
+void subtract_counts(const BinaryTile& tile, int shift, int32_t (*sums)[kTileChannels]) {
+  const Counts<P> counts(tile);
   for (int p = 0; p < P; ++p)
-    for (int first = 0; first < kTileChannels; first += 8)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts[p] + first), sums.eight(p, first));
+    for (int first = 0; first < kTileChannels; first += 8) {
+      const __m256i shifted = _mm256_sll_epi32(counts.eight(p, first), _mm_cvtsi32_si128(shift));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums[p] + first),
+                          _mm256_sub_epi32(load(sums[p] + first), shifted));
+    }
 }
 
 template <int P>
@@ -127,8 +130,8 @@ void store_floats(const BinaryTile& tile, const int32_t* const* bases, const Flo
     }
 }
 
-void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
-  LOWBIT_BY_COUNT(store_counts, tile, counts)
+void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileChannels]) {
+  LOWBIT_BY_COUNT(subtract_counts, tile, shift, sums)
 }
 
 void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
@@ -171,7 +174,9 @@ void multiply(const FloatTile& tile, int first, const FloatOutput& out) {
   }
 }
 
-void float_tile(const FloatTile& tile, const FloatOutput& out) { LOWBIT_BY_FOURS(multiply, tile, out) }
+void float_tile(const FloatTile& tile, const FloatOutput& out) {
+  LOWBIT_BY_FOURS(multiply, tile.count, tile, first, out)
+}
 
 int passed(__m256 values, const FloatLimits& limits, int first) {
   const __m256 flips = _mm256_loadu_ps(reinterpret_cast<const float*>(limits.flips) + first);
@@ -190,7 +195,7 @@ void multiply_to_bits(const FloatTile& tile, int first, const FloatOutput& out, 
 }
 
 void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint32_t* bits) {
-  LOWBIT_BY_FOURS(multiply_to_bits, tile, out, limits, bits)
+  LOWBIT_BY_FOURS(multiply_to_bits, tile.count, tile, first, out, limits, bits)
 }
 
 template <int P>
@@ -219,8 +224,14 @@ void multiply_integers(const IntegerTile& tile, int first, int32_t (*result)[kTi
   }
 }
 
-void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
-  LOWBIT_BY_FOURS(multiply_integers, tile, sums)
+void integer_sums(const IntegerTile& tile,
+                  int32_t (*sums)[kTileChannels]){LOWBIT_BY_FOURS(multiply_integers, tile.count, tile, first, sums)}
+
+// Four codes of a pixel for all channels.
+__m256i four_codes(const uint8_t* codes) {
+  int32_t four;
+  __builtin_memcpy(&four, codes, 4);
+  return _mm256_set1_epi32(four);
 }
 
 // Pairs of products are added up in 16 bits for as many steps as fit, then in 32; 8 channels.
@@ -241,9 +252,8 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
         const __m256i row = load(weights + k * kTileChannels);
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
-          int32_t four;
-          __builtin_memcpy(&four, pixels + p * depth + k, 4);
-          pairs[p] = _mm256_add_epi16(pairs[p], _mm256_maddubs_epi16(_mm256_set1_epi32(four), row));
+          const __m256i codes = four_codes(pixels + p * depth + k);
+          pairs[p] = _mm256_add_epi16(pairs[p], _mm256_maddubs_epi16(codes, row));
         }
       }
 #pragma GCC unroll 4
@@ -254,11 +264,39 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
   }
 }
 
+// Bytes whose pairs do not fit 16 bits: they are made wide first; 8 channels.
+template <int P>
+void multiply_wide(const uint8_t* pixels, const int8_t* weights, size_t depth, int32_t (*result)[kTileChannels]) {
+  for (int half = 0; half < kTileChannels; half += 8, weights += 32) {
+    __m256i low[P], high[P];  // of two pairs of each of four channels
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) low[p] = high[p] = _mm256_setzero_si256();
+    for (size_t k = 0; k < depth; k += 4) {
+      const auto* row = reinterpret_cast<const __m128i*>(weights + k * kTileChannels);
+      const __m256i w_low = _mm256_cvtepi8_epi16(_mm_loadu_si128(row));
+      const __m256i w_high = _mm256_cvtepi8_epi16(_mm_loadu_si128(row + 1));
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        const __m256i codes = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(four_codes(pixels + p * depth + k)));
+        low[p] = _mm256_add_epi32(low[p], _mm256_madd_epi16(codes, w_low));
+        high[p] = _mm256_add_epi32(high[p], _mm256_madd_epi16(codes, w_high));
+      }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(result[p] + half),
+                          _mm256_permute4x64_epi64(_mm256_hadd_epi32(low[p], high[p]), _MM_SHUFFLE(3, 1, 2, 0)));
+  }
+}
+
 void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t pair,
                BlockSums* sums) {
   const auto steps = static_cast<size_t>(INT16_MAX / (pair > 0 ? pair : 1));
   for (int panel = 0; panel < panels; ++panel, weights += depth * kTileChannels)
-    LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
+    if (steps > 0)
+      LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
+    else
+      LOWBIT_BY_FOURS(multiply_wide, count, pixels + first * depth, weights, depth, sums[panel] + first)
 }
 
 // Eight channels from `first` on.
@@ -292,7 +330,7 @@ void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
       _mm256_storeu_ps(out.output + p * out.stride + i, scaled(_mm256_cvtepi32_ps(completed(sums, p, i)), out, i));
 }
 
-constexpr ByteKernels kBytes{4, INT16_MAX, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};
+constexpr ByteKernels kBytes{4, 8, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};
 
 uint64_t passed_word(const float* x, const FloatLimits& limits, size_t count) {
   const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -340,8 +378,8 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 #include "kernels/float_bits.h"
 #include "kernels/rows.h"
 
-const lowbit::Kernels lowbit::kAvx2Kernels{"avx2",          binary_counts, binary_bits, binary_floats, float_tile,
-                                           float_tile_bits, integer_sums,  float_bits,  float_codes,   ramp<float>,
-                                           &kRows,          nullptr,       &kBytes};
+const lowbit::Kernels lowbit::kAvx2Kernels{"avx2",          binary_subtract, binary_bits, binary_floats, float_tile,
+                                           float_tile_bits, integer_sums,    float_bits,  float_codes,   ramp<float>,
+                                           &kRows,          nullptr,         &kBytes};
 
 LOWBIT_TARGET_CLOSE

@@ -112,20 +112,48 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
   for (int p = 0; p < P; ++p) _mm512_storeu_si512(result[p], sums[p]);
 }
 
+// Bytes whose pairs do not fit 16 bits: they are made wide first.
+template <int P>
+void multiply_wide(const uint8_t* pixels, const int8_t* weights, size_t depth, int32_t (*result)[kTileChannels]) {
+  __m512i low[P], high[P];  // of two pairs of each of eight channels
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) low[p] = high[p] = _mm512_setzero_si512();
+  for (size_t k = 0; k < depth; k += 4) {
+    const __m512i row = _mm512_loadu_si512(weights + k * kTileChannels);
+    const __m512i w_low = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(row));
+    const __m512i w_high = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(row, 1));
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      const __m512i codes = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(four_codes(pixels + p * depth + k)));
+      low[p] = _mm512_add_epi32(low[p], _mm512_madd_epi16(codes, w_low));
+      high[p] = _mm512_add_epi32(high[p], _mm512_madd_epi16(codes, w_high));
+    }
+  }
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p)
+    _mm512_storeu_si512(result[p], _mm512_add_epi32(_mm512_permutex2var_epi32(low[p], even, high[p]),
+                                                    _mm512_permutex2var_epi32(low[p], odd, high[p])));
+}
+
 void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t pair,
                BlockSums* sums) {
   const auto steps = static_cast<size_t>(INT16_MAX / (pair > 0 ? pair : 1));
   for (int panel = 0; panel < panels; ++panel, weights += depth * kTileChannels)
-    LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
+    if (steps > 0)
+      LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
+    else
+      LOWBIT_BY_EIGHTS(multiply_wide, count, pixels + first * depth, weights, depth, sums[panel] + first)
 }
 
-constexpr ByteKernels kBytes{4, INT16_MAX, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};
+constexpr ByteKernels kBytes{4, 4, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};
 
 }  // namespace
 }  // namespace lowbit
 
 const lowbit::Kernels lowbit::kAvx512Kernels{
-    "avx512",   binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums,
-    float_bits, float_codes,   ramp<float>, &kRows,        nullptr,    &kBytes,         2};
+    "avx512",   binary_subtract, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums,
+    float_bits, float_codes,     ramp<float>, &kRows,        nullptr,    &kBytes,         2};
 
 LOWBIT_TARGET_CLOSE

@@ -23,10 +23,13 @@ __m512i narrow(const Counts<P>& sums, int p) {
 }
 
 template <int P>
-void store_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
-  const Counts<P> sums(tile);
+void subtract_counts(const BinaryTile& tile, int shift, int32_t (*sums)[kTileChannels]) {
+  const Counts<P> counts(tile);
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) _mm512_storeu_si512(counts[p], narrow(sums, p));
+  for (int p = 0; p < P; ++p) {
+    const __m512i shifted = _mm512_sll_epi32(narrow(counts, p), _mm_cvtsi32_si128(shift));
+    _mm512_storeu_si512(sums[p], _mm512_sub_epi32(_mm512_loadu_si512(sums[p]), shifted));
+  }
 }
 
 template <int P>
@@ -173,8 +176,8 @@ void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
     _mm512_storeu_ps(out.output + p * out.stride, scaled(_mm512_cvtepi32_ps(completed(sums, p)), out));
 }
 
-void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
-  LOWBIT_BY_COUNT(store_counts, tile, counts)
+void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileChannels]) {
+  LOWBIT_BY_COUNT(subtract_counts, tile, shift, sums)
 }
 
 void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {

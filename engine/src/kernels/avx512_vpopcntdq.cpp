@@ -72,13 +72,13 @@ void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int c
                      sums[panel + 1] + first)
 }
 
-constexpr ByteKernels kBytes{4, INT32_MAX, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};
+constexpr ByteKernels kBytes{4, 2, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};
 
 }  // namespace
 }  // namespace lowbit
 
 const lowbit::Kernels lowbit::kAvx512VpopcntdqKernels{
-    "avx512_vpopcntdq", binary_counts, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums,
-    float_bits,         float_codes,   ramp<float>, &kRows,        nullptr,    &kBytes,         2};
+    "avx512_vpopcntdq", binary_subtract, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums,
+    float_bits,         float_codes,     ramp<float>, &kRows,        nullptr,    &kBytes,         2};
 
 LOWBIT_TARGET_CLOSE

@@ -22,37 +22,21 @@
       return kernel<8>(tile, __VA_ARGS__); \
   }
 
-// Up to four pixels at a time, from pixel `first` on.
-#define LOWBIT_BY_FOURS(kernel, tile, ...)                \
-  for (int first = 0; first < (tile).count; first += 4) { \
-    switch ((tile).count - first) {                       \
-      case 1:                                             \
-        kernel<1>(tile, first, __VA_ARGS__);              \
-        break;                                            \
-      case 2:                                             \
-        kernel<2>(tile, first, __VA_ARGS__);              \
-        break;                                            \
-      case 3:                                             \
-        kernel<3>(tile, first, __VA_ARGS__);              \
-        break;                                            \
-      default:                                            \
-        kernel<4>(tile, first, __VA_ARGS__);              \
-    }                                                     \
+// Up to four of `pixels` at a time, from pixel `first` on, which the arguments may name.
+#define LOWBIT_BY_FOURS(kernel, pixels, ...)          \
+  for (int first = 0; first < (pixels); first += 4) { \
+    switch ((pixels) - first) {                       \
+      LOWBIT_BELOW_FOUR(kernel, __VA_ARGS__)          \
+      default:                                        \
+        kernel<4>(__VA_ARGS__);                       \
+    }                                                 \
   }
 
-// Up to eight pixels of `pixels` at a time, from pixel `first` on, which the arguments may name.
+// Up to eight.
 #define LOWBIT_BY_EIGHTS(kernel, pixels, ...)         \
   for (int first = 0; first < (pixels); first += 8) { \
     switch ((pixels) - first) {                       \
-      case 1:                                         \
-        kernel<1>(__VA_ARGS__);                       \
-        break;                                        \
-      case 2:                                         \
-        kernel<2>(__VA_ARGS__);                       \
-        break;                                        \
-      case 3:                                         \
-        kernel<3>(__VA_ARGS__);                       \
-        break;                                        \
+      LOWBIT_BELOW_FOUR(kernel, __VA_ARGS__)          \
       case 4:                                         \
         kernel<4>(__VA_ARGS__);                       \
         break;                                        \
@@ -69,3 +53,14 @@
         kernel<8>(__VA_ARGS__);                       \
     }                                                 \
   }
+
+#define LOWBIT_BELOW_FOUR(kernel, ...) \
+  case 1:                              \
+    kernel<1>(__VA_ARGS__);            \
+    break;                             \
+  case 2:                              \
+    kernel<2>(__VA_ARGS__);            \
+    break;                             \
+  case 3:                              \
+    kernel<3>(__VA_ARGS__);            \
+    break;

@@ -105,14 +105,14 @@ struct Ramp {
 
 struct ByteKernels {
   int64_t depth_multiple;
-  int64_t largest_pair;  // the products of two neighbours in a row, added up, must not pass it
+  int64_t planes;  // binary products that take no longer than one of bytes
 
   // Pixel p's row, `depth` bytes after the one before, is made of `length` bytes from each of plane[runs[i] +
   // pixels[p]]. 64 bytes beyond what is read or written belong to the buffers.
   void (*arrange_pixels)(const uint8_t* plane, const int64_t* runs, size_t run_count, size_t length,
                          const int64_t* pixels, int count, size_t depth, uint8_t* arranged);
 
-  // sums[panel][p][c] = sum of products. `pair` is a bound of what two neighbours add, at most largest_pair.
+  // sums[panel][p][c] = sum of products. `pair` is a bound of what two neighbours add.
   void (*sums)(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t pair,
                BlockSums* sums);
 
@@ -159,8 +159,8 @@ struct RowKernels {
 struct Kernels {
   const char* isa;
 
-  // counts[p][c] = number of bits in which pixel p and channel c differ, at most 2^24.
-  void (*binary_counts)(const BinaryTile&, int32_t (*counts)[kTileChannels]);
+  // sums[p][c] -= count << shift, modulo 2^32: the number of bits in which pixel p and channel c differ, at most 2^24.
+  void (*binary_subtract)(const BinaryTile&, int shift, int32_t (*sums)[kTileChannels]);
 
   // Bit c of bits[p] = (count <= limits[p][c]) xor bit c of falling.
   void (*binary_bits)(const BinaryTile&, const int32_t* const* limits, uint16_t falling, uint16_t* bits);

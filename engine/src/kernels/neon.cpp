@@ -50,11 +50,14 @@ float32x4_t scaled(float32x4_t sums, const FloatOutput& out, int first) {
   return vaddq_f32(vmulq_f32(sums, vld1q_f32(out.scale + first)), vld1q_f32(out.bias + first));
 }
 
-void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
+void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileChannels]) {
   for (int p = 0; p < tile.count; ++p) {
-    const Counts sums(tile, p);
+    const Counts counts(tile, p);
 #pragma GCC unroll 8
-    for (int first = 0; first < kTileChannels; first += 4) vst1q_s32(counts[p] + first, sums.four(first));
+    for (int first = 0; first < kTileChannels; first += 4) {
+      const int32x4_t shifted = vshlq_s32(counts.four(first), vdupq_n_s32(shift));
+      vst1q_s32(sums[p] + first, vsubq_s32(vld1q_s32(sums[p] + first), shifted));
+    }
   }
 }
 
@@ -113,7 +116,7 @@ void multiply(const FloatTile& tile, int first, const FloatOutput& out) {
       vst1q_f32(out.output + (first + p) * out.stride + 4 * i, scaled(sums.of[p][i], out, 4 * i));
 }
 
-void float_tile(const FloatTile& tile, const FloatOutput& out){LOWBIT_BY_FOURS(multiply, tile, out)}
+void float_tile(const FloatTile& tile, const FloatOutput& out){LOWBIT_BY_FOURS(multiply, tile.count, tile, first, out)}
 
 // Four bits: which of four values pass.
 uint32_t passed(float32x4_t values, const float* thresholds, const uint32_t* flips) {
@@ -136,7 +139,7 @@ void multiply_to_bits(const FloatTile& tile, int first, const FloatOutput& out, 
 }
 
 void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint32_t* bits) {
-  LOWBIT_BY_FOURS(multiply_to_bits, tile, out, limits, bits)
+  LOWBIT_BY_FOURS(multiply_to_bits, tile.count, tile, first, out, limits, bits)
 }
 
 template <int P>
@@ -161,7 +164,7 @@ void multiply_integers(const IntegerTile& tile, int first, int32_t (*result)[kTi
 }
 
 void integer_sums(const IntegerTile& tile,
-                  int32_t (*sums)[kTileChannels]){LOWBIT_BY_FOURS(multiply_integers, tile, sums)}
+                  int32_t (*sums)[kTileChannels]){LOWBIT_BY_FOURS(multiply_integers, tile.count, tile, first, sums)}
 
 uint64_t passed_word(const float* x, const FloatLimits& limits, size_t count) {
   uint64_t word = 0;
@@ -202,6 +205,6 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 #include "kernels/ramp.h"
 #include "kernels/rows.h"
 
-const lowbit::Kernels lowbit::kNeonKernels{"neon",      binary_counts,   binary_bits,  binary_floats,
+const lowbit::Kernels lowbit::kNeonKernels{"neon",      binary_subtract, binary_bits,  binary_floats,
                                            float_tile,  float_tile_bits, integer_sums, float_bits,
                                            float_codes, ramp<float>,     &kRows};

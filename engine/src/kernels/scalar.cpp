@@ -15,9 +15,11 @@ int32_t count(const BinaryTile& tile, int pixel, int channel) {
   return differing;
 }
 
-void binary_counts(const BinaryTile& tile, int32_t (*counts)[kTileChannels]) {
+void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileChannels]) {
   for (int p = 0; p < tile.count; ++p)
-    for (int c = 0; c < kTileChannels; ++c) counts[p][c] = count(tile, p, c);
+    for (int c = 0; c < kTileChannels; ++c)
+      sums[p][c] =
+          static_cast<int32_t>(static_cast<uint32_t>(sums[p][c]) - (static_cast<uint32_t>(count(tile, p, c)) << shift));
 }
 
 void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
@@ -95,6 +97,6 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 #include "kernels/ramp.h"
 #include "kernels/rows.h"
 
-const lowbit::Kernels lowbit::kScalarKernels{"scalar",    binary_counts,   binary_bits,  binary_floats,
+const lowbit::Kernels lowbit::kScalarKernels{"scalar",    binary_subtract, binary_bits,  binary_floats,
                                              float_tile,  float_tile_bits, integer_sums, float_bits,
                                              float_codes, ramp<float>,     &kRows};
