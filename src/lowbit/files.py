@@ -11,6 +11,8 @@ from typing import IO
 
 from lowbit.errors import LowbitError
 
+PARTIAL = ".partial"  # how names of unfinished files end
+
 
 @contextlib.contextmanager
 def write_whole(path: Path) -> Iterator[IO[bytes]]:
@@ -24,7 +26,9 @@ def write_whole(path: Path) -> Iterator[IO[bytes]]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False
+        ) as file:
             temporary = Path(file.name)
             yield file
             file.flush()
@@ -39,3 +43,10 @@ def write_whole(path: Path) -> Iterator[IO[bytes]]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_partial_files(*folders: Path) -> None:
+    """Delete what a killed process left unfinished in ``folders``, in which nobody else may be writing."""
+    for folder in folders:
+        for path in folder.glob(f".*{PARTIAL}"):
+            path.unlink()

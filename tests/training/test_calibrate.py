@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from lowbit import models
 from lowbit.errors import LowbitError, UsageError
+from lowbit.files import PARTIAL
 from lowbit.report import compare
 from lowbit.rest import int8_rest
 from lowbit.runs import Run, write_json
@@ -173,7 +174,7 @@ def test_what_a_failed_or_a_killed_calibration_leaves_is_in_nobodys_way(
     (made / "model.safetensors").touch()
     with pytest.raises(UsageError, match=r"run-int8 exists; .* move it away"):
         int8_rest(run)
-    for name in (LOCK, ".config.json.abc"):
+    for name in (LOCK, f".config.json.abc{PARTIAL}"):
         (made / name).touch()
     int8_rest(run)
     assert {path.name for path in made.iterdir()} == {"config.json", "evaluation.json", "model.safetensors"}

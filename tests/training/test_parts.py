@@ -14,10 +14,11 @@ from torch import nn
 from lowbit import data, methods, models
 from lowbit.cli import app
 from lowbit.errors import LowbitError, UsageError
+from lowbit.files import remove_partial_files, write_whole
 from lowbit.methods.base import Recipe
 from lowbit.preprocessing import Preprocessing
 from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
-from lowbit.training.checkpoints import Checkpoint, remove_partial_files, save_weights
+from lowbit.training.checkpoints import Checkpoint, save_weights
 from lowbit.training.distillation import distillation_loss
 from lowbit.training.initialise import init_from
 from lowbit.training.module import find_not_finite, parameter_groups, squared_hinge
@@ -227,12 +228,23 @@ def test_checkpoint_round_trip_and_damage(tmp_path: Path) -> None:
     rows = [{"epoch": 1, "train_loss": 0.5}]
     Checkpoint({"w": torch.ones(3)}, {"state": {}, "param_groups": []}, rows).save(path)
     assert Checkpoint.load(path).rows == rows
-    (path.parent / ".last.ckpt.half").write_bytes(b"half")
-    remove_partial_files(tmp_path)
-    assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(LowbitError, match=r"last\.ckpt cannot be read"):
         Checkpoint.load(path)
+
+
+def test_unfinished_files_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    notes = tmp_path / ".notes"
+    notes.write_text("mine")
+    with write_whole(tmp_path / "last.ckpt") as file:
+        file.write(b"half")
+        file.flush()
+        killed = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir() if entry != notes}
+    for name, content in killed.items():
+        (tmp_path / name).write_bytes(content)
+    assert set(killed) != {"last.ckpt"}
+    remove_partial_files(tmp_path, tmp_path / "none")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"last.ckpt", ".notes"}
 
 
 class Exploding(nn.Module):

@@ -19,6 +19,7 @@ from lowbit.convert import quantize_
 from lowbit.data import ImageData
 from lowbit.data.base import Labels
 from lowbit.errors import LowbitError, UsageError
+from lowbit.files import remove_partial_files
 from lowbit.hardware import cpu_name, versions
 from lowbit.layers import calibrate, fold_batch_norms_
 from lowbit.layers.quantized import is_quantizable
@@ -27,7 +28,7 @@ from lowbit.quantizers.observers import Observer
 from lowbit.runs import Run, write_json
 from lowbit.terminal import notes
 from lowbit.training.batches import EvalBatches
-from lowbit.training.checkpoints import remove_partial_files, save_weights
+from lowbit.training.checkpoints import save_weights
 from lowbit.training.lock import sole_process, visible
 
 BATCH = 64

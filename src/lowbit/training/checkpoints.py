@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.files import write_whole
-from lowbit.training.lock import LOCK
 
 
 @dataclass
@@ -63,11 +62,3 @@ def save_weights(model: nn.Module, path: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with write_whole(path) as file:
         file.write(safetensors.torch.save(tensors))
-
-
-def remove_partial_files(folder: Path) -> None:
-    """Delete what a killed process left half-written beside the whole files of a run."""
-    for place in (folder, folder / "checkpoints"):
-        for path in place.glob(".*"):
-            if path.is_file() and path.name != LOCK:
-                path.unlink()

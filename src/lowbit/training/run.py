@@ -24,13 +24,14 @@ from lowbit import data, methods, models
 from lowbit.data import ImageData
 from lowbit.data.base import Labels
 from lowbit.errors import UsageError
+from lowbit.files import remove_partial_files
 from lowbit.hardware import cpu_name, versions
 from lowbit.layers import quantized_layers
 from lowbit.methods.base import Method, Recipe
 from lowbit.runs import Run, write_json
 from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
 from lowbit.training.callbacks import FiniteCheck, ProgressBar, Recorder, Row, best, write_metrics
-from lowbit.training.checkpoints import Checkpoint, remove_partial_files
+from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.diagnostics import Diagnostics, Probe
 from lowbit.training.distillation import load_teacher
 from lowbit.training.environment import PRECISIONS, auto_precision, device_name, keep_freed_memory
@@ -112,7 +113,7 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
         if "finished" in recorded:
             say(f"{run.path} finished its {recipe.epochs} epochs already; nothing to do")
             return run
-        remove_partial_files(run.path)
+        remove_partial_files(run.path, run.path / "checkpoints")
     images = data.load(config.data, config.data_dir, config.image_size)
     settings |= describe_data(config, images)
     if started:
