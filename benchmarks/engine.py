@@ -315,6 +315,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(
         lines, 2, figsize=(10, lines * (0.9 + 0.35 * len(kinds))), squeeze=False, layout="constrained"
     )
+    labels: list[tuple[Any, int, list[float]]] = []
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (net, batch) in zip(axes.flat, panels, strict=False):
@@ -326,12 +327,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
             fastest = {"engine": engine, **fastest_of(others)}
             best = {form: row["milliseconds"] for form, row in fastest.items()}
             axis.plot([min(best.values()), max(best.values())], [height, height], color=drawing.FAINT, zorder=0)
-            for number, (form, milliseconds) in enumerate(sorted(best.items(), key=lambda item: item[1])):
+            for form, milliseconds in best.items():
                 colour, shape = marks[form]
                 axis.plot(milliseconds, height, shape, color=colour, markersize=6)
-                above = -12 if number % 2 else 6  # neighbours are often close
-                place = {"xytext": (0, above), "textcoords": "offset points", "ha": "center", "fontsize": 7}
-                axis.annotate(f"{milliseconds:.{3 if milliseconds < 1000 else 4}g}", (milliseconds, height), **place)
+            labels.append((axis, height, sorted(best.values())))
         axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
         axis.set_ylim(len(kinds) - 0.5, -0.7)
         axis.set_xscale("log")
@@ -347,7 +346,23 @@ def plot(record: dict[str, Any], path: Path) -> None:
     handles = [pyplot.Line2D([], [], color=marks[form][0], marker=marks[form][1], linestyle="") for form in names]
     figure.legend(handles, list(names.values()), loc="outside upper center", ncols=6, fontsize=8, frameon=False)
     figure.supxlabel("milliseconds for a batch, logarithmic: further left is faster", fontsize=8)
+    figure.draw_without_rendering()  # now it is known where everything lies
+    for axis, height, times in labels:
+        _label(axis, height, times[::2], 6)
+        _label(axis, height, times[1::2], -12)
     drawing.save(figure, path)
+
+
+def _label(axis: Any, height: int, times: list[float], above: int) -> None:
+    """Write rising ``times`` at their marks, ``above`` points over them, each at least beside the one before."""
+    end = 0.0  # of the label before, in points
+    for milliseconds in times:
+        text = f"{milliseconds:.{3 if milliseconds < 1000 else 4}g}"
+        mark, half = axis.transData.transform((milliseconds, height))[0] * 72 / axis.figure.dpi, 2.2 * len(text)
+        middle = max(mark, end + half)
+        end = middle + half + 2
+        place = {"xytext": (middle - mark, above), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+        axis.annotate(text, (milliseconds, height), **place)
 
 
 if __name__ == "__main__":
