@@ -50,17 +50,24 @@ def test_rows_are_the_product_of_everything(tmp_path: Path) -> None:
     epochs = 2
 
     [[run]]
+    name = "taught"
+    method = "bnn"
+    init_from = "dorefa-g6-w2-a4"
+    distill_from = "float"
+    diagnose = true
+
+    [[run]]
     name = "int8"
     method = "affine"
     init_from = "float"
     calibrate = 100
     """
     rows = study(text, tmp_path).rows
-    assert len(rows) == len({row.label for row in rows}) == 2 * 2 * 2 * (1 + 4 + 1)
-    names = ["float", *(f"dorefa-g6-w{w}-a{a}" for w in (1, 2) for a in (2, 4)), "int8"]
-    assert [row.name for row in rows[:6]] == names
-    assert {row.config.seed for row in rows[:24]} == {0}
-    last = rows[-2]
+    assert len(rows) == len({row.label for row in rows}) == 2 * 2 * 2 * (1 + 4 + 1 + 1)
+    names = ["float", *(f"dorefa-g6-w{w}-a{a}" for w in (1, 2) for a in (2, 4)), "taught", "int8"]
+    assert [row.name for row in rows[:7]] == names
+    assert {row.config.seed for row in rows[:28]} == {0}
+    first, last, taught = rows[-7], rows[-3], rows[-2]
     assert last.label == "fashion_mnist/vgg_small-width-1.0/seed-7/dorefa-g6-w2-a4"
     assert last.config.out == Path("study") / last.label
     assert last.config.init_from == Path("study/fashion_mnist/vgg_small-width-1.0/seed-7/float")
@@ -73,8 +80,12 @@ def test_rows_are_the_product_of_everything(tmp_path: Path) -> None:
         "milestones": (0.5,),
         "schedule": "step",
     }
-    assert (last.epochs, rows[-6].epochs, rows[-1].epochs) == (2, 3, 0)
-    assert (rows[-1].calibrate, rows[-1].source) == (100, rows[-6])
+    assert (last.epochs, first.epochs, rows[-1].epochs) == (2, 3, 0)
+    assert (rows[-1].calibrate, rows[-1].needs) == (100, (first,))
+    assert (taught.source, taught.teacher, taught.needs) == (last, first, (last, first))
+    assert taught.config.distill_from == first.config.out
+    assert (taught.config.diagnose, last.config.diagnose) == (True, False)
+    assert taught.to_dict()["taught by"] == "float"
     assert (last.method.bits_w, last.method.bits_a, last.method.bits_g) == (2, 4, 6)
     assert all(row.state == "to do" for row in rows)
 
@@ -144,6 +155,17 @@ MISTAKES = {
         '"float"\n[[run]]\nmethod = "bnn"\ninit_from = "flaot"',
         ", run 2 (bnn): init_from is 'flaot', which is no row above this one; it can be float",
     ),
+    "taught by none": (
+        '"float"',
+        '"float"\n[[run]]\nmethod = "bnn"\ndistill_from = "flaot"',
+        ", run 2 (bnn): distill_from is 'flaot', which is no row above this one; it can be float",
+    ),
+    "calibrated and taught": (
+        '"float"',
+        '"float"\n[[run]]\nmethod = "affine"\ninit_from = "float"\ncalibrate = 9\ndistill_from = "float"',
+        ", run 2 (affine): a calibrated row is not trained; leave distill_from and diagnose out",
+    ),
+    "diagnose": ('"float"', '"float"\ndiagnose = 1', ", run 1 (float): diagnose is 1, but must be true or false"),
     "starts from itself": ('"float"', '"float"\ninit_from = "float"', "there is none above this one"),
     "calibrates from nothing": (
         '"float"',

@@ -37,6 +37,8 @@ method = "float"
 [[run]]
 method = "xnor_net"
 epochs = 1
+distill_from = "float"
+diagnose = true
 
 [[run]]
 name = "diverges"
@@ -140,6 +142,10 @@ def test_the_study_ends_in_a_table(finished: tuple[Path, str]) -> None:
     assert (results["float"].weights_epoch, results["float"].chosen_by) == (EPOCHS, "last epoch")
     assert (results["int8"].epochs, results["int8"].chosen_by, results["int8"].start) == (0, "calibration", "float")
     assert "`int8`" in (folder / "study/results.md").read_text()
+    taught = json.loads((folder / CELL / "xnor_net" / "config.json").read_text())["distill_from"]
+    assert (results["xnor_net"].teacher, taught["run"]) == ("float", str(CELL / "float"))
+    assert "scratch, taught by float" in (folder / "study/results.md").read_text()
+    assert (folder / CELL / "xnor_net" / "diagnostics.json").is_file()
     assert 'id="milliseconds"' in (folder / "study/report.html").read_text()
 
 
@@ -163,12 +169,12 @@ def test_only_rows_without_a_good_time_are_timed(finished: tuple[Path, str], mon
     assert not paths["int8"].exists(), "it was of the file before"
 
 
-def test_a_failing_row_stops_only_what_starts_from_it(finished: tuple[Path, str]) -> None:
+def test_a_failing_row_stops_only_what_needs_it(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     results = {result.row: result for result in read_results(folder / "study/results.csv")}
     assert "is not finite; train again with a lower learning rate" in results["diverges"].note
     assert "in epoch 1, step" in printed
-    assert results["bnn"].note == "it starts from 'diverges', which failed"
+    assert results["bnn"].note == "it needs 'diverges', which failed"
     assert "2 of 5 rows failed, the first of them 'diverges'" in printed.splitlines()[-1]
     assert "not finite" in (folder / CELL / "diverges.log").read_text()
 
@@ -213,7 +219,7 @@ def test_a_row_of_a_version_with_fewer_settings_is_done(
     finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(finished[0])
-    path = Path(CELL, "xnor_net", "config.json")
+    path = Path(CELL, "float", "config.json")
     now = path.read_text()
     config = json.loads(now)
     del config["recipe"]["crop"], config["distill_from"]
@@ -224,4 +230,4 @@ def test_a_row_of_a_version_with_fewer_settings_is_done(
     finally:
         path.write_text(now)
     assert not end.value.code
-    assert {row["row"]: row["state"] for row in json.loads(capsys.readouterr().out)}["xnor_net"] == "done"
+    assert {row["row"]: row["state"] for row in json.loads(capsys.readouterr().out)}["float"] == "done"

@@ -38,6 +38,7 @@ class Row:
         config: the settings; ``out`` is the run folder.
         method: made with its options.
         source: the row whose weights this one starts from, or None.
+        teacher: the row whose logits this one learns from beside the labels, or None.
         calibrate: None trains the row; a number calibrates it from ``source`` with so many train images.
     """
 
@@ -48,7 +49,13 @@ class Row:
     config: TrainConfig
     method: Method
     source: Row | None
+    teacher: Row | None
     calibrate: int | None
+
+    @property
+    def needs(self) -> tuple[Row, ...]:
+        """The rows that must be done before this one can start."""
+        return tuple(row for row in (self.source, self.teacher) if row is not None)
 
     @property
     def run(self) -> Run:
@@ -65,6 +72,7 @@ class Row:
             "A": self.method.bits_a,
             "G": self.method.bits_g,
             "starts from": "scratch" if self.source is None else self.source.name,
+            "taught by": "" if self.teacher is None else self.teacher.name,
             "epochs": self.epochs,
             "state": self.state,
         }
@@ -82,7 +90,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """A checked study: its file, the folder that everything goes to, and the rows, each below the one it starts from.
+    """A checked study: its file, the folder that everything goes to, and the rows, each below those that it needs.
 
     The rows of the first seed come first, so that a study that is stopped early is a smaller study.
     """
@@ -142,11 +150,18 @@ def read_study(path: str | Path) -> Study:
         cell: dict[str, Row] = {}
         for entry in planned:
             label = f"{data_label}/{model_label}/seed-{seed}/{entry.name}"
-            source = None if entry.init_from is None else cell[entry.init_from]
-            start = None if source is None else source.config.out
-            config = replace(entry.config, out=out / label, seed=seed, init_from=start, **of_data, **of_model)
+            source, teacher = (None if name is None else cell[name] for name in (entry.init_from, entry.distill_from))
+            config = replace(
+                entry.config,
+                out=out / label,
+                seed=seed,
+                init_from=None if source is None else source.config.out,
+                distill_from=None if teacher is None else teacher.config.out,
+                **of_data,
+                **of_model,
+            )
             cell[entry.name] = Row(
-                entry.name, data_label, model_label, label, config, entry.method, source, entry.calibrate
+                entry.name, data_label, model_label, label, config, entry.method, source, teacher, entry.calibrate
             )
         rows += cell.values()
     return Study(path, out, tuple(rows))
@@ -160,6 +175,7 @@ class _Planned:
     config: TrainConfig
     method: Method
     init_from: str | None
+    distill_from: str | None
     calibrate: int | None
     identity: object
 
@@ -176,9 +192,9 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
         raise UsageError(f"{where}: name is '{name}', but must be made of letters, digits, '.', '-' and '_'")
     options = table.take("options", dict, {})
     grid = table.take("grid", dict, {})
-    init_from = table.take("init_from", str, None)
+    starts = {key: table.take(key, str, None) for key in ("init_from", "distill_from")}
     calibrate = table.take("calibrate", int, None)
-    config = replace(common, method=method)
+    config = replace(common, method=method, diagnose=table.take("diagnose", bool, False))
     if calibrate is None:
         recipe_name, fields = _recipe(table.take("recipe", str | dict, {}), f"{where}: recipe")
         overrides = {**common.overrides, **fields}
@@ -187,14 +203,18 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
         )
     table.finish()
     sources = {planned.name: planned for planned in above}
-    if init_from is not None and init_from not in sources:
-        known = f"it can be {', '.join(sources)}" if sources else "there is none above this one"
-        raise UsageError(f"{where}: init_from is '{init_from}', which is no row above this one; {known}")
+    for key, source in starts.items():
+        if source is not None and source not in sources:
+            known = f"it can be {', '.join(sources)}" if sources else "there is none above this one"
+            raise UsageError(f"{where}: {key} is '{source}', which is no row above this one; {known}")
+    init_from = starts["init_from"]
     if calibrate is not None:
         if calibrate < 1:
             raise UsageError(f"{where}: calibrate is {calibrate}, but must be at least 1, a number of train images")
         if init_from is None or sources[init_from].method.name != "float":
             raise UsageError(f"{where}: calibrate starts from a float network; name a row of it by init_from")
+        if starts["distill_from"] is not None or config.diagnose:
+            raise UsageError(f"{where}: a calibrated row is not trained; leave distill_from and diagnose out")
     rows: list[_Planned] = []
     for point in _points(grid, options, where):
         with _naming(where):
@@ -205,9 +225,9 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
             if calibrate is not None:
                 _check_observed(made)
         defaults = {key: option.default for key, option in methods.registry.options(method).items()}
-        identity = (method, {**defaults, **chosen}, replace(recipe, source=""), init_from, calibrate)
+        identity = (method, {**defaults, **chosen}, replace(recipe, source=""), starts, calibrate)
         label = _label(method, chosen) if name is None else _label(name, point)
-        row = _Planned(label, config, made, init_from, calibrate, identity)
+        row = _Planned(label, config, made, **starts, calibrate=calibrate, identity=identity)
         for other in (*above, *rows):
             if other.name == row.name:
                 raise UsageError(f"{where}: a second row is called '{row.name}'; give this one another name")
@@ -346,6 +366,7 @@ _KINDS = {
     str: "a string",
     int: "a whole number",
     float: "a number",
+    bool: "true or false",
     dict: "a table",
     str | dict: "a string or a table",
 }

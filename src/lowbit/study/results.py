@@ -49,6 +49,7 @@ class Result:
         timed_on: the CPU, the instruction set and the day of that; ``disturbed`` if other programs took the processor.
         seconds: of training, with the measurement after each epoch.
         note: why there is no packed file, or what went wrong.
+        teacher: the row whose logits it learned from beside the labels; empty if from the labels alone.
     """
 
     row: str
@@ -76,6 +77,7 @@ class Result:
     timed_on: str = ""
     seconds: float | None = None
     note: str = ""
+    teacher: str = ""
 
 
 def collect(study: Study, failed: Mapping[Row, str] | None = None) -> list[Result]:
@@ -108,6 +110,7 @@ def collect(study: Study, failed: Mapping[Row, str] | None = None) -> list[Resul
             epochs=row.epochs,
             state="failed" if row in failed else row.state,
             note=failed.get(row, ""),
+            teacher="" if row.teacher is None else row.teacher.name,
         )
         if row in entries:
             recorded, evaluation = entries[row].config, entries[row].evaluation
@@ -334,7 +337,7 @@ def _how_to_read(results: Sequence[Result]) -> str:
         + (" or ".join(sorted({_CHOSEN_BY[r.chosen_by] for r in results} - {""})) or "the last epoch")
         + "; ± is half the 95 % interval of the mean over seeds (Student's t).",
         "p: McNemar's test against the float twin of the same seed, two-sided and not corrected for their number.",
-        "Epochs and seconds: of this row's own training; those of the row that it starts from come on top.",
+        "Epochs and seconds: of this row's own training; those of rows that it starts or learns from come on top.",
         "Best test epoch: for reference only, it chose nothing and is too good for a comparison.",
     ]
     timed = sorted({result.timed_on.removesuffix(_DISTURBED) for result in results} - {""})
@@ -370,7 +373,9 @@ def _cells(summary: Summary) -> list[str]:
         f"`{first.row}`",
         f"`{options}`" if options else "",
         *map(str, (first.bits_w, first.bits_a, first.bits_g)),
-        (first.start or "scratch") + ", calibrated" * any(r.chosen_by == "calibration" for r in done),
+        (first.start or "scratch")
+        + ", calibrated" * any(r.chosen_by == "calibration" for r in done)
+        + f", taught by {first.teacher}" * bool(first.teacher),
         accuracy(summary) or first.state,
         _p_values(summary),
         _bytes(result.packed_bytes for result in done) or "not packed, see below" * bool(done),

@@ -87,16 +87,17 @@ def check(study: Study, load: bool = True) -> None:
         made = set()
         for row in rows:
             config = row.config
-            settings = describe_request(config, *choose_recipe(row.method, config))
-            if config.precision != "auto":
-                settings["precision"] = config.precision
+            settings: dict[str, Any] = {}
             if load:
                 images = images or data.load(config.data, config.data_dir, config.image_size)
-                settings |= describe_data(config, images)
+                settings = describe_data(config, images)
             if load and row.model not in made:
                 made.add(row.model)
                 _try_model(config, settings)
             if row.run.config_path.is_file():
+                settings |= describe_request(config, *choose_recipe(row.method, config))
+                if config.precision != "auto":
+                    settings["precision"] = config.precision
                 recorded = row.run.config
                 if row.calibrate is not None:
                     settings = _of_calibration(settings, recorded)
@@ -181,10 +182,10 @@ class _Process:
 
 
 def train_rows(rows: Sequence[Row], jobs: int, threads: int, say: Say, failed: dict[Row, str]) -> None:
-    """Train, evaluate and export the rows that are not done; a failed one stops only those that start from it.
+    """Train, evaluate and export the rows that are not done; a failed one stops only those that need it.
 
     Args:
-        rows: each below the one it starts from.
+        rows: each below those that it needs.
         jobs: rows at a time.
         threads: of each.
         say: takes a line on progress.
@@ -209,10 +210,10 @@ def train_rows(rows: Sequence[Row], jobs: int, threads: int, say: Say, failed: d
                     failed[process.row] = process.reason(status)
                     say(f"{process.row.label} failed; all it printed is in {process.log_path}")
             for row in [*waiting]:
-                if row.source in failed:
+                if missing := next((need for need in row.needs if need in failed), None):
                     waiting.remove(row)
-                    failed[row] = f"it starts from '{row.source.name}', which failed"
-                elif len(running) < jobs and (row.source is None or row.source in done):
+                    failed[row] = f"it needs '{missing.name}', which failed"
+                elif len(running) < jobs and done.issuperset(row.needs):
                     waiting.remove(row)
                     failures = f", {len(failed)} failed" if failed else ""
                     say(f"{row.label}: {row.state}, started ({len(done)} of {len(rows)} rows are done{failures})")
