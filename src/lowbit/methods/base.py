@@ -36,6 +36,8 @@ class Recipe:
             (`lowbit.training.module.TrainingModule`); 0 is never.
         augment: random crop, and flip where the data set allows it.
         crop: pixels of padding that an image is cropped out of; short trainings, which fit too little, want fewer.
+        whiten: start the first convolution, if it is in float, as a whitening of the images' patches
+            (`lowbit.training.whitening`); weights to start from replace it.
         source: where the recipe comes from, what was changed and why.
     """
 
@@ -56,6 +58,7 @@ class Recipe:
     average: float = 0.0
     augment: bool = True
     crop: int = 4
+    whiten: bool = False
     source: str = ""
 
     def settings(self) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class Recipe:
             "temperature": self.temperature != 1,
             "average": self.average > 0,
             "crop": self.augment,
+            "whiten": self.whiten,
             "source": False,
         }
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if shown.get(entry.name, True)}

@@ -29,7 +29,7 @@ from lowbit.hardware import cpu_name, versions
 from lowbit.layers import quantized_layers
 from lowbit.methods.base import Method, Recipe
 from lowbit.runs import Run, write_json
-from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
+from lowbit.training.batches import EvalBatches, Normalise, TrainBatches, derived_seed
 from lowbit.training.callbacks import FiniteCheck, ProgressBar, Recorder, Row, best, write_metrics
 from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.diagnostics import Diagnostics, Probe
@@ -46,6 +46,7 @@ from lowbit.training.settings import (
     refuse_changes,
     with_later_settings,
 )
+from lowbit.training.whitening import whiten_first_layer_
 
 EVAL_BATCH = 500
 PROBE_IMAGES = 64
@@ -136,6 +137,9 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
     teacher = None
     if config.distill_from is not None:
         teacher = load_teacher(config.distill_from, settings).to(device).to(memory_format=torch.channels_last)
+    if recipe.whiten:
+        pixels = torch.from_numpy(images.train_images[split[0]])
+        whiten_first_layer_(model, pixels, Normalise(images.preprocessing, pixels.device))
     report = init_from(model, config.init_from) if config.init_from is not None else None
     if report is not None and not (started and _checkpoint(run).is_file()):
         say(str(report))

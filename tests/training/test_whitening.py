@@ -1,0 +1,90 @@
+"""Whitening of the images' patches as a start of the first convolution."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from lowbit import data
+from lowbit.errors import UsageError
+from lowbit.models import create
+from lowbit.training import TrainConfig, train
+from lowbit.training.batches import Normalise
+from lowbit.training.whitening import FLOOR, whiten_first_layer_, whitening_filters
+
+CPU = torch.device("cpu")
+
+
+def by_numpy(images: np.ndarray, kernel: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Patches (P, C k k) of images (N, C, H, W), and the variances along their directions, the largest first."""
+    windows = np.lib.stride_tricks.sliding_window_view(images, (kernel, kernel), (2, 3))[:, :, ::stride, ::stride]
+    patches = windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1] * kernel**2).astype(np.float64)
+    return patches, np.linalg.svd(patches - patches.mean(0), compute_uv=False) ** 2 / (len(patches) - 1)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (4, 2)])
+def test_the_filters_make_patches_white(kernel: int, stride: int) -> None:
+    random = np.random.default_rng(0)
+    mixed = np.einsum("dc,nchw->ndhw", random.normal(size=(3, 3)), random.normal(size=(40, 3, 13, 11)))
+    images = (mixed + np.roll(mixed, 1, 2) + np.roll(mixed, 1, 3)).astype(np.float32)  # neighbours are alike
+    filters = whitening_filters(torch.from_numpy(images), nn.Conv2d(3, 8, kernel, stride)).numpy()
+    patches, variances = by_numpy(images, kernel, stride)
+    assert filters.shape == (3 * kernel**2, 3, kernel, kernel)
+    responses = patches @ filters.reshape(len(filters), -1).T.astype(np.float64)
+    assert np.allclose(np.cov(responses.T), np.diag(variances / (variances + FLOOR)), atol=1e-4)
+
+
+def test_a_direction_without_variance_stays_finite() -> None:
+    grey = torch.randn(50, 1, 8, 8).expand(-1, 3, -1, -1)
+    assert whitening_filters(grey, nn.Conv2d(3, 8, 2)).isfinite().all()
+    assert whitening_filters(torch.zeros(2, 3, 8, 8), nn.Conv2d(3, 8, 2)).isfinite().all()
+
+
+@pytest.mark.parametrize("outputs", [4, 24, 100])
+def test_each_filter_is_followed_by_its_negative(outputs: int) -> None:
+    images = data.load("digits")
+    pixels, normalise = torch.from_numpy(images.train_images), Normalise(images.preprocessing, CPU)
+    conv = nn.Conv2d(1, outputs, 3, bias=False)
+    before = conv.weight.detach().clone()
+    whiten_first_layer_(nn.Sequential(conv, nn.ReLU(), nn.Conv2d(outputs, 2, 1)), pixels, normalise)
+    made = min(outputs, 2 * 9)
+    assert torch.equal(conv.weight[0:made:2], -conv.weight[1:made:2])
+    assert torch.equal(conv.weight[made:], before[made:])
+    expected = whitening_filters(normalise(pixels), nn.Conv2d(1, 8, 3)).flatten(1)
+    alike = nn.functional.cosine_similarity(conv.weight[0:made:2].flatten(1), expected[: (made + 1) // 2]).abs()
+    assert alike.min() > 0.98  # evenly spaced images give nearly the directions of all
+
+
+def test_a_first_layer_in_low_bits_is_refused() -> None:
+    images = torch.zeros(2, 16, 16, 1, dtype=torch.uint8)
+    for model in (create("lenet", method="bnn", in_channels=1, image_size=16), nn.Linear(4, 2), nn.ReLU()):
+        with pytest.raises(UsageError, match="recipe field whiten starts a first convolution in float"):
+            whiten_first_layer_(model, images, lambda pixels: pixels.permute(0, 3, 1, 2).float())
+
+
+def test_a_run_starts_from_it_unless_it_starts_from_weights(tmp_path: Path) -> None:
+    config = TrainConfig(
+        out=tmp_path / "white",
+        method="xnor_net",
+        model="lenet",
+        model_options={"width": 0.25},
+        overrides={"whiten": True, "learning_rate": 1e-12},
+        epochs=1,
+        progress=False,
+    )
+
+    def first_layer(run: Path) -> torch.Tensor:
+        return safetensors.torch.load_file(run / "model.safetensors")["0.conv.weight"]
+
+    white = first_layer(train(config).path)
+    assert torch.allclose(white[0], -white[1], atol=1e-6)
+    plain = first_layer(train(replace(config, out=tmp_path / "plain", overrides={"learning_rate": 1e-12})).path)
+    assert not torch.allclose(plain[0], -plain[1], atol=1e-2)
+    started = replace(config, out=tmp_path / "started", init_from=tmp_path / "plain")
+    assert torch.allclose(first_layer(train(started).path), plain, atol=1e-6)
