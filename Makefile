@@ -17,11 +17,12 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The engine beside its peers, XNOR-Net's headline, and how cost grows; about twenty minutes, on an idle machine.
+# The engine beside its peers, XNOR-Net's headline, how cost grows, and where time goes; about twenty minutes, on an idle machine.
 bench: setup
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/xnor_headline.py
 	$(BIN)/python benchmarks/cost_growth.py
+	$(BIN)/python benchmarks/where_time_goes.py
 
 # Runs the tutorial, so that its output is of this version; the site is in site/.
 docs: setup

@@ -19,9 +19,8 @@ from lowbit.errors import UsageError
 from lowbit.exporter import bench
 
 ROOT = Path(__file__).parents[1]
-PAGE = (
-    "before\n\n<!-- begin headline -->\n<!-- end headline -->\n\n<!-- begin cost_growth -->\n<!-- end cost_growth -->\n"
-)
+PARTS = {"headline": "xnor_headline", "cost_growth": "cost_growth", "where_time_goes": "where_time_goes"}
+PAGE = "before\n\n" + "\n".join(f"<!-- begin {part} -->\n<!-- end {part} -->\n" for part in PARTS)
 
 
 @pytest.fixture
@@ -179,14 +178,43 @@ def test_the_growth_of_cost_is_measured_drawn_and_put_into_its_page(
     assert growth.slope([1, 10, 100], [5, 50, 500]) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("name", "part"), [("xnor_headline", "headline"), ("cost_growth", "cost_growth")])
-def test_the_page_shows_the_figures_of_the_results(name: str, part: str, script: Any) -> None:
+def test_time_is_told_apart_by_kind_of_work_and_put_into_its_page(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, page = script("where_time_goes"), tmp_path / "page.md"
+    page.write_text(PAGE)
+    for name, method in (("binary", "xnor_net"), ("codes", "hwgq")):
+        monkeypatch.setitem(where.NETS, name, ("nin", {"width": 0.25}, method, {}, 16))
+    where.main(tmp_path, page, "binary,codes")
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert {(r["net"], r["rest"]) for r in record["rows"]} == {
+        (net, rest) for net in ("binary", "codes") for rest in ("float", "8-bit rest")
+    }
+    binary, rest, codes = (record["rows"][index]["by_kind"] for index in (0, 1, -2))
+    assert (
+        binary["1-bit products"]["macs"] > binary["float products"]["macs"] > 0 == binary["products of codes"]["macs"]
+    )
+    assert rest["products of codes"]["macs"] == binary["float products"]["macs"]
+    assert codes["1-bit products"]["macs"] == 0 < codes["products of codes"]["macs"]
+    assert all(sum(kind["milliseconds"] for kind in r["by_kind"].values()) > 0 for r in record["rows"])
+    assert where.bound(record["rows"][-2]) is None
+    assert (
+        0
+        < where.bound(record["rows"][0])
+        == pytest.approx(binary["1-bit products"]["macs"] / record["rows"][0]["binary_peak_gmacs"] / 1e6)
+    )
+    assert where.text(record) in page.read_text()
+    assert (tmp_path / "plot.svg").read_text().count("<svg") == 1
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_page_shows_the_figures_of_the_results(part: str, script: Any) -> None:
     """docs/engine.md, which nobody writes figures into by hand; before the first run its parts are empty."""
     results = ROOT / "results" / part / "results.json"
     shown = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
     shown = shown.partition(f"<!-- begin {part} -->\n")[2].partition(f"<!-- end {part} -->")[0]
     record = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
-    assert shown == (f"\n{script(name).text(record)}\n" if record else "")
+    assert shown == (f"\n{script(PARTS[part]).text(record)}\n" if record else "")
 
 
 def test_a_page_without_the_part_is_refused(script: Any, tmp_path: Path) -> None:

@@ -1,0 +1,168 @@
+"""Where an image's time goes in the engine: products by kind, and what lies between them.
+
+    python benchmarks/where_time_goes.py            # a minute on an idle machine
+
+The networks of benchmarks/engine.py, with their float rest and with an 8-bit one, one image on one thread, on each of
+its instruction sets that this CPU has. Every op is timed in place (`lowbit.Engine.profile`); what an op does for the
+one behind it counts as its own. Beside them stands what the core reaches in registers with the same instructions,
+measured in the same process: the time that the 1-bit products would take at that speed is a bound that no order of
+loops can beat. Untrained networks: accuracy means nothing here.
+
+Writes results.json, table.md and plot.svg, and its part of docs/engine.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import drawing
+import typer
+from measured import command, into_page, machine, publish
+
+from engine import CLASSES, NETS, REST, export, with_rest
+
+# Kinds of ops as the table has them; every other op lies between the products.
+KINDS = {
+    "binary_conv2d": "1-bit products",
+    "quant_conv2d": "products of codes",
+    "conv2d": "float products",
+    "table_conv2d": "float products",
+}
+BETWEEN = "between them"
+COLUMNS = (*dict.fromkeys(KINDS.values()), BETWEEN)
+COLOURS = dict(zip(COLUMNS, ("#0072b2", "#d55e00", "#e69f00", drawing.INK), strict=True))
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of what is written.")] = Path("results/where_time_goes"),
+    page: Annotated[Path, typer.Option(help="Page that shows it.")] = Path("docs/engine.md"),
+    nets: Annotated[str, typer.Option(help="Any of " + ", ".join(NETS))] = ",".join(NETS),
+    job: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Time the ops of every network, and write it down."""
+    if job:
+        print(json.dumps(measure(**json.loads(job))))
+        return
+    from lowbit._engine import available_isas
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for net in nets.split(","):
+            path = Path(folder) / f"{net}.lowbit"
+            export(net, path)
+            export(net, with_rest(path), rest=True)
+            for kind, (isa, _) in CLASSES.items():
+                if isa not in available_isas():
+                    continue
+                for rest, file in (("float", path), (REST, with_rest(path))):
+                    call = [sys.executable, __file__, "--job", json.dumps({"path": str(file)})]
+                    environment = {**os.environ, "LOWBIT_ISA": isa}
+                    done = subprocess.run(call, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+                    rows.append({"net": net, "class": kind, "rest": rest, **json.loads(done.stdout)})
+                    print(net, kind, rest, file=sys.stderr)
+    record = {
+        "command": command(__file__),
+        **machine(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rows": rows,
+    }
+    publish(record, out, table, plot)
+    into_page(page, "where_time_goes", text(record))
+    print(table(record))
+
+
+def measure(path: str) -> dict[str, Any]:
+    """Milliseconds and products by kind of op, and the peak of binary products."""
+    from lowbit.exporter.bench import bench
+
+    result = bench(path, seconds=1.0)
+    spent, products = dict.fromkeys(COLUMNS, 0.0), dict.fromkeys(COLUMNS, 0)
+    for layer in result.layers:
+        column = KINDS.get(layer.op, BETWEEN)
+        spent[column] += layer.milliseconds
+        products[column] += layer.macs
+    return {
+        "isa": result.isa,
+        "milliseconds": result.rows[0].milliseconds,
+        "disturbed": result.disturbed,
+        "by_kind": {column: {"milliseconds": spent[column], "macs": products[column]} for column in COLUMNS},
+        "binary_peak_gmacs": result.peaks.get("binary"),
+    }
+
+
+def bound(row: dict[str, Any]) -> float | None:
+    """Milliseconds of the 1-bit products at the peak; None for a network of codes."""
+    macs, peak = row["by_kind"][COLUMNS[0]]["macs"], row["binary_peak_gmacs"]
+    return macs / peak / 1e6 if macs and peak else None
+
+
+def table(record: dict[str, Any]) -> str:
+    """A Markdown table, a row to a network, class and rest."""
+    lines = [
+        f"`{record['command']}`, {record['cpu']}, one image, one thread, {record['date'][:10]}; untrained. "
+        "Milliseconds, medians; `whole` is measured apart from the ops, of which each is timed alone.",
+        "",
+        f"| network | class | rest | whole | {' | '.join(COLUMNS)} | 1-bit products, G a second "
+        "| at most, in registers | 1-bit products at that speed, ms |",
+        "|" + "---|" * (7 + len(COLUMNS)),
+    ]
+    for row in record["rows"]:
+        kinds, least = row["by_kind"], bound(row)
+        cells = [f"`{row['net']}`", row["class"], row["rest"], f"{row['milliseconds']:.3f}"]
+        cells += [
+            f"{kinds[column]['milliseconds']:.3f}" if kinds[column]["milliseconds"] else "-" for column in COLUMNS
+        ]
+        if least is None:
+            cells += ["-"] * 3
+        else:
+            binary = kinds[COLUMNS[0]]
+            rate = binary["macs"] / binary["milliseconds"] / 1e6
+            cells += [f"{rate:.0f}", f"{row['binary_peak_gmacs']:.0f}", f"{least:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def text(record: dict[str, Any]) -> str:
+    """What docs/engine.md shows of it."""
+    picture = "![Time of an image by kind of work](../results/where_time_goes/plot.svg)"
+    return "\n".join([table(record), picture, ""])
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Draw a bar per row, its kinds one after the other, each network on a scale of its own."""
+    pyplot = drawing.pyplot()
+    nets = list(dict.fromkeys(row["net"] for row in record["rows"]))
+    figure, axes = pyplot.subplots(-(-len(nets) // 2), 2, figsize=(10, 3.6), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(nets) :]:
+        axis.set_visible(False)
+    for axis, net in zip(axes.flat, nets, strict=False):
+        rows = [row for row in record["rows"] if row["net"] == net]
+        starts = [0.0] * len(rows)
+        for column in COLUMNS:
+            widths = [row["by_kind"][column]["milliseconds"] for row in rows]
+            axis.barh(range(len(rows)), widths, left=starts, color=COLOURS[column], height=0.6, label=column)
+            starts = [start + width for start, width in zip(starts, widths, strict=True)]
+        for height, row in enumerate(rows):
+            if (least := bound(row)) is not None:
+                axis.plot([least, least], [height - 0.4, height + 0.4], color=drawing.INK, linewidth=1.5)
+        axis.set_yticks(range(len(rows)), [f"{row['class']}, {row['rest']}" for row in rows], fontsize=7)
+        axis.invert_yaxis()
+        axis.set_title(net, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    handles.append(pyplot.Line2D([], [], color=drawing.INK, linewidth=1.5))
+    names.append("the 1-bit products at the core's peak")
+    figure.legend(handles, names, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    figure.supxlabel("milliseconds of one image on one thread", fontsize=8)
+    drawing.save(figure, path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
