@@ -105,6 +105,15 @@ def test_smallest_and_odd_image_sizes(name, side):
         assert model(torch.randn(1, 3, side, side)).shape == (1, 10)
 
 
+@pytest.mark.parametrize("side", [8, 9, 32])
+def test_a_pooled_stem_halves_the_map_like_patches(side):
+    first = [tiny("patchnet", image_size=side, stem=stem).stem for stem in ("patches", "pooled")]
+    images = torch.randn(2, 3, side, side)
+    assert {tuple(stem(images).shape[2:]) for stem in first} == {(side // 2, side // 2)}
+    assert [tuple(stem.conv.kernel_size) for stem in first] == [(4, 4), (3, 3)]
+    assert tiny("patchnet", method="reactnet", image_size=side, stem="pooled")(images).shape == (2, 10)
+
+
 ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("vgg", {}, "no model is called 'vgg': did you mean"),
     ("vgg16", {"depth": 3}, "model 'vgg16' has no option 'depth'; its options: width"),

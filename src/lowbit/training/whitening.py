@@ -36,8 +36,8 @@ def whitening_filters(images: Tensor, conv: nn.Conv2d) -> Tensor:
     height, width = conv.kernel_size
     patches = functional.unfold(images, (height, width), stride=conv.stride).transpose(1, 2).flatten(0, 1).double()
     variances, directions = torch.linalg.eigh(torch.cov(patches.T))
-    filters = (directions / (variances.clamp_min(0) + FLOOR).sqrt()).T.flip(0)
-    return filters.float().unflatten(1, (images.shape[1], height, width))
+    filters: Tensor = (directions / (variances.clamp_min(0) + FLOOR).sqrt()).T.flip(0).float()
+    return filters.reshape(-1, images.shape[1], height, width)
 
 
 def whiten_first_layer_(model: nn.Module, images: Tensor, normalise: Callable[[Tensor], Tensor]) -> None:
