@@ -76,9 +76,8 @@ namespace {
 
 LOWBIT_CHAINS(fma_256, __m256, __m256, _mm256_fmadd_ps(x, w, sum))
 
-// 8-bit products, added up by twos and fours.
-LOWBIT_CHAINS(maddubs_256, __m256i, __m256i,
-              _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1))))
+// Products of bytes, added up in 16 bits, which is enough for some sums of few bits.
+LOWBIT_CHAINS(maddubs_256, __m256i, __m256i, _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, w)))
 
 __m256i carry_256(__m256i& sum, __m256i a, __m256i b) {
   const __m256i differ = _mm256_xor_si256(a, b);
@@ -129,8 +128,7 @@ namespace {
 LOWBIT_CHAINS(fma_512, __m512, __m512, _mm512_fmadd_ps(x, w, sum))
 
 // As above.
-LOWBIT_CHAINS(maddubs_512, __m512i, __m512i,
-              _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(x, w), _mm512_set1_epi16(1))))
+LOWBIT_CHAINS(maddubs_512, __m512i, __m512i, _mm512_add_epi16(sum, _mm512_maddubs_epi16(x, w)))
 
 __m512i carry_512(__m512i& sum, __m512i a, __m512i b) {
   const __m512i carried = _mm512_ternarylogic_epi64(sum, a, b, 0xe8);

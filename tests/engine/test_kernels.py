@@ -155,8 +155,10 @@ PLANES = {"avx512_vpopcntdq": 2, "avx512": 4, "avx2": 8}
 def test_products_of_the_bits_of_codes_equal_the_reference(isa, case, bits, kind):
     """Weights on a grid around zero: each of their bits is worth as much set as it takes away where not."""
     unit = 1 + sum(bits) % 3
-    name = "planes.binary_subtract" if bits[0] * bits[1] <= PLANES.get(isa, 0) else None
-    check_coded_layer(isa, case, 1, *bits, kind, (2 * unit, -unit * (2 ** bits[1] - 1)), kernel=name)
+    if bits[0] * bits[1] > PLANES.get(isa, 0):
+        pytest.skip("without measuring, these are products of bytes here")
+    grid = (2 * unit, -unit * (2 ** bits[1] - 1))
+    check_coded_layer(isa, case, 1, *bits, kind, grid, kernel="planes.binary_subtract")
 
 
 def test_sums_may_fill_an_int32(isa):

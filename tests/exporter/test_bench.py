@@ -62,6 +62,21 @@ def test_every_layer_has_its_time_its_speed_and_its_bytes(monkeypatch: pytest.Mo
     assert "binary 1,000, float 100" in shown
 
 
+def test_codes_multiplied_bit_by_bit_are_held_against_the_speed_of_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized(nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 8, 3), nn.Conv2d(8, 2, 3)), "hwgq")
+    packed = lowbit.export(model, IMAGES).packed
+    index = [op["op"] for op in packed.ops].index("quant_conv2d")
+    speeds = {"float": 1e11, "integer": 2e11, "binary": 1e12}
+    monkeypatch.setattr(module, "peak", lambda kind, isa: speeds[kind])
+    for kernel, most in (("planes.binary_subtract", 1000 / 2), ("bytes.sums", 200)):
+        named = ["" if each != index else kernel for each in range(len(packed.ops))]
+        monkeypatch.setattr(Engine, "kernels", property(lambda self, named=named: named))
+        result = bench(packed)
+        layer = result.layers[index]
+        assert layer.share == pytest.approx(layer.gmacs / most)
+        assert set(result.peaks) == {"float", "binary" if kernel.startswith("planes") else "integer"}
+
+
 def test_every_op_with_products_has_a_kind_of_product() -> None:
     assert set(module.KINDS) == {op for op, attributes in OPS.items() if "channels" in attributes}
 

@@ -165,6 +165,16 @@ MISTAKES = {
         '"float"\n[[run]]\nmethod = "affine"\ninit_from = "float"\ncalibrate = 9\ndistill_from = "float"',
         ", run 2 (affine): a calibrated row is not trained; leave distill_from and diagnose out",
     ),
+    "nothing to diagnose": (
+        '"float"',
+        '"float"\ndiagnose = true',
+        ", run 1 (float): method 'float' quantizes no layer: there is nothing to diagnose; leave it out",
+    ),
+    "nothing to whiten": (
+        '"float"',
+        '"bnn"\nrecipe = { whiten = true }',
+        ", run 1 (bnn): method 'bnn' quantizes the first layer, which whiten would start; leave it out",
+    ),
     "diagnose": ('"float"', '"float"\ndiagnose = 1', ", run 1 (float): diagnose is 1, but must be true or false"),
     "starts from itself": ('"float"', '"float"\ninit_from = "float"', "there is none above this one"),
     "calibrates from nothing": (

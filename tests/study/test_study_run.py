@@ -215,6 +215,25 @@ def test_other_settings_are_not_mixed_in(
     assert capsys.readouterr().err.startswith(sentence)
 
 
+def test_a_row_whose_teacher_is_gone_is_named(
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished[0])
+    weights = Run(CELL / "float").weights_path
+    kept = weights.rename(weights.with_name("kept"))
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(["study", "s.toml", "--dry-run"])
+    finally:
+        kept.rename(weights)
+    assert end.value.code == 2
+    taught = (
+        "digits/lenet-width-0.25/seed-0/xnor_net was taught by 'float', whose weights are gone; "
+        f"delete {CELL}/xnor_net too, so that it is taught anew"
+    )
+    assert capsys.readouterr().err == f"lowbit: s.toml: {taught}\n"
+
+
 def test_a_row_of_a_version_with_fewer_settings_is_done(
     finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

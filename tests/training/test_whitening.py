@@ -49,23 +49,34 @@ def test_a_direction_without_variance_stays_finite() -> None:
 @pytest.mark.parametrize("outputs", [4, 24, 100])
 def test_each_filter_is_followed_by_its_negative(outputs: int) -> None:
     images = data.load("digits")
-    pixels, normalise = torch.from_numpy(images.train_images), Normalise(images.preprocessing, CPU)
+    normalise, odd = Normalise(images.preprocessing, CPU), np.arange(1, len(images.train_images), 2)
     conv = nn.Conv2d(1, outputs, 3, bias=False)
     before = conv.weight.detach().clone()
-    whiten_first_layer_(nn.Sequential(conv, nn.ReLU(), nn.Conv2d(outputs, 2, 1)), pixels, normalise)
+    whiten_first_layer_(nn.Sequential(conv, nn.ReLU(), nn.Conv2d(outputs, 2, 1)), images.train_images, odd, normalise)
     made = min(outputs, 2 * 9)
     assert torch.equal(conv.weight[0:made:2], -conv.weight[1:made:2])
     assert torch.equal(conv.weight[made:], before[made:])
-    expected = whitening_filters(normalise(pixels), nn.Conv2d(1, 8, 3)).flatten(1)
+    expected = whitening_filters(normalise(torch.from_numpy(images.train_images[odd])), nn.Conv2d(1, 8, 3)).flatten(1)
     alike = nn.functional.cosine_similarity(conv.weight[0:made:2].flatten(1), expected[: (made + 1) // 2]).abs()
     assert alike.min() > 0.98  # evenly spaced images give nearly the directions of all
 
 
-def test_a_first_layer_in_low_bits_is_refused() -> None:
-    images = torch.zeros(2, 16, 16, 1, dtype=torch.uint8)
-    for model in (create("lenet", method="bnn", in_channels=1, image_size=16), nn.Linear(4, 2), nn.ReLU()):
-        with pytest.raises(UsageError, match="recipe field whiten starts a first convolution in float"):
-            whiten_first_layer_(model, images, lambda pixels: pixels.permute(0, 3, 1, 2).float())
+FIRST_LAYERS = {
+    "low bits": create("lenet", method="bnn", in_channels=1, image_size=16),
+    "linear": nn.Linear(4, 2),
+    "none": nn.ReLU(),
+    "groups": nn.Conv2d(3, 3, 3, groups=3),
+    "a large kernel": nn.Conv2d(1, 4, 17, padding=8),
+    "a wide kernel": nn.Conv2d(1, 4, 3, padding=8, dilation=8),
+}
+
+
+@pytest.mark.parametrize("first", FIRST_LAYERS)
+def test_another_first_layer_is_refused(first: str) -> None:
+    channels = 3 if first == "groups" else 1
+    images = np.zeros((2, 16, 16, channels), np.uint8)
+    with pytest.raises(UsageError, match="recipe field whiten starts a first convolution in float"):
+        whiten_first_layer_(FIRST_LAYERS[first], images, np.arange(2), lambda pixels: pixels)
 
 
 def test_a_run_starts_from_it_unless_it_starts_from_weights(tmp_path: Path) -> None:

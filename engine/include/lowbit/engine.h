@@ -89,7 +89,7 @@ std::vector<std::string> built_isas();
 std::vector<std::string> available_isas();
 
 // Multiply-accumulates a second that one core reaches at most with the instruction set `isa`, measured now, in a few
-// milliseconds: `kind` is "float", "integer" (of 8 bits) or "binary".
+// milliseconds: `kind` is "float", "integer" (of up to 8 bits) or "binary".
 // Throws std::invalid_argument when either is unknown or the CPU lacks it.
 double peak(std::string_view kind, std::string_view isa);
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from lowbit.errors import UsageError
 from lowbit.exporter import peers
 from lowbit.hardware import cpu_name
-from lowbit.packed import WEIGHTS, PackedModel, read
+from lowbit.packed import WEIGHTS, PackedModel, Value, read
 from lowbit.runtime import Engine, kernels_of, peak
 
 if TYPE_CHECKING:
@@ -181,11 +181,11 @@ def _layers(engine: Engine, images: Any, seconds: float = 1.0) -> tuple[tuple[La
     """The engine's ops, and what one core reaches at most in the kinds of products that they have."""
     profiles: list[list[float]] = []
     take_turns({"": lambda: profiles.append(engine.profile(images))}, seconds)
-    costs, model = engine.model.costs(), engine.model
-    kinds = sorted({KINDS[op["op"]] for op in model.ops if op["op"] in KINDS})
-    peaks = {kind: peak(kind, engine.isa) / 1e9 for kind in kinds}
+    model, rows = engine.model, kernels_of(engine)
+    work = [_work(op, row["kernel"], model.values()[op["inputs"][0]]) for op, row in zip(model.ops, rows, strict=True)]
+    peaks = {kind: peak(kind, engine.isa) / 1e9 for kind in sorted({kind for kind, _ in work if kind})}
     layers = []
-    for index, (row, cost) in enumerate(zip(kernels_of(engine), costs, strict=True)):
+    for index, (row, cost, (kind, times)) in enumerate(zip(rows, model.costs(), work, strict=True)):
         spent = statistics.median(profile[index] for profile in profiles[WARM_UP:])
         joined, tensors = not any(profile[index] for profile in profiles), model.op_tensors(index)
         rate = 1e-9 * cost.macs * len(images) / spent if cost.macs and spent else None
@@ -198,10 +198,17 @@ def _layers(engine: Engine, images: Any, seconds: float = 1.0) -> tuple[tuple[La
                 cost.macs * len(images),
                 sum(tensors[name].nbytes for name in WEIGHTS if name in tensors),
                 rate,
-                None if rate is None else rate / (peaks[KINDS[row["kind"]]] * engine.threads),
+                None if rate is None else rate * times / (peaks[kind] * engine.threads),
             )
         )
     return tuple(layers), peaks
+
+
+def _work(op: Mapping[str, Any], kernel: str, given: Value) -> tuple[str, int]:
+    """The kind of product that an op's kernel makes, and how many of them for one product of the network."""
+    if kernel.startswith("planes."):
+        return "binary", given.bits * op["weight_width"]
+    return KINDS.get(op["op"], ""), 1
 
 
 def interleaved_medians(runners: Mapping[str, Call], seconds: float = 3.0) -> dict[str, float]:

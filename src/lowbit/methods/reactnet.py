@@ -66,9 +66,9 @@ def reactnet(shifts: bool = True) -> Method:
                 average=0.2,
                 crop=2,
                 whiten=True,
-                source="in the spirit of Jordan 2024, arXiv 2404.00498, for a network that has minutes: the first layer "
-                "starts as a whitening of the images' patches, a triangle of rates, small crops, the last fifth of the "
-                "steps averaged. Rate and start of the first layer were chosen by one epoch on 45,000 images of "
+                source="in the spirit of Jordan 2024, arXiv 2404.00498, for a network that has minutes: the first "
+                "layer starts as a whitening of the images' patches, a triangle of rates, small crops, the last fifth "
+                "of the steps averaged. Rate and start of the first layer were chosen by one epoch on 45,000 images of "
                 "CIFAR-10, on the other 5,000 of the train images",
             ),
         },

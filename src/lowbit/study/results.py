@@ -34,7 +34,7 @@ class Result:
         method, options: of the method, as the study's file gives them, as JSON.
         bits_w, bits_a, bits_g: of weights, activations and gradients; 32 is float.
         start: the row whose weights it started from; empty if from scratch.
-        epochs: of training; those of ``start`` come on top.
+        epochs: of training; those of ``start`` and ``teacher`` come on top.
         state: ``done``, ``failed``, or how far it is.
         test_accuracy: 0 to 1, of the weights that the run keeps.
         weights_epoch, chosen_by: the ``last epoch``, or the best on the ``validation`` images; or ``calibration``.

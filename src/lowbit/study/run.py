@@ -95,6 +95,11 @@ def check(study: Study, load: bool = True) -> None:
                 made.add(row.model)
                 _try_model(config, settings)
             if row.run.config_path.is_file():
+                if row.teacher is not None and not row.teacher.run.weights_path.is_file():
+                    raise UsageError(
+                        f"{study.path}: {row.label} was taught by '{row.teacher.name}', whose weights are gone; "
+                        f"delete {row.run.path} too, so that it is taught anew"
+                    )
                 settings |= describe_request(config, *choose_recipe(row.method, config))
                 if config.precision != "auto":
                     settings["precision"] = config.precision

@@ -137,9 +137,9 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
     teacher = None
     if config.distill_from is not None:
         teacher = load_teacher(config.distill_from, settings).to(device).to(memory_format=torch.channels_last)
-    if recipe.whiten:
-        pixels = torch.from_numpy(images.train_images[split[0]])
-        whiten_first_layer_(model, pixels, Normalise(images.preprocessing, pixels.device))
+    if recipe.whiten and not _checkpoint(run).is_file():
+        normalise = Normalise(images.preprocessing, torch.device("cpu"))
+        whiten_first_layer_(model, images.train_images, split[0], normalise)
     report = init_from(model, config.init_from) if config.init_from is not None else None
     if report is not None and not (started and _checkpoint(run).is_file()):
         say(str(report))

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowbit.data.base import Labels
 from lowbit.errors import UsageError
+from lowbit.preprocessing import Pixels
 
 # Enough to know a covariance of some hundred numbers by.
 PATCHES = 400_000
 # Added to the variances, in squared deviations of the normalised pixels: without it the weakest directions, which are
 # noise, would be as loud as the others.
 FLOOR = 5e-4
+
+
+def reach(conv: nn.Conv2d, axis: int) -> int:
+    """Pixels from the first to the last that an output of ``conv`` reads along an axis."""
+    return conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
 
 
 def whitening_filters(images: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -30,38 +38,49 @@ def whitening_filters(images: Tensor, conv: nn.Conv2d) -> Tensor:
     Returns:
         (C h w, C, h, w) float32.
 
-    Source: of whitening as a fixed first layer, Page 2018, "How to Train Your ResNet", part 8; Jordan 2024, "94% on
-    CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498, section 3.1.
+    Source: of whitening as a fixed first layer, Page 2019, "How to Train Your ResNet", part 8; Jordan 2024, "94% on
+    CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498.
     """
     height, width = conv.kernel_size
-    patches = functional.unfold(images, (height, width), stride=conv.stride).transpose(1, 2).flatten(0, 1).double()
+    columns = functional.unfold(images, (height, width), dilation=conv.dilation, stride=conv.stride)
+    patches = columns.transpose(1, 2).flatten(0, 1).double()
     variances, directions = torch.linalg.eigh(torch.cov(patches.T))
     filters: Tensor = (directions / (variances.clamp_min(0) + FLOOR).sqrt()).T.flip(0).float()
     return filters.reshape(-1, images.shape[1], height, width)
 
 
-def whiten_first_layer_(model: nn.Module, images: Tensor, normalise: Callable[[Tensor], Tensor]) -> None:
+def whiten_first_layer_(
+    model: nn.Module, images: Pixels, indices: Labels, normalise: Callable[[Tensor], Tensor]
+) -> None:
     """Give the first convolution whitening filters, each followed by its negative, as many as there are outputs.
 
     Outputs beyond twice the numbers of a patch keep what they have. The filters are a start: training changes them.
 
     Args:
         model: whose first convolution reads the images in float.
-        images: train images, uint8 (N, H, W, C); evenly spaced ones of them are looked at.
-        normalise: makes inputs of them, (N, C, H, W) float32.
+        images: uint8 (N, H, W, C).
+        indices: of those to learn from; evenly spaced ones of them are looked at.
+        normalise: makes inputs of images, (N, C, H, W) float32.
 
     Raises:
-        UsageError: the first layer is no float convolution over all channels, or its kernel does not fit the images.
+        UsageError: the first layer is no float convolution over all channels, or the images are smaller than its
+            kernel.
     """
     conv = next((module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))), None)
-    if not isinstance(conv, nn.Conv2d) or getattr(conv, "weight_quantizer", None) is not None:
+    height, width, channels = images.shape[1:]
+    if (
+        not isinstance(conv, nn.Conv2d)
+        or getattr(conv, "weight_quantizer", None) is not None
+        or conv.weight.shape[1] != channels
+        or not all(reach(conv, axis) <= side for axis, side in enumerate((height, width)))
+    ):
         raise UsageError(
-            "recipe field whiten starts a first convolution in float, and the first layer of this network is none; "
-            "leave it false, or choose a method that keeps the first layer in float"
+            "recipe field whiten starts a first convolution in float, no larger than the images, and the first layer "
+            "of this network is none; leave it false, or choose a method that keeps the first layer in float"
         )
-    patches = images[0, :: conv.stride[0], :: conv.stride[1], 0].numel()
-    count = min(len(images), 1 + PATCHES // patches)
-    filters = whitening_filters(normalise(images[torch.linspace(0, len(images) - 1, count).long()]), conv)
+    patches = images[0, :: conv.stride[0], :: conv.stride[1], 0].size
+    spaced = np.linspace(0, len(indices) - 1, min(len(indices), 1 + PATCHES // patches)).astype(int)
+    filters = whitening_filters(normalise(torch.from_numpy(images[indices[spaced]])), conv)
     pairs = torch.stack([filters, -filters], 1).flatten(0, 1)[: conv.out_channels]
     with torch.no_grad():
         conv.weight[: len(pairs)] = pairs
