@@ -18,8 +18,6 @@ Writes results.json (every row with its quartiles, date and command, the machine
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -28,7 +26,7 @@ from typing import Annotated, Any
 
 import drawing
 import typer
-from measured import command, form_of, machine, publish, quartiles
+from measured import apart, command, form_of, machine, publish, quartiles
 
 # Name: channels in and out, side of the map, kernel.
 LAYERS = {"conv256": (256, 14, 3), "dense4096": (4096, 1, 1)}
@@ -87,17 +85,14 @@ def main(
                             if net in NETS:
                                 export(net, with_rest(path), rest=True)
                         environment = {
-                            **os.environ,
                             "LOWBIT_ISA": isa,
                             "ONEDNN_MAX_CPU_ISA": cap,
                             "OMP_NUM_THREADS": str(count),
                         }
                         peers = ["torch", "openvino"] + ["onnxruntime"] * (kind == next(iter(CLASSES)))
                         of = {"path": str(path), "net": net, "batch": batch, "threads": count, "peers": peers}
-                        call = [sys.executable, __file__, "--job", json.dumps(of)]
-                        done = subprocess.run(call, env=environment, check=True, stdout=subprocess.PIPE, text=True)
                         asked = {"command": command(__file__)}
-                        rows = [{**settings, **row, **asked} for row in json.loads(done.stdout)]
+                        rows = [{**settings, **row, **asked} for row in apart(__file__, of, environment)]
                         record["rows"] = merged(record["rows"], rows)
                         publish(record, out, table, plot)
                         print(settings, rows[-1]["date"], file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the benchmarks write down alike: the machine, quartiles of milliseconds, names of forms, parts of a page."""
+"""What the benchmarks do alike: measure apart, write down the machine, quartiles, names of forms, parts of a page."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ def machine() -> dict[str, Any]:
 def command(script: str) -> str:
     """How ``script`` was called."""
     return " ".join([f"python benchmarks/{Path(script).name}", *sys.argv[1:]])
+
+
+def apart(script: str, job: Mapping[str, Any], environment: Mapping[str, str]) -> Any:
+    """What ``script --job`` prints, as JSON, in a process of its own: kernels and peers read the environment once."""
+    call = [sys.executable, script, "--job", json.dumps(job)]
+    done = subprocess.run(call, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
 
 
 def quartiles(seconds: Sequence[float]) -> dict[str, Any]:

@@ -14,9 +14,7 @@ Writes results.json, table.md and plot.svg, and its part of docs/engine.md.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -25,19 +23,14 @@ from typing import Annotated, Any
 
 import drawing
 import typer
-from measured import command, into_page, machine, publish, quartiles
+from measured import apart, command, into_page, machine, publish, quartiles
 
 from engine import CLASSES, NETS, REST, export, with_rest
 
-# Kinds of ops as the table has them; every other op lies between the products.
-KINDS = {
-    "binary_conv2d": "1-bit products",
-    "quant_conv2d": "products of codes",
-    "conv2d": "float products",
-    "table_conv2d": "float products",
-}
-BINARY, BETWEEN = KINDS["binary_conv2d"], "between them"
-COLUMNS = (*dict.fromkeys(KINDS.values()), BETWEEN)
+# Kinds of products as the table has them; every other op lies between the products.
+TITLES = {"binary": "1-bit products", "integer": "products of codes", "float": "float products"}
+BINARY, BETWEEN = TITLES["binary"], "between them"
+COLUMNS = (*TITLES.values(), BETWEEN)
 COLOURS = dict(zip(COLUMNS, ("#0072b2", "#d55e00", "#e69f00", drawing.INK), strict=True))
 SECONDS = 2.0
 
@@ -64,10 +57,8 @@ def main(
                 if isa not in available_isas():
                     continue
                 for rest, file in (("float", path), (REST, with_rest(path))):
-                    call = [sys.executable, __file__, "--job", json.dumps({"path": str(file)})]
-                    environment = {**os.environ, "LOWBIT_ISA": isa}
-                    done = subprocess.run(call, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-                    rows.append({"net": net, "class": kind, "rest": rest, **json.loads(done.stdout)})
+                    measured = apart(__file__, {"path": str(file)}, {"LOWBIT_ISA": isa})
+                    rows.append({"net": net, "class": kind, "rest": rest, **measured})
                     print(net, kind, rest, file=sys.stderr)
     if not rows:
         raise SystemExit(f"this CPU, or this build, has none of the instruction sets of {', '.join(CLASSES)}")
@@ -89,7 +80,7 @@ def measure(path: str) -> dict[str, Any]:
     import numpy as np
 
     import lowbit
-    from lowbit.exporter.bench import WARM_UP, take_turns
+    from lowbit.exporter.bench import KINDS, WARM_UP, take_turns
     from lowbit.runtime import peak
 
     engine = lowbit.Engine(path)
@@ -97,7 +88,7 @@ def measure(path: str) -> dict[str, Any]:
     profiles: list[list[float]] = []
     calls = {"whole": lambda: engine(image), "ops": lambda: profiles.append(engine.profile(image))}
     whole = [wall for wall, _ in take_turns(calls, SECONDS)["whole"]]
-    kinds = [KINDS.get(op["op"], BETWEEN) for op in engine.model.ops]
+    kinds = [TITLES[KINDS[op["op"]]] if op["op"] in KINDS else BETWEEN for op in engine.model.ops]
     macs = dict.fromkeys(COLUMNS, 0)
     for kind, cost in zip(kinds, engine.model.costs(), strict=True):
         macs[kind] += cost.macs
@@ -114,6 +105,11 @@ def measure(path: str) -> dict[str, Any]:
         "by_kind": by_kind,
         "binary_peak_gmacs": peak("binary", engine.isa) / 1e9,
     }
+
+
+def rate(row: dict[str, Any], time: str) -> float:
+    """Billions of 1-bit products a second in the median call (``milliseconds``) or the fastest one (``least``)."""
+    return float(row["by_kind"][BINARY]["macs"] / row["by_kind"][BINARY][time] / 1e6)
 
 
 def bound(row: dict[str, Any]) -> float:
@@ -135,10 +131,9 @@ def table(record: dict[str, Any]) -> str:
         times = [row["by_kind"][column]["milliseconds"] for column in COLUMNS]
         cells = [f"`{row['net']}`", row["class"], row["rest"], f"{row['milliseconds']:.3f}"]
         cells += [f"{time:.3f}" if time else "-" for time in times]
-        binary = row["by_kind"][BINARY]
-        if binary["macs"]:
-            rates = [binary["macs"] / binary[time] / 1e6 for time in ("milliseconds", "least")]
-            cells += [f"{rate:.0f}" for rate in (*rates, row["binary_peak_gmacs"])]
+        if row["by_kind"][BINARY]["macs"]:
+            speeds = rate(row, "milliseconds"), rate(row, "least"), row["binary_peak_gmacs"]
+            cells += [f"{speed:.0f}" for speed in speeds]
         else:
             cells += ["-"] * 3
         lines.append(f"| {' | '.join(cells)} |")
@@ -147,18 +142,15 @@ def table(record: dict[str, Any]) -> str:
 
 def text(record: dict[str, Any]) -> str:
     """What docs/engine.md shows of it."""
-    shares = [
-        row["by_kind"][BINARY]["macs"] / row["by_kind"][BINARY]["least"] / 1e6 / row["binary_peak_gmacs"]
-        for row in record["rows"]
-        if row["by_kind"][BINARY]["macs"]
-    ]
+    with_bits = [row for row in record["rows"] if row["by_kind"][BINARY]["macs"]]
+    shares = [rate(row, "least") / row["binary_peak_gmacs"] for row in with_bits]
     lines = [table(record)]
     if shares:
         lines += [
             f"In the fastest call, the 1-bit convolutions of a network reach {100 * min(shares):.0f} to "
-            f"{100 * max(shares):.0f} % of what the core does in registers. The loops of the median call are the same; "
-            "what it is slower by went to others on the machine. Lines in the picture: the time of the 1-bit products "
-            "at the speed of registers.",
+            f"{100 * max(shares):.0f} % of what the core does in registers. The median call runs the same loops on the "
+            "same numbers: what it is slower by comes from outside of them. Lines in the picture: the time of the "
+            "1-bit products at the speed of registers.",
             "",
         ]
     return "\n".join([*lines, "![Time of an image by kind of work](../results/where_time_goes/plot.svg)", ""])

@@ -9,14 +9,6 @@
 
 namespace lowbit {
 
-// Sums that are there, of all panels of one group that an item of work covers.
-struct SumBlock {
-  const BlockSums* sums;  // [panel]
-  int64_t first_pixel, count;
-  const int64_t* positions;  // of each pixel within its image
-  int64_t group, first_panel, panels;
-};
-
 class ByteBlocks {
  public:
   // Whether the product of codes with weights from `low` to `high` is one for `kernels`.

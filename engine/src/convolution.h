@@ -65,6 +65,14 @@ void for_items(const Call& call, const Span& span, int64_t block, int64_t panels
   });
 }
 
+// Sums that are there, of all panels of one group that an item of work covers.
+struct SumBlock {
+  const BlockSums* sums;  // [panel]
+  int64_t first_pixel, count;
+  const int64_t* positions;  // of each pixel within its image
+  int64_t group, first_panel, panels;
+};
+
 // The product loop that most convolutions share; T is float, uint64_t or int16_t.
 template <class T>
 class Product {

@@ -8,7 +8,6 @@
 
 #include <bit>
 
-#include "byte_blocks.h"
 #include "convolution.h"
 
 namespace lowbit {

@@ -189,13 +189,17 @@ void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const Fl
 }
 
 void float_tile(const FloatTile& tile, const FloatOutput& out) {
-  if (tile.panels == 2) LOWBIT_BY_COUNT(multiply_two, tile, out)
-  LOWBIT_BY_COUNT(multiply, tile, out)
+  if (tile.panels == 2)
+    LOWBIT_BY_COUNT(multiply_two, tile, out)
+  else
+    LOWBIT_BY_COUNT(multiply, tile, out)
 }
 
 void float_tile_bits(const FloatTile& tile, const FloatOutput& out, const FloatLimits& limits, uint32_t* bits) {
-  if (tile.panels == 2) LOWBIT_BY_COUNT(multiply_two_to_bits, tile, out, limits, bits)
-  LOWBIT_BY_COUNT(multiply_to_bits, tile, out, limits, bits)
+  if (tile.panels == 2)
+    LOWBIT_BY_COUNT(multiply_two_to_bits, tile, out, limits, bits)
+  else
+    LOWBIT_BY_COUNT(multiply_to_bits, tile, out, limits, bits)
 }
 
 void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {

@@ -2,25 +2,7 @@
 #pragma once
 
 // All pixels of the tile at once.
-#define LOWBIT_BY_COUNT(kernel, tile, ...) \
-  switch ((tile).count) {                  \
-    case 1:                                \
-      return kernel<1>(tile, __VA_ARGS__); \
-    case 2:                                \
-      return kernel<2>(tile, __VA_ARGS__); \
-    case 3:                                \
-      return kernel<3>(tile, __VA_ARGS__); \
-    case 4:                                \
-      return kernel<4>(tile, __VA_ARGS__); \
-    case 5:                                \
-      return kernel<5>(tile, __VA_ARGS__); \
-    case 6:                                \
-      return kernel<6>(tile, __VA_ARGS__); \
-    case 7:                                \
-      return kernel<7>(tile, __VA_ARGS__); \
-    default:                               \
-      return kernel<8>(tile, __VA_ARGS__); \
-  }
+#define LOWBIT_BY_COUNT(kernel, tile, ...) LOWBIT_UP_TO_EIGHT(kernel, (tile).count, tile, __VA_ARGS__)
 
 // Up to four of `pixels` at a time, from pixel `first` on, which the arguments may name.
 #define LOWBIT_BY_FOURS(kernel, pixels, ...)          \
@@ -33,25 +15,28 @@
   }
 
 // Up to eight.
-#define LOWBIT_BY_EIGHTS(kernel, pixels, ...)         \
-  for (int first = 0; first < (pixels); first += 8) { \
-    switch ((pixels) - first) {                       \
-      LOWBIT_BELOW_FOUR(kernel, __VA_ARGS__)          \
-      case 4:                                         \
-        kernel<4>(__VA_ARGS__);                       \
-        break;                                        \
-      case 5:                                         \
-        kernel<5>(__VA_ARGS__);                       \
-        break;                                        \
-      case 6:                                         \
-        kernel<6>(__VA_ARGS__);                       \
-        break;                                        \
-      case 7:                                         \
-        kernel<7>(__VA_ARGS__);                       \
-        break;                                        \
-      default:                                        \
-        kernel<8>(__VA_ARGS__);                       \
-    }                                                 \
+#define LOWBIT_BY_EIGHTS(kernel, pixels, ...)                 \
+  for (int first = 0; first < (pixels); first += 8) {         \
+    LOWBIT_UP_TO_EIGHT(kernel, (pixels) - first, __VA_ARGS__) \
+  }
+
+#define LOWBIT_UP_TO_EIGHT(kernel, count, ...) \
+  switch (count) {                             \
+    LOWBIT_BELOW_FOUR(kernel, __VA_ARGS__)     \
+    case 4:                                    \
+      kernel<4>(__VA_ARGS__);                  \
+      break;                                   \
+    case 5:                                    \
+      kernel<5>(__VA_ARGS__);                  \
+      break;                                   \
+    case 6:                                    \
+      kernel<6>(__VA_ARGS__);                  \
+      break;                                   \
+    case 7:                                    \
+      kernel<7>(__VA_ARGS__);                  \
+      break;                                   \
+    default:                                   \
+      kernel<8>(__VA_ARGS__);                  \
   }
 
 #define LOWBIT_BELOW_FOUR(kernel, ...) \

@@ -182,7 +182,8 @@ def _layers(engine: Engine, images: Any, seconds: float = 1.0) -> tuple[tuple[La
     profiles: list[list[float]] = []
     take_turns({"": lambda: profiles.append(engine.profile(images))}, seconds)
     model, rows = engine.model, kernels_of(engine)
-    work = [_work(op, row["kernel"], model.values()[op["inputs"][0]]) for op, row in zip(model.ops, rows, strict=True)]
+    values = model.values()
+    work = [_work(op, row["kernel"], values[op["inputs"][0]]) for op, row in zip(model.ops, rows, strict=True)]
     peaks = {kind: peak(kind, engine.isa) / 1e9 for kind in sorted({kind for kind, _ in work if kind})}
     layers = []
     for index, (row, cost, (kind, times)) in enumerate(zip(rows, model.costs(), work, strict=True)):

@@ -38,7 +38,7 @@ class Row:
         config: the settings; ``out`` is the run folder.
         method: made with its options.
         source: the row whose weights this one starts from, or None.
-        teacher: the row whose logits this one learns from beside the labels, or None.
+        teacher: the row whose logits this one learns from, or None for the labels alone.
         calibrate: None trains the row; a number calibrates it from ``source`` with so many train images.
     """
 

@@ -49,7 +49,7 @@ class Result:
         timed_on: the CPU, the instruction set and the day of that; ``disturbed`` if other programs took the processor.
         seconds: of training, with the measurement after each epoch.
         note: why there is no packed file, or what went wrong.
-        teacher: the row whose logits it learned from beside the labels; empty if from the labels alone.
+        teacher: the row whose logits it learned from; empty if from the labels alone.
     """
 
     row: str

@@ -91,9 +91,9 @@ def check(study: Study, load: bool = True) -> None:
             if load:
                 images = images or data.load(config.data, config.data_dir, config.image_size)
                 settings = describe_data(config, images)
-            if load and row.model not in made:
-                made.add(row.model)
-                _try_model(config, settings)
+                if row.model not in made:
+                    made.add(row.model)
+                    _try_model(config, settings)
             if row.run.config_path.is_file():
                 if row.teacher is not None and not row.teacher.run.weights_path.is_file():
                     raise UsageError(

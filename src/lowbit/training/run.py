@@ -114,7 +114,7 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
         if "finished" in recorded:
             say(f"{run.path} finished its {recipe.epochs} epochs already; nothing to do")
             return run
-        remove_partial_files(run.path, run.path / "checkpoints")
+        remove_partial_files(run.path, run.checkpoints_path)
     images = data.load(config.data, config.data_dir, config.image_size)
     settings |= describe_data(config, images)
     if started:
@@ -137,11 +137,12 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
     teacher = None
     if config.distill_from is not None:
         teacher = load_teacher(config.distill_from, settings).to(device).to(memory_format=torch.channels_last)
-    if recipe.whiten and not _checkpoint(run).is_file():
+    fresh = not _checkpoint(run).is_file()
+    if recipe.whiten and fresh:
         normalise = Normalise(images.preprocessing, torch.device("cpu"))
         whiten_first_layer_(model, images.train_images, split[0], normalise)
     report = init_from(model, config.init_from) if config.init_from is not None else None
-    if report is not None and not (started and _checkpoint(run).is_file()):
+    if report is not None and fresh:
         say(str(report))
     if not started:
         recorded = {
