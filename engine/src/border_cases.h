@@ -18,7 +18,8 @@ class BorderCases {
     rows_ = ranges(window, 0, window.height, input.height, row_case);
     columns_ = ranges(window, 1, window.width, input.width, column_case);
     for (const int64_t row : row_case)
-      for (const int64_t column : column_case) of_position_.push_back(row * columns_.size() + column);
+      for (const int64_t column : column_case)
+        of_position_.push_back(static_cast<int32_t>(row * columns_.size() + column));
   }
 
   int64_t size() const { return static_cast<int64_t>(rows_.size() * columns_.size()); }
@@ -66,7 +67,7 @@ class BorderCases {
 
   std::array<int64_t, 2> kernel_;
   std::vector<Range> rows_, columns_;
-  std::vector<int64_t> of_position_;
+  std::vector<int32_t> of_position_;  // small: it is read for every pixel
 };
 
 }  // namespace lowbit

@@ -94,20 +94,24 @@ class CodeConv2d final : public Op {
   void run_by(const Blocks& blocks, int32_t multiplier, const Call& call) const {
     blocks.fill(call);
     blocks.run(call, clearing(call, output()), [&](const SumBlock& block) {
-      for (int64_t number = 0; number < block.panels; ++number)
-        for (int64_t p = 0; p < block.count; p += kTilePixels) {
-          const int count = static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p));
-          const int64_t pixel = block.first_pixel + p, panel = block.first_panel + number;
-          const int32_t* bases[kTilePixels];
-          for (int i = 0; i < count; ++i)
-            bases[i] = bases_->panel(block.group, panel, cases_ ? cases_->of_position(block.positions[p + i]) : 0);
+      for (int64_t p = 0; p < block.count; p += kTilePixels) {
+        const int count = static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p));
+        const int64_t pixel = block.first_pixel + p;
+        const int32_t* bases[kTilePixels];
+        for (int i = 0; i < count; ++i)
+          bases[i] =
+              bases_->panel(block.group, block.first_panel, cases_ ? cases_->of_position(block.positions[p + i]) : 0);
+        for (int64_t number = 0; number < block.panels; ++number) {
+          const int64_t panel = block.first_panel + number;
           const IntegerSums sums{block.sums[number] + p, count, multiplier, bases};
           if (epilogue_)
             epilogue_->emit(call.result<float>(), pixel, count, block.group, panel,
                             [&](const FloatOutput& out) { kernels_.floats(sums, out); });
           else
             put_codes(call, sums, pixel, block.group, panel);
+          for (int i = 0; i < count; ++i) bases[i] += kTileChannels;
         }
+      }
     });
   }
 

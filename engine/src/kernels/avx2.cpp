@@ -264,39 +264,61 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
   }
 }
 
-// Bytes whose pairs do not fit 16 bits: they are made wide first; 8 channels.
+// Bytes whose pairs do not fit 16 bits are split: of each four, the first and third, then the second and fourth, become
+// 16 bits wide. Pixels are split once for all panels, so many fours at a time as stay in the L1 cache.
+constexpr size_t kSplitFours = 128;
+
+// Adds the products of some fours to the sums of P pixels.
 template <int P>
-void multiply_wide(const uint8_t* pixels, const int8_t* weights, size_t depth, int32_t (*result)[kTileChannels]) {
+void multiply_split(const int32_t (*even)[kSplitFours], const int32_t (*odd)[kSplitFours], const int8_t* weights,
+                    size_t fours, int32_t (*sums)[kTileChannels]) {
   for (int half = 0; half < kTileChannels; half += 8, weights += 32) {
-    __m256i low[P], high[P];  // of two pairs of each of four channels
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) low[p] = high[p] = _mm256_setzero_si256();
-    for (size_t k = 0; k < depth; k += 4) {
-      const auto* row = reinterpret_cast<const __m128i*>(weights + k * kTileChannels);
-      const __m256i w_low = _mm256_cvtepi8_epi16(_mm_loadu_si128(row));
-      const __m256i w_high = _mm256_cvtepi8_epi16(_mm_loadu_si128(row + 1));
-#pragma GCC unroll 4
+    __m256i of[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) of[p] = load(sums[p] + half);
+    for (size_t k = 0; k < fours; ++k) {
+      const __m256i row = load(weights + 4 * k * kTileChannels);
+      const __m256i w_even = _mm256_srai_epi16(_mm256_slli_epi16(row, 8), 8), w_odd = _mm256_srai_epi16(row, 8);
+#pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-        const __m256i codes = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(four_codes(pixels + p * depth + k)));
-        low[p] = _mm256_add_epi32(low[p], _mm256_madd_epi16(codes, w_low));
-        high[p] = _mm256_add_epi32(high[p], _mm256_madd_epi16(codes, w_high));
+        const __m256i first = _mm256_madd_epi16(_mm256_set1_epi32(even[p][k]), w_even);
+        const __m256i second = _mm256_madd_epi16(_mm256_set1_epi32(odd[p][k]), w_odd);
+        of[p] = _mm256_add_epi32(_mm256_add_epi32(of[p], first), second);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums[p] + half), of[p]);
+  }
+}
+
+template <int P>
+void multiply_wide(const uint8_t* pixels, const int8_t* weights, size_t depth, int panels, int first, BlockSums* sums) {
+  constexpr uint32_t kAlternate = 0x00ff00ff;
+  int32_t even[P][kSplitFours], odd[P][kSplitFours];
+  for (int panel = 0; panel < panels; ++panel) __builtin_memset(sums[panel][first], 0, P * sizeof(sums[panel][first]));
+  for (size_t start = 0; start < depth; start += 4 * kSplitFours) {
+    const size_t left = (depth - start) / 4, fours = left < kSplitFours ? left : kSplitFours;
     for (int p = 0; p < P; ++p)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(result[p] + half),
-                          _mm256_permute4x64_epi64(_mm256_hadd_epi32(low[p], high[p]), _MM_SHUFFLE(3, 1, 2, 0)));
+      for (size_t k = 0; k < fours; ++k) {
+        uint32_t four;
+        __builtin_memcpy(&four, pixels + p * depth + start + 4 * k, 4);
+        even[p][k] = static_cast<int32_t>(four & kAlternate);
+        odd[p][k] = static_cast<int32_t>(four >> 8 & kAlternate);
+      }
+    for (int panel = 0; panel < panels; ++panel)
+      multiply_split<P>(even, odd, weights + (panel * depth + start) * kTileChannels, fours, sums[panel] + first);
   }
 }
 
 void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t pair,
                BlockSums* sums) {
   const auto steps = static_cast<size_t>(INT16_MAX / (pair > 0 ? pair : 1));
+  if (steps == 0) {
+    LOWBIT_BY_EIGHTS(multiply_wide, count, pixels + first * depth, weights, depth, panels, first, sums)
+    return;
+  }
   for (int panel = 0; panel < panels; ++panel, weights += depth * kTileChannels)
-    if (steps > 0)
-      LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
-    else
-      LOWBIT_BY_FOURS(multiply_wide, count, pixels + first * depth, weights, depth, sums[panel] + first)
+    LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
 }
 
 // Eight channels from `first` on.
