@@ -21,6 +21,7 @@ from lowbit.runs import Run, write_json
 from lowbit.study import read_results, read_study
 from lowbit.study.folder import record_export
 from lowbit.study.latency import machine, time_rows
+from lowbit.study.run import whole_lines
 from lowbit.training.lock import sole_process
 
 EPOCHS = 12
@@ -250,3 +251,12 @@ def test_a_row_of_a_version_with_fewer_settings_is_done(
         path.write_text(now)
     assert not end.value.code
     assert {row["row"]: row["state"] for row in json.loads(capsys.readouterr().out)}["float"] == "done"
+
+
+def test_a_line_that_was_read_in_two_pieces_is_one_line() -> None:
+    """The reason why a row failed is its last line, whole, whenever it was looked at."""
+    lines, unfinished = whole_lines("epoch 1\nlowbit: the folder 'runs", ended=False)
+    assert (lines, unfinished) == (["epoch 1"], "lowbit: the folder 'runs")
+    assert whole_lines(unfinished + "' is in use\n", ended=False) == (["lowbit: the folder 'runs' is in use"], "")
+    assert whole_lines("cut off", ended=True) == (["cut off"], "")
+    assert whole_lines("", ended=False) == ([], "")

@@ -153,12 +153,13 @@ class _Process:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        self.last_line = ""
+        self.last_line = self.unfinished = ""
 
     def poll(self) -> int | None:
         """Pass on what was printed; the exit status, once there is one."""
         status = self.process.poll()
-        for line in self.log.read().splitlines():
+        lines, self.unfinished = whole_lines(self.unfinished + self.log.read(), ended=status is not None)
+        for line in lines:
             self.last_line = line
             self.say(f"{self.row.label}: {line}")
         return status
@@ -184,6 +185,12 @@ class _Process:
             self.process.kill()
             self.process.wait()
             self.log.close()
+
+
+def whole_lines(text: str, ended: bool) -> tuple[list[str], str]:
+    """The lines of ``text``, and what there is of one that goes on; where all has ``ended``, none does."""
+    lines = text.splitlines()
+    return (lines, "") if ended or not lines or text.endswith("\n") else (lines[:-1], lines[-1])
 
 
 def train_rows(rows: Sequence[Row], jobs: int, threads: int, say: Say, failed: dict[Row, str]) -> None:
