@@ -2,7 +2,28 @@
 
 #include <algorithm>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace lowbit {
+namespace {
+
+constexpr size_t kHugePage = size_t{1} << 21;
+
+std::align_val_t alignment_of(size_t bytes) { return std::align_val_t(bytes < kHugePage ? kAlignment : kHugePage); }
+
+}  // namespace
+
+void* take_memory(size_t bytes) {
+  void* data = ::operator new(bytes, alignment_of(bytes));
+#ifdef __linux__
+  if (bytes >= kHugePage) (void)madvise(data, bytes, MADV_HUGEPAGE);  // refused, it is memory all the same
+#endif
+  return data;
+}
+
+void give_back(void* data, size_t bytes) { ::operator delete(data, alignment_of(bytes)); }
 
 Window::Window(const OpSpec& spec, const Shape& input)
     : kernel(spec.kernel), stride(spec.stride), padding(spec.padding), dilation(spec.dilation) {

@@ -18,6 +18,11 @@ inline constexpr size_t kAlignment = 64;  // a cache line, and the widest vector
 inline int64_t round_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
 inline int64_t ceil_div(int64_t number, int64_t divisor) { return (number + divisor - 1) / divisor; }
 
+// Memory aligned to 64 bytes. What is at least a huge page large is aligned to one, and the system is asked for them:
+// weights then stream by without a page to be looked up every few lines.
+void* take_memory(size_t bytes);
+void give_back(void* data, size_t bytes);
+
 template <class T>
 struct AlignedAllocator {
   using value_type = T;
@@ -26,9 +31,9 @@ struct AlignedAllocator {
   AlignedAllocator(const AlignedAllocator<U>&) {}
   T* allocate(size_t n) {
     if (n > SIZE_MAX / sizeof(T)) throw std::bad_alloc();
-    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(kAlignment)));
+    return static_cast<T*>(take_memory(n * sizeof(T)));
   }
-  void deallocate(T* data, size_t) { ::operator delete(data, std::align_val_t(kAlignment)); }
+  void deallocate(T* data, size_t n) { give_back(data, n * sizeof(T)); }
   bool operator==(const AlignedAllocator&) const = default;
 };
 
