@@ -24,6 +24,7 @@ bench: setup
 	$(BIN)/python benchmarks/xnor_headline.py
 	$(BIN)/python benchmarks/cost_growth.py
 	$(BIN)/python benchmarks/where_time_goes.py
+	$(BIN)/python benchmarks/two_threads.py
 
 # Runs the tutorial, so that its output is of this version; the site is in site/.
 docs: setup

@@ -46,13 +46,14 @@ def publish(
     record: dict[str, Any],
     out: Path,
     table: Callable[[dict[str, Any]], str],
-    plot: Callable[[dict[str, Any], Path], None],
+    plot: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> None:
-    """Write results.json, table.md and plot.svg of a record into ``out``."""
+    """Write results.json, table.md and, if it is drawn, plot.svg of a record into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(table(record), encoding="utf-8")
-    plot(record, out / "plot.svg")
+    if plot is not None:
+        plot(record, out / "plot.svg")
 
 
 def form_of(runtime: str) -> str:

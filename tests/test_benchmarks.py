@@ -19,7 +19,7 @@ from lowbit.errors import UsageError
 from lowbit.exporter import bench
 
 ROOT = Path(__file__).parents[1]
-PARTS = {"headline": "xnor_headline", "cost_growth": "cost_growth", "where_time_goes": "where_time_goes"}
+PARTS = {"headline": "xnor_headline"} | {name: name for name in ("cost_growth", "where_time_goes", "two_threads")}
 PAGE = "before\n\n" + "\n".join(f"<!-- begin {part} -->\n<!-- end {part} -->\n" for part in PARTS)
 
 
@@ -202,6 +202,26 @@ def test_time_is_told_apart_by_kind_of_work_and_put_into_its_page(
     assert 0 < binary["1-bit products"]["least"] <= binary["1-bit products"]["milliseconds"]
     assert where.text(record) in page.read_text()
     assert (tmp_path / "plot.svg").read_text().count("<svg") == 1
+
+
+def test_the_gain_of_a_second_thread_is_measured_and_put_into_its_page(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, page = script("two_threads"), tmp_path / "page.md"
+    page.write_text(PAGE)
+    monkeypatch.setitem(threads.NETS, "small", ("nin", {"width": 0.25}, "xnor_net", {}, 16))
+    threads.main(tmp_path, page, "small", "2,3")
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert [(r["rest"], r["batch"]) for r in record["rows"]] == [
+        ("float", 2),
+        ("float", 3),
+        ("8-bit rest", 2),
+        ("8-bit rest", 3),
+    ]
+    one, two = (record["rows"][0]["by_threads"][count] for count in ("1", "2"))
+    assert threads.gain(record["rows"][0]) == one["milliseconds"] / two["milliseconds"] > 0
+    assert 0 < one["least"] <= one["milliseconds"]
+    assert threads.text(record) in page.read_text()
 
 
 @pytest.mark.parametrize("part", PARTS)
