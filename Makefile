@@ -17,8 +17,8 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The engine beside its peers, XNOR-Net's headline, how cost grows, where time goes; some twenty minutes, on an idle
-# machine.
+# The engine beside its peers, XNOR-Net's headline, how cost grows, where time goes, what a second thread gains; some
+# twenty minutes, on an idle machine.
 bench: setup
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/xnor_headline.py

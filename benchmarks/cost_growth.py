@@ -14,14 +14,13 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import drawing
 import numpy as np
 import typer
-from measured import command, into_page, machine, publish, quartiles
+from measured import about, into_page, publish, quartiles
 
 METHOD = "xnor_net"
 # Channels, side and classes of the usual input, where they are not those of CIFAR-10.
@@ -45,9 +44,7 @@ def main(
             rows.append(measure(name, Path(folder) / f"{name}.lowbit"))
             print(name, time.strftime("%T"), file=sys.stderr)
     record = {
-        "command": command(__file__),
-        **machine(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **about(__file__),
         "isa": next(row["isa"] for row in instruction_sets() if row["chosen"]),
         "method": METHOD,
         "rows": sorted(rows, key=lambda row: int(row["macs"])),

@@ -81,9 +81,7 @@ def main(
                             continue
                         path = Path(folder) / f"{net}.lowbit"
                         if not path.exists():
-                            export(net, path)
-                            if net in NETS:
-                                export(net, with_rest(path), rest=True)
+                            export_rests(net, path)
                         environment = {
                             "LOWBIT_ISA": isa,
                             "ONEDNN_MAX_CPU_ISA": cap,
@@ -126,6 +124,19 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
 def with_rest(path: Path) -> Path:
     """Where the same network lies with an 8-bit rest."""
     return path.with_suffix(".rest.lowbit")
+
+
+def export_rests(net: str, path: Path) -> dict[str, Path]:
+    """Export a network with its float rest to ``path`` and, unless it is a single layer, with an 8-bit one beside it.
+
+    Returns:
+        Where each lies, by its rest.
+    """
+    export(net, path)
+    if net not in NETS:
+        return {"float": path}
+    export(net, with_rest(path), rest=True)
+    return {"float": path, REST: with_rest(path)}
 
 
 def export(net: str, path: Path, rest: bool = False) -> None:

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ def machine() -> dict[str, Any]:
 def command(script: str) -> str:
     """How ``script`` was called."""
     return " ".join([f"python benchmarks/{Path(script).name}", *sys.argv[1:]])
+
+
+def about(script: str) -> dict[str, Any]:
+    """How ``script`` was called, on what machine and when: what every record of figures begins with."""
+    return {"command": command(script), **machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def apart(script: str, job: Mapping[str, Any], environment: Mapping[str, str]) -> Any:

@@ -15,14 +15,13 @@ import json
 import os
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from measured import apart, command, into_page, machine, publish, quartiles
+from measured import about, apart, into_page, publish, quartiles
 
-from engine import NETS, REST, export, with_rest
+from engine import NETS, export_rests
 
 SECONDS = 6.0
 THREADS = (1, 2)
@@ -44,20 +43,12 @@ def main(
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for net in nets.split(","):
-            path = Path(folder) / f"{net}.lowbit"
-            export(net, path)
-            export(net, with_rest(path), rest=True)
-            for rest, file in (("float", path), (REST, with_rest(path))):
+            for rest, file in export_rests(net, Path(folder) / f"{net}.lowbit").items():
                 for batch in map(int, batches.split(",")):
                     measured = apart(__file__, {"path": str(file), "batch": batch}, {})
                     rows.append({"net": net, "rest": rest, "batch": batch, **measured})
                     print(net, rest, batch, file=sys.stderr)
-    record = {
-        "command": command(__file__),
-        **machine(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rows": rows,
-    }
+    record = {**about(__file__), "rows": rows}
     publish(record, out, table)
     into_page(page, "two_threads", text(record))
     print(table(record))

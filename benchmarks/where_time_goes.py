@@ -17,15 +17,14 @@ import json
 import statistics
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import drawing
 import typer
-from measured import apart, command, into_page, machine, publish, quartiles
+from measured import about, apart, into_page, publish, quartiles
 
-from engine import CLASSES, NETS, REST, export, with_rest
+from engine import CLASSES, NETS, export_rests
 
 # Kinds of products as the table has them; every other op lies between the products.
 TITLES = {"binary": "1-bit products", "integer": "products of codes", "float": "float products"}
@@ -50,13 +49,11 @@ def main(
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for net in nets.split(","):
-            path = Path(folder) / f"{net}.lowbit"
-            export(net, path)
-            export(net, with_rest(path), rest=True)
+            files = export_rests(net, Path(folder) / f"{net}.lowbit")
             for kind, (isa, _) in CLASSES.items():
                 if isa not in available_isas():
                     continue
-                for rest, file in (("float", path), (REST, with_rest(path))):
+                for rest, file in files.items():
                     measured = apart(__file__, {"path": str(file)}, {"LOWBIT_ISA": isa})
                     rows.append({"net": net, "class": kind, "rest": rest, **measured})
                     print(net, kind, rest, file=sys.stderr)
@@ -64,12 +61,7 @@ def main(
         raise SystemExit(f"this CPU, or this build, has none of the instruction sets of {', '.join(CLASSES)}")
     for row in rows:  # what disturbs a loop only makes it slower
         row["binary_peak_gmacs"] = max(other["binary_peak_gmacs"] for other in rows if other["class"] == row["class"])
-    record = {
-        "command": command(__file__),
-        **machine(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rows": rows,
-    }
+    record = {**about(__file__), "rows": rows}
     publish(record, out, table, plot)
     into_page(page, "where_time_goes", text(record))
     print(table(record))

@@ -20,14 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import drawing
 import numpy as np
 import typer
-from measured import command, form_of, into_page, machine, publish, quartiles
+from measured import about, form_of, into_page, publish, quartiles
 
 OUTPUTS, SIDE, POINT = 256, 14, (256, 3)
 CHANNELS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -56,9 +55,7 @@ def main(
             rows.append(measure(*point, plain))
             print(*point, time.strftime("%T"), file=sys.stderr)
     record = {
-        "command": command(__file__),
-        **machine(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **about(__file__),
         "isa": isa,
         "plain": f"plain_conv2d.cpp, {os.environ.get('CXX', 'c++')} {' '.join(FLAGS)}",
         "peaks": {kind: peak(kind, isa) / 1e9 for kind in ("float", "integer", "binary")},

@@ -111,10 +111,10 @@ class Product {
   int64_t panels() const { return panels_; }  // of one group
   int64_t planes() const { return planes_; }
   int64_t plane_size() const { return padded_height_ * padded_width_; }
-  int64_t planes_bytes() const { return round_up(planes_ * plane_size() * sizeof(T) + kSlack, kAlignment); }
+  int64_t planes_bytes() const { return round_up(planes_ * plane_size() * sizeof(T) + kRowBytes, kAlignment); }
   const std::vector<int64_t>& taps() const { return taps_; }
   Span span(const Call& call) const { return call.span(window_.height, window_.width); }
-  int64_t block_bytes() const { return block_tiles() * kTilePixels * taps_.size() * sizeof(T) + kSlack; }
+  int64_t block_bytes() const { return block_tiles() * kTilePixels * taps_.size() * sizeof(T) + kRowBytes; }
 
   // Fills the planes; spread(row y of an image, line, columns) must write every plane's element of input pixel (y, x)
   // to line[plane * plane_size() + columns[x]].
@@ -175,26 +175,20 @@ class Product {
   }
 
   // What up to 8 pixels see, as a tile has it. Runs of neighbours are copied whole, with what lies behind them: the
-  // next copy writes over that, and behind the last tap, as behind the last plane, kSlack is left for it.
+  // next copy writes over that, and behind the last tap, as behind the last plane, there is room for it.
   void gather(const T* plane, const int64_t* pixels, int count, T* tile) const {
     int starts[kTilePixels], runs = 0;
     for (int p = 0; p < count; ++p)
       if (p == 0 || pixels[p] != pixels[p - 1] + 1) starts[runs++] = p;
-    if (count == kTilePixels && runs == 1) {
-      for (const int64_t tap : taps_) {
-        std::memcpy(tile, plane + tap + pixels[0], kSlack);
-        tile += kTilePixels;
-      }
-      return;
-    }
     for (const int64_t tap : taps_) {
-      for (int run = 0; run < runs; ++run) std::memcpy(tile + starts[run], plane + tap + pixels[starts[run]], kSlack);
+      for (int run = 0; run < runs; ++run)
+        std::memcpy(tile + starts[run], plane + tap + pixels[starts[run]], kRowBytes);
       tile += count;
     }
   }
 
  private:
-  static constexpr int64_t kSlack = kTilePixels * sizeof(T);
+  static constexpr int64_t kRowBytes = kTilePixels * sizeof(T);  // of one tap in a whole tile
 
   // Where a row has the padded image's column x.
   int64_t column(int64_t x) const { return x % phases_ * (padded_width_ / phases_) + x / phases_; }

@@ -265,25 +265,25 @@ void Engine::State::run_strips(const Lane& lane, const Group& group, Call call, 
 void Engine::run(const float* images, int64_t batch, float* outputs, double* seconds) {
   State& s = *state_;
   const std::lock_guard lock(*s.mutex);
+  if (batch == 0) return;
   const int64_t threads = s.pool->size(), in = s.shapes.front().elements(), out = s.shapes.back().elements();
   const bool apart = threads > 1 && seconds == nullptr && (batch % threads == 0 || batch >= kEnoughImages * threads);
   const int64_t lanes = apart ? threads : 1;
   const int64_t most = std::clamp<int64_t>(kChunkBytes * (threads / lanes) / s.plan.image_bytes, 1, kMaxChunk);
   // Every thread gets as many chunks, and they are of the same size but for one image.
   const int64_t chunks = std::min(batch, round_up(ceil_div(batch, most), lanes));
-  const int64_t lane_bytes = s.plan.image_bytes * (batch == 0 ? 0 : ceil_div(batch, chunks));
+  const int64_t lane_bytes = s.plan.image_bytes * ceil_div(batch, chunks);
   if (static_cast<int64_t>(s.arena.size()) < lane_bytes * lanes) s.arena.resize(lane_bytes * lanes);
-  const auto run = [&](size_t number, int thread, ThreadPool& pool) {
-    const int64_t first = static_cast<int64_t>(number) * batch / chunks;
-    const int64_t end = static_cast<int64_t>(number + 1) * batch / chunks;
+  const auto run = [&](int64_t number, int thread, ThreadPool& pool) {
+    const int64_t first = number * batch / chunks, end = (number + 1) * batch / chunks;
     s.run({s.arena.data() + thread * lane_bytes, end - first, pool,
            s.thread_scratch.data() + thread * s.plan.thread_bytes, s.followers[thread]},
           images + first * in, outputs + first * out, seconds);
   };
   if (apart)
-    s.pool->run(static_cast<size_t>(chunks), [&](size_t number, int thread) { run(number, thread, s.alone); });
+    s.pool->run(chunks, [&](size_t number, int thread) { run(number, thread, s.alone); });
   else
-    for (int64_t number = 0; number < chunks; ++number) run(static_cast<size_t>(number), 0, *s.pool);
+    for (int64_t number = 0; number < chunks; ++number) run(number, 0, *s.pool);
 }
 
 void Engine::run_op(size_t index, const std::vector<const void*>& inputs, int64_t batch, void* output) {
