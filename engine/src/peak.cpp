@@ -79,6 +79,9 @@ LOWBIT_CHAINS(fma_256, __m256, __m256, _mm256_fmadd_ps(x, w, sum))
 // Products of bytes, added up in 16 bits, which is enough for some sums of few bits.
 LOWBIT_CHAINS(maddubs_256, __m256i, __m256i, _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, w)))
 
+// Four bits of 32 channels, looked up.
+LOWBIT_CHAINS(look_up_256, __m256i, __m256i, _mm256_add_epi8(sum, _mm256_shuffle_epi8(x, w)))
+
 __m256i carry_256(__m256i& sum, __m256i a, __m256i b) {
   const __m256i differ = _mm256_xor_si256(a, b);
   const __m256i carried = _mm256_or_si256(_mm256_and_si256(a, b), _mm256_and_si256(differ, sum));
@@ -235,6 +238,7 @@ std::vector<Loop> loops() {
   all.push_back({"avx2", "float", kChains * 8, fma_256});
   all.push_back({"avx2", "integer", kChains * 32, maddubs_256});
   all.push_back({"avx2", "binary", 8 * 256, carry_save_256});
+  all.push_back({"avx2", "binary", kChains * 128, look_up_256});
 #endif
 #ifdef LOWBIT_AVX512
   all.push_back({"avx512", "float", kChains * 16, fma_512});

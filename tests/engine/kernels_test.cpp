@@ -128,17 +128,18 @@ void check_binary(Comparison& comparison, size_t depth, int count) {
   }
 }
 
-// Pixels and channels by blocks, against the counts of every pixel and channel.
-void check_blocks(Comparison& comparison, size_t depth, int count, int panels) {
+// Pixels and channels by blocks, against the counts of every pixel and channel. Where `opposite`, every bit differs.
+void check_blocks(Comparison& comparison, size_t depth, int count, int panels, bool opposite) {
   const BlockKernels& blocks = *comparison.kernels.blocks;
   const int64_t pitch = 2 * kBlockPixels;
-  const auto plane = filled<uint64_t>(depth * pitch, [] { return random_bits(); });
+  const auto plane = filled<uint64_t>(depth * pitch, [&] { return opposite ? ~uint64_t{0} : random_bits(); });
   std::vector<int64_t> taps(depth), pixels(count);
   for (size_t k = 0; k < depth; ++k) taps[k] = static_cast<int64_t>(k) * pitch;
   for (int64_t& pixel : pixels) pixel = integer(0, pitch - 1);
   std::shuffle(taps.begin(), taps.end(), random_bits);
 
-  const auto weights = filled<uint64_t>(panels * depth * kTileChannels, [] { return random_bits(); });
+  const auto weights =
+      filled<uint64_t>(panels * depth * kTileChannels, [&] { return opposite ? uint64_t{0} : random_bits(); });
   Aligned<uint64_t> masks(weights.size());
   Aligned<int32_t> ones(panels * kTileChannels);
   for (int panel = 0; panel < panels; ++panel)
@@ -434,10 +435,13 @@ bool equals_scalar(const Kernels& kernels) {
       check_integers(comparison, depth, count);
       for (int panels = 1; panels <= kernels.float_panels; ++panels) check_floats(comparison, depth, count, panels);
     }
-  if (kernels.blocks != nullptr)
+  if (kernels.blocks != nullptr) {
     for (const size_t depth : {1, 2, 3, 4, 5, 9, 36, 72})
       for (const int count : {1, 2, 7, 8, 15, 16, 17, 31, 32})
-        for (const int panels : {2, 4, 6, 10}) check_blocks(comparison, depth, count, panels);
+        for (const int panels : {2, 4, 6, 10}) check_blocks(comparison, depth, count, panels, false);
+    for (const size_t depth : {7, 8, 14, 15, 896, 897, 2000})
+      for (const bool opposite : {false, true}) check_blocks(comparison, depth, 5, 2, opposite);
+  }
   if (kernels.bytes != nullptr) {
     for (const auto& [length, run_count] :
          {std::pair<size_t, size_t>{1, 1}, {9, 3}, {21, 7}, {64, 3}, {192, 6}, {65, 1}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import subprocess
 import sys
 import time
@@ -172,11 +173,19 @@ def test_unknown_and_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch) ->
         bench(packed, against=["openvino"])
 
 
-def test_calls_take_turns() -> None:
+def test_calls_take_turns_and_quick_ones_come_in_a_row() -> None:
     order: list[str] = []
-    seconds = interleaved_medians({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0)
-    assert set(seconds) == {"a", "b"}
-    assert order[-4:] == ["a", "b", "a", "b"]
+
+    def slow() -> None:
+        order.append("slow")
+        time.sleep(module.TURN_SECONDS)
+
+    seconds = interleaved_medians({"quick": lambda: order.append("quick"), "slow": slow}, seconds=0)
+    assert set(seconds) == {"quick", "slow"}
+    assert [(name, len(list(calls))) for name, calls in itertools.groupby(order)][-4:] == [
+        ("quick", module.CALLS_A_TURN),
+        ("slow", 1),
+    ] * 2
 
 
 def test_waiting_for_a_processor_makes_the_result_disturbed() -> None:

@@ -115,7 +115,7 @@ def test_each_op_names_the_kernel_that_it_calls(model, monkeypatch, isa):
     """The first convolution does the threshold too; the last one has too few channels for blocks."""
     monkeypatch.setenv("LOWBIT_ISA", isa)
     monkeypatch.setenv("LOWBIT_TUNE", "0")
-    bits = "blocks.bits" if isa == "amx" else "binary_bits"
+    bits = "blocks.bits" if isa in ("amx", "avx2") else "binary_bits"
     assert Engine(model).kernels == ["float_tile_bits", "", bits, "", "binary_floats"]
     coded = quant_net(np.random.default_rng(5))
     sums = "integer_sums" if isa in ("scalar", "neon") else "bytes.sums"

@@ -1,5 +1,6 @@
 // AVX2 with FMA: xor and a byte-wise count by vpshufb on 4 channels at a time, one activation word broadcast to all of
-// them. Long sums are added up in carry-save form, so that only one word in eight is counted.
+// them. Long sums are added up in carry-save form, so that only one word in eight is counted. Of many pixels, tables
+// tell how many bits differ.
 #include "kernels/by_count.h"
 #include "kernels/kernels.h"
 #include "kernels/pairs.h"
@@ -398,10 +399,11 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 }  // namespace lowbit
 
 #include "kernels/float_bits.h"
+#include "kernels/nibble_tables.h"
 #include "kernels/rows.h"
 
 const lowbit::Kernels lowbit::kAvx2Kernels{"avx2",          binary_subtract, binary_bits, binary_floats, float_tile,
                                            float_tile_bits, integer_sums,    float_bits,  float_codes,   ramp<float>,
-                                           &kRows,          nullptr,         &kBytes};
+                                           &kRows,          &kBlocks,        &kBytes};
 
 LOWBIT_TARGET_CLOSE
