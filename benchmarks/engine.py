@@ -209,7 +209,7 @@ def measure(path: str, net: str, batch: int, threads: int, peers: list[str]) -> 
     from lowbit import Engine
     from lowbit.errors import UsageError
     from lowbit.exporter import peers as others
-    from lowbit.exporter.bench import take_turns
+    from lowbit.exporter.bench import TURN_SECONDS, take_turns
 
     torch.set_num_threads(threads)
     engine = Engine(path, threads=threads)
@@ -249,7 +249,7 @@ def measure(path: str, net: str, batch: int, threads: int, peers: list[str]) -> 
     busy = sum(cpu for of in times.values() for _, cpu in of) / sum(wall for of in times.values() for wall, _ in of)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return [
-        {"runtime": runtime, **quartiles(values), "processor_share": busy, "date": date}
+        {"runtime": runtime, **quartiles(values), "turn_seconds": TURN_SECONDS, "processor_share": busy, "date": date}
         for runtime, values in seconds.items()
     ]
 
@@ -265,11 +265,12 @@ def table(record: dict[str, Any]) -> str:
     rows = record["rows"]
     dates = sorted({row["date"][:10] for row in rows})
     commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
+    turns = "turns of calls in a row" if all("turn_seconds" in row for row in rows) else "turns"
     lines = [
         f"{commands}; {record['cpu']}, {record['cores']} cores, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. "
-        "Milliseconds for a batch, medians of calls that took turns, quartiles in brackets; with peers also their time "
-        "over the engine's, and with int8 ones over that of the engine with an 8-bit rest too, where there is a rest. "
-        "Untrained networks. The binary peer is OpenVINO's own binary convolution.",
+        f"Milliseconds for a batch, medians of calls that took {turns}, quartiles in brackets; with peers also their "
+        "time over the engine's, and with int8 ones over that of the engine with an 8-bit rest too, where there is a "
+        "rest. Untrained networks. The binary peer is OpenVINO's own binary convolution.",
         "",
         f"| net | class | threads | batch | engine | engine, {REST} | " + " | ".join(FORMS) + " |",
         "|" + "---|" * (6 + len(FORMS)),
