@@ -11,7 +11,7 @@ namespace lowbit {
 struct CountBlock {
   const BlockCounts* counts;  // [panel]
   int64_t first_pixel, count;
-  const int64_t* positions;  // of each pixel within its image
+  const int64_t* places;  // what is said of each pixel
   int64_t first_panel, panels;
 };
 
@@ -34,9 +34,9 @@ class BinaryBlocks {
 
   int64_t thread_scratch_bytes() const { return counts_offset() + panels_ * sizeof(BlockCounts); }
 
-  // Calls emit(CountBlock) for every block; its channels begin with a word of bits.
-  template <class Emit>
-  void run(const Call& call, const Emit& emit) const {
+  // Calls emit(CountBlock) for every block; its channels begin with a word of bits. For place see Product::run.
+  template <class Place, class Emit>
+  void run(const Call& call, const Place& place, const Emit& emit) const {
     const Span span = product_.span(call);
     const int64_t blocks = ceil_div(span.count, kBlockPixels);
     const int64_t chunk_panels = panels_at_once(panels_, blocks, call.pool.size());
@@ -44,13 +44,14 @@ class BinaryBlocks {
       std::byte* arranged = item.memory;
       auto* counts = reinterpret_cast<BlockCounts*>(arranged + counts_offset());
       const int64_t count = item.count, first = item.place, panel = item.panel, end = item.end;
-      int64_t offsets[kBlockPixels], positions[kBlockPixels];
-      product_.locate(item.first, count, offsets, positions);
+      int64_t offsets[kBlockPixels], places[kBlockPixels];
+      product_.locate(item.first, count, offsets, places);
+      for (int64_t p = 0; p < count; ++p) places[p] = place(places[p]);
       const int size = static_cast<int>(count);
       kernels_.arrange_pixels(product_.planes_of(call, 0), product_.taps().data(), depth_, offsets, size, arranged);
       kernels_.count(arranged, masks_.data() + panel * depth_ * kTileChannels, ones_.data() + panel * kTileChannels,
                      depth_, size, static_cast<int>(end - panel), counts);
-      emit(CountBlock{counts, first, count, positions, panel, std::min(end, product_.panels()) - panel});
+      emit(CountBlock{counts, first, count, places, panel, std::min(end, product_.panels()) - panel});
       call.done({first, count, panel * kTileChannels, std::min(end * kTileChannels, product_.channels())});
     });
   }

@@ -81,13 +81,13 @@ class BinaryConv2d : public Op {
   // Of one image, if it has pixels enough.
   bool shown_by_blocks() const { return blocks_ && by_blocks_[output().pixels() >= kManyPixels]; }
 
-  // Calls emit(counts, pixels, first pixel, positions, panel) for up to 8 pixels times 16 channels of a block.
+  // Calls emit(counts, pixels, first pixel, places, panel) for up to 8 pixels times 16 channels of a block.
   template <class Emit>
   static void for_tiles(const CountBlock& block, const Emit& emit) {
     for (int64_t panel = 0; panel < block.panels; ++panel)
       for (int64_t p = 0; p < block.count; p += kTilePixels)
         emit(block.counts[panel] + p, static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p)),
-             block.first_pixel + p, block.positions + p, block.first_panel + panel);
+             block.first_pixel + p, block.places + p, block.first_panel + panel);
   }
 
   void fill_planes(const Call& call) const {
@@ -117,11 +117,16 @@ class BinaryConv2d : public Op {
     return bases;
   }
 
-  // Where `table` has the border cases of a tile's pixels, for one panel of channels.
-  std::array<const int32_t*, kTilePixels> rows_of(const PerChannel<int32_t>& table, int count, const int64_t* positions,
-                                                  int64_t group, int64_t panel) const {
+  // The place of a pixel: where `table` has its border case.
+  auto row_of(const PerChannel<int32_t>& table) const {
+    return [&](int64_t position) { return table.row(cases_.of_position(position)); };
+  }
+
+  // The rows at these places, for one panel of channels.
+  static std::array<const int32_t*, kTilePixels> rows_at(const PerChannel<int32_t>& table, int count,
+                                                         const int64_t* places, int64_t group, int64_t panel) {
     std::array<const int32_t*, kTilePixels> rows;
-    for (int p = 0; p < count; ++p) rows[p] = table.panel(group, panel, cases_.of_position(positions[p]));
+    for (int p = 0; p < count; ++p) rows[p] = table.panel(group, panel) + places[p];
     return rows;
   }
 
@@ -164,16 +169,16 @@ class BinaryConv2dFloat final : public BinaryConv2d {
   void run(const Call& call) const override {
     fill_planes(call);
     if (by_blocks(call))
-      return blocks_->run(call, [&](const CountBlock& block) {
-        for_tiles(block, [&](auto counts, int count, int64_t pixel, const int64_t* positions, int64_t panel) {
-          store(call, count, pixel, positions, 0, panel, [&](const int32_t* const* bases, const FloatOutput& output) {
+      return blocks_->run(call, row_of(bases_), [&](const CountBlock& block) {
+        for_tiles(block, [&](auto counts, int count, int64_t pixel, const int64_t* places, int64_t panel) {
+          store(call, count, pixel, places, 0, panel, [&](const int32_t* const* bases, const FloatOutput& output) {
             kernels_.blocks->floats(counts, count, bases, output);
           });
         });
       });
-    product_.run(call, kNoBegin,
-                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
-                   store(call, tile.count, pixel, positions, group, panel,
+    product_.run(call, kNoBegin, row_of(bases_),
+                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
+                   store(call, tile.count, pixel, places, group, panel,
                          [&](const int32_t* const* bases, const FloatOutput& output) {
                            kernels_.binary_floats(tile, bases, output);
                          });
@@ -183,9 +188,9 @@ class BinaryConv2dFloat final : public BinaryConv2d {
  private:
   // Calls compute(bases, FloatOutput) for a tile.
   template <class Compute>
-  void store(const Call& call, int count, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel,
+  void store(const Call& call, int count, int64_t pixel, const int64_t* places, int64_t group, int64_t panel,
              const Compute& compute) const {
-    const auto bases = rows_of(bases_, count, positions, group, panel);
+    const auto bases = rows_at(bases_, count, places, group, panel);
     epilogue_.emit(call.result<float>(), pixel, count, group, panel,
                    [&](const FloatOutput& output) { compute(bases.data(), output); });
   }
@@ -227,24 +232,24 @@ class BinaryConv2dBits final : public BinaryConv2d {
     const int64_t words = output().words();
     auto* codes = call.result<uint64_t>();
     if (by_blocks(call))
-      return blocks_->run(call, [&](const CountBlock& block) {
+      return blocks_->run(call, row_of(limits_), [&](const CountBlock& block) {
         const int64_t first = block.first_panel * kTileChannels;
         for (int64_t p = 0; p < block.count; ++p)
           kernels_.blocks->bits(block.counts[0] + p, static_cast<int>(block.panels),
-                                limits_.panel(0, block.first_panel, cases_.of_position(block.positions[p])),
+                                limits_.panel(0, block.first_panel) + block.places[p],
                                 block_falling_.data() + first / 64,
                                 codes + (block.first_pixel + p) * words + first / 64);
       });
     const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
       clear_bits(call, output(), first, count, channel, end);
     };
-    product_.run(call, clear,
-                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
-                   const auto limits = rows_of(limits_, tile.count, positions, group, panel);
+    product_.run(call, clear, row_of(limits_),
+                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
+                   const auto limits = rows_at(limits_, tile.count, places, group, panel);
                    uint16_t bits[kTilePixels];
                    kernels_.binary_bits(tile, limits.data(), falling_[group * product_.panels() + panel], bits);
                    const int64_t first = group * product_.group_channels() + panel * kTileChannels;
-                   for (int p = 0; p < tile.count; ++p) add_bits(codes + (pixel + p) * words, first, bits[p]);
+                   add_bits(codes + pixel * words, words, first, bits, tile.count);
                  });
   }
 
@@ -267,17 +272,17 @@ class BinaryConv2dCodes final : public BinaryConv2d {
   void run(const Call& call) const override {
     fill_planes(call);
     if (by_blocks(call))
-      return blocks_->run(call, [&](const CountBlock& block) {
-        for_tiles(block, [&](auto counts, int count, int64_t pixel, const int64_t* positions, int64_t panel) {
-          store(call, count, pixel, positions, 0, panel, [&](int32_t (*sums)[kTileChannels]) {
+      return blocks_->run(call, row_of(bases_), [&](const CountBlock& block) {
+        for_tiles(block, [&](auto counts, int count, int64_t pixel, const int64_t* places, int64_t panel) {
+          store(call, count, pixel, places, 0, panel, [&](int32_t (*sums)[kTileChannels]) {
             for (int p = 0; p < count; ++p)
               for (int c = 0; c < kTileChannels; ++c) sums[p][c] -= 2 * counts[p][c];
           });
         });
       });
-    product_.run(call, kNoBegin,
-                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel) {
-                   store(call, tile.count, pixel, positions, group, panel,
+    product_.run(call, kNoBegin, row_of(bases_),
+                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
+                   store(call, tile.count, pixel, places, group, panel,
                          [&](int32_t (*sums)[kTileChannels]) { kernels_.binary_subtract(tile, 1, sums); });
                  });
   }
@@ -285,9 +290,9 @@ class BinaryConv2dCodes final : public BinaryConv2d {
  private:
   // subtract(sums) takes twice the counts of a tile from its bases.
   template <class Subtract>
-  void store(const Call& call, int count, int64_t pixel, const int64_t* positions, int64_t group, int64_t panel,
+  void store(const Call& call, int count, int64_t pixel, const int64_t* places, int64_t group, int64_t panel,
              const Subtract& subtract) const {
-    const auto bases = rows_of(bases_, count, positions, group, panel);
+    const auto bases = rows_at(bases_, count, places, group, panel);
     int32_t sums[kTilePixels][kTileChannels];
     for (int p = 0; p < count; ++p) std::copy_n(bases[p], kTileChannels, sums[p]);
     subtract(sums);

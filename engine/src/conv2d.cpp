@@ -28,7 +28,7 @@ class Conv2d final : public Op {
   void run(const Call& call) const override {
     fill_planes(call);
     product_.run(
-        call, kNoBegin,
+        call, kNoBegin, kNoPlace,
         [&](FloatTile tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
           for_panels(tile, group, panel, [&](int64_t number) {
             epilogue_.emit(call.result<float>(), pixel, tile.count, group, number,
@@ -45,16 +45,16 @@ class Conv2d final : public Op {
     fill_planes(call);
     const int64_t words = next.output().words(), group_channels = product_.group_channels();
     product_.run(
-        call, clearing(call, next.output()),
+        call, clearing(call, next.output()), kNoPlace,
         [&](FloatTile tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
           for_panels(tile, group, panel, [&](int64_t number) {
             const int64_t inside = number * kTileChannels, first = group * group_channels + inside;
             const int64_t width = std::min<int64_t>(tile.panels * kTileChannels, group_channels - inside);
-            const uint64_t wanted = (uint64_t{1} << width) - 1;
+            const auto wanted = static_cast<uint32_t>((uint64_t{1} << width) - 1);
             uint32_t bits[kTilePixels];
             kernels_.float_tile_bits(tile, epilogue_.tile(nullptr, group, number), threshold.limits(first), bits);
-            for (int p = 0; p < tile.count; ++p)
-              add_bits(call.result<uint64_t>() + (pixel + p) * words, first, bits[p] & wanted);
+            for (int p = 0; p < tile.count; ++p) bits[p] &= wanted;
+            add_bits(call.result<uint64_t>() + pixel * words, words, first, bits, tile.count);
           });
         },
         kernels_.float_panels);

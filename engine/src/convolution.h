@@ -131,12 +131,12 @@ class Product {
     });
   }
 
-  // Calls emit(tile, first pixel, positions, group, panel) for every tile: pixels are numbered as they lie in memory,
-  // and positions[p] is pixel p's number within its image. An item of work covers some channels of some pixels; before
-  // its tiles, begin(first pixel, count, first channel, end channel) is called. Where `step` is 2, only even panels are
-  // named, and emit sees to the next one too.
-  template <class Begin, class Emit>
-  void run(const Call& call, const Begin& begin, const Emit& emit, int64_t step = 1) const {
+  // Calls emit(tile, first pixel, places, group, panel) for every tile: pixels are numbered as they lie in memory, and
+  // places[p] is what place(number within its image) says of pixel p. An item of work covers some channels of some
+  // pixels; before its tiles, begin(first pixel, count, first channel, end channel) is called. Where `step` is 2, only
+  // even panels are named, and emit sees to the next one too.
+  template <class Begin, class Place, class Emit>
+  void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit, int64_t step = 1) const {
     const Span span = this->span(call);
     const int64_t block = block_pixels(span.count, call.pool.size());
     const int64_t blocks = ceil_div(span.count, block);
@@ -147,8 +147,9 @@ class Product {
       const int64_t count = item.count, first = item.place, channel = item.panel * kTileChannels;
       const int64_t end_channel = groups_ > 1 ? channels_ : std::min(item.end * kTileChannels, channels_);
       begin(first, count, channel, end_channel);
-      int64_t offsets[kBlockTiles * kTilePixels], positions[kBlockTiles * kTilePixels];
-      locate(item.first, count, offsets, positions);
+      int64_t offsets[kBlockTiles * kTilePixels], places[kBlockTiles * kTilePixels];
+      locate(item.first, count, offsets, places);
+      for (int64_t p = 0; p < count; ++p) places[p] = place(places[p]);
       for (int64_t group = 0; group < groups_; ++group) {
         const T* plane = static_cast<const T*>(call.scratch) + group * (set_planes_ / groups_) * plane_size();
         for (int64_t p = 0; p < count; p += kTilePixels)
@@ -156,7 +157,7 @@ class Product {
         for (int64_t number = item.panel; number < item.end; number += step)
           for (int64_t p = 0; p < count; p += kTilePixels) {
             const int size = static_cast<int>(std::min<int64_t>(kTilePixels, count - p));
-            emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size, 1}, first + p, positions + p, group,
+            emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size, 1}, first + p, places + p, group,
                  number);
           }
       }
@@ -240,8 +241,9 @@ class PerChannel {
     return values_[number * case_size_ + channel / group_channels_ * padded_ + channel % group_channels_];
   }
   const T* panel(int64_t group, int64_t panel, int64_t number = 0) const {
-    return values_.data() + number * case_size_ + group * padded_ + panel * kTileChannels;
+    return values_.data() + row(number) + group * padded_ + panel * kTileChannels;
   }
+  int64_t row(int64_t number) const { return number * case_size_; }  // from the first case
 
  private:
   int64_t group_channels_, padded_, case_size_;
@@ -349,12 +351,20 @@ inline void clear_bits(const Call& call, const Shape& output, int64_t first, int
   }
 }
 
-// Adds up to 32 bits of a pixel, of which the first is `channel`, to words that were cleared.
-inline void add_bits(uint64_t* words, int64_t channel, uint64_t bits) {
+// The lowest bit of each of eight bytes, side by side: a product moves them together.
+inline uint64_t lowest_bits(uint64_t bytes) { return (bytes & 0x0101010101010101) * 0x0102040810204080 >> 56; }
+
+// Adds 16 or 32 bits of each of some pixels, `pitch` words apart, to words that were cleared; the first is `channel`.
+// Bits beyond the last word are zeros.
+template <class Bits>
+void add_bits(uint64_t* words, int64_t pitch, int64_t channel, const Bits* bits, int count) {
+  constexpr int64_t kWidth = 8 * sizeof(Bits);
   const int64_t shift = channel % 64;
   words += channel / 64;
-  *words |= bits << shift;
-  if (shift > 32 && bits >> (64 - shift) != 0) words[1] |= bits >> (64 - shift);
+  for (int p = 0; p < count; ++p) words[p * pitch] |= uint64_t{bits[p]} << shift;
+  if (shift + kWidth <= 64) return;
+  for (int p = 0; p < count; ++p)
+    if (const uint64_t rest = uint64_t{bits[p]} >> (64 - shift); rest != 0) words[p * pitch + 1] |= rest;
 }
 
 // To be called before the tiles of some channels of some pixels, for codes of any number of bits.
@@ -365,5 +375,6 @@ inline auto clearing(const Call& call, const Shape& output) {
 }
 
 inline constexpr auto kNoBegin = [](int64_t, int64_t, int64_t, int64_t) {};
+inline constexpr auto kNoPlace = [](int64_t) { return int64_t{0}; };
 
 }  // namespace lowbit

@@ -112,13 +112,13 @@ class PlaneBlocks {
     return {by_bit, input, window, ceil_div(depth, 64), word_at, input.bits};
   }
 
-  // Bit i of up to 64 codes goes to word[i * pitch]. Eight codes at a time: a product moves their lowest bits together.
+  // Bit i of up to 64 codes goes to word[i * pitch].
   void split(const uint8_t* codes, int64_t count, uint64_t* word, int64_t pitch) const {
     uint64_t eights[8] = {};
     std::memcpy(eights, codes, count);
     for (int i = 0; i < input_.bits; ++i) {
       uint64_t bits = 0;
-      for (int n = 0; n < 8; ++n) bits |= (eights[n] >> i & 0x0101010101010101) * 0x0102040810204080 >> 56 << 8 * n;
+      for (int n = 0; n < 8; ++n) bits |= lowest_bits(eights[n] >> i) << 8 * n;
       word[i * pitch] = bits;
     }
   }

@@ -1,4 +1,5 @@
 // Convolutions of codes on any integer grid.
+#include <cstring>
 #include <optional>
 
 #include "border_cases.h"
@@ -149,15 +150,19 @@ class CodeConv2d final : public Op {
       return;
     }
     write(codes[0], kTileChannels);
-    for (int p = 0; p < sums.count; ++p) {
-      if (output().bits != 1) {
+    if (output().bits != 1) {
+      for (int p = 0; p < sums.count; ++p)
         std::copy_n(codes[p], wanted, call.result<uint8_t>() + (pixel + p) * output().channels + first);
-        continue;
-      }
-      uint64_t bits = 0;
-      for (int64_t c = 0; c < wanted; ++c) bits |= uint64_t{codes[p][c]} << c;
-      add_bits(call.result<uint64_t>() + (pixel + p) * output().words(), first, bits);
+      return;
     }
+    uint16_t bits[kTilePixels];
+    for (int p = 0; p < sums.count; ++p) {
+      uint64_t eights[kTileChannels / 8];
+      std::memcpy(eights, codes[p], kTileChannels);
+      bits[p] = static_cast<uint16_t>((lowest_bits(eights[0]) | lowest_bits(eights[1]) << 8) & ((1 << wanted) - 1));
+    }
+    const int64_t words = output().words();
+    add_bits(call.result<uint64_t>() + pixel * words, words, first, bits, sums.count);
   }
 
   const ByteKernels& kernels_;
@@ -204,7 +209,7 @@ class QuantConv2d final : public Op {
   void run(const Call& call) const override {
     fill_planes(call);
     product_.run(
-        call, clearing(call, output()),
+        call, clearing(call, output()), kNoPlace,
         [&](const IntegerTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
           int32_t sums[kTilePixels][kTileChannels];
           kernels_.integer_sums(tile, sums);
