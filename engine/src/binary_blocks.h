@@ -15,12 +15,11 @@ struct CountBlock {
   int64_t first_panel, panels;
 };
 
-class BinaryBlocks {
+// The weights of a product of one group, laid out for blocks.
+class BlockWeights {
  public:
-  BinaryBlocks(const Product<uint64_t>& product, const BlockKernels& kernels)
-      : product_(product),
-        kernels_(kernels),
-        depth_(product.taps().size()),
+  BlockWeights(const Product<uint64_t>& product, const BlockKernels& kernels)
+      : depth_(product.taps().size()),
         panels_(round_up(product.panels(), 2)),
         masks_(panels_ * depth_ * kTileChannels, 0),
         ones_(panels_ * kTileChannels, 0) {
@@ -32,15 +31,31 @@ class BinaryBlocks {
       }
   }
 
-  int64_t thread_scratch_bytes() const { return counts_offset() + panels_ * sizeof(BlockCounts); }
+  int64_t panels() const { return panels_; }
+  const uint64_t* masks(int64_t panel) const { return masks_.data() + panel * depth_ * kTileChannels; }
+  const int32_t* ones(int64_t panel) const { return ones_.data() + panel * kTileChannels; }
+
+ private:
+  size_t depth_;
+  int64_t panels_;  // an even number
+  Buffer<uint64_t> masks_;
+  Buffer<int32_t> ones_;
+};
+
+class BinaryBlocks {
+ public:
+  BinaryBlocks(const Product<uint64_t>& product, const BlockKernels& kernels)
+      : product_(product), kernels_(kernels), depth_(product.taps().size()), weights_(product, kernels) {}
+
+  int64_t thread_scratch_bytes() const { return counts_offset() + weights_.panels() * sizeof(BlockCounts); }
 
   // Calls emit(CountBlock) for every block; its channels begin with a word of bits. For place see Product::run.
   template <class Place, class Emit>
   void run(const Call& call, const Place& place, const Emit& emit) const {
     const Span span = product_.span(call);
     const int64_t blocks = ceil_div(span.count, kBlockPixels);
-    const int64_t chunk_panels = panels_at_once(panels_, blocks, call.pool.size());
-    for_items(call, span, kBlockPixels, panels_, chunk_panels, [&](const Item& item) {
+    const int64_t panels = weights_.panels(), chunk_panels = panels_at_once(panels, blocks, call.pool.size());
+    for_items(call, span, kBlockPixels, panels, chunk_panels, [&](const Item& item) {
       std::byte* arranged = item.memory;
       auto* counts = reinterpret_cast<BlockCounts*>(arranged + counts_offset());
       const int64_t count = item.count, first = item.place, panel = item.panel, end = item.end;
@@ -49,8 +64,8 @@ class BinaryBlocks {
       for (int64_t p = 0; p < count; ++p) places[p] = place(places[p]);
       const int size = static_cast<int>(count);
       kernels_.arrange_pixels(product_.planes_of(call, 0), product_.taps().data(), depth_, offsets, size, arranged);
-      kernels_.count(arranged, masks_.data() + panel * depth_ * kTileChannels, ones_.data() + panel * kTileChannels,
-                     depth_, size, static_cast<int>(end - panel), counts);
+      kernels_.count(arranged, weights_.masks(panel), weights_.ones(panel), depth_, size, static_cast<int>(end - panel),
+                     counts);
       emit(CountBlock{counts, first, count, places, panel, std::min(end, product_.panels()) - panel});
       call.done({first, count, panel * kTileChannels, std::min(end * kTileChannels, product_.channels())});
     });
@@ -62,9 +77,7 @@ class BinaryBlocks {
   const Product<uint64_t>& product_;
   const BlockKernels& kernels_;
   size_t depth_;
-  int64_t panels_;
-  Buffer<uint64_t> masks_;
-  Buffer<int32_t> ones_;
+  BlockWeights weights_;
 };
 
 }  // namespace lowbit

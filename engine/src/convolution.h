@@ -77,6 +77,8 @@ struct SumBlock {
 template <class T>
 class Product {
  public:
+  static constexpr int64_t kRowBytes = kTilePixels * sizeof(T);  // of one tap in a whole tile
+
   // `depth` is channels (or words) per group; `weight_at(o, tap, d)` is the weight of output channel o. The input has
   // `sets` of planes, which all meet the same weights.
   template <class WeightAt>
@@ -176,7 +178,7 @@ class Product {
   }
 
   // What up to 8 pixels see, as a tile has it. Runs of neighbours are copied whole, with what lies behind them: the
-  // next copy writes over that, and behind the last tap, as behind the last plane, there is room for it.
+  // next copy writes over that, and behind the last tap, as behind the last plane, there are kRowBytes for it.
   void gather(const T* plane, const int64_t* pixels, int count, T* tile) const {
     int starts[kTilePixels], runs = 0;
     for (int p = 0; p < count; ++p)
@@ -189,8 +191,6 @@ class Product {
   }
 
  private:
-  static constexpr int64_t kRowBytes = kTilePixels * sizeof(T);  // of one tap in a whole tile
-
   // Where a row has the padded image's column x.
   int64_t column(int64_t x) const { return x % phases_ * (padded_width_ / phases_) + x / phases_; }
 

@@ -7,7 +7,9 @@
 #pragma once
 
 #include <bit>
+#include <optional>
 
+#include "binary_blocks.h"
 #include "convolution.h"
 
 namespace lowbit {
@@ -26,10 +28,12 @@ class PlaneBlocks {
         input_(input),
         width_(spec.weight_width),
         unit_(static_cast<int32_t>(spec.weight_multiplier / 2)),
-        panels_(ceil_div(spec.channels, kTileChannels)),
+        panels_(round_up(ceil_div(spec.channels, kTileChannels), 2)),
         channels_(spec.channels),
+        few_pixels_(window.height * window.width < kTilePixels),
         product_(make_product(spec, input, window, depth, weights)),
         starts_(panels_ * kTileChannels, 0) {
+    if (kernels.blocks != nullptr) blocks_.emplace(product_, *kernels.blocks);
     const size_t taps = product_.taps().size();
     for (int64_t j = 0; j < width_; ++j)
       for (int64_t c = 0; c < panels_ * kTileChannels; ++c) {
@@ -43,8 +47,10 @@ class PlaneBlocks {
   int64_t products() const { return input_.bits * width_; }
   int32_t unit() const { return unit_; }  // what 1 stands for in the sums
   int64_t scratch_bytes() const { return product_.planes_bytes(); }
-  int64_t thread_scratch_bytes() const { return sums_offset() + panels_ * sizeof(BlockSums); }
-  const char* kernel() const { return "planes.binary_subtract"; }
+  int64_t thread_scratch_bytes() const {
+    return counts_offset() + (blocks_ ? panels_ * static_cast<int64_t>(sizeof(BlockCounts)) : 0);
+  }
+  const char* kernel() const { return blocks_ && !few_pixels_ ? "planes.blocks.count" : "planes.binary_subtract"; }
 
   // Copies the input into planes, one for each bit of 64 channels.
   void fill(const Call& call) const {
@@ -69,25 +75,21 @@ class PlaneBlocks {
     const Span span = product_.span(call);
     const int64_t most = most_pixels(), blocks = ceil_div(span.count, most);
     const int64_t chunk_panels = panels_at_once(panels_, blocks, call.pool.size());
-    const int64_t bits = input_.bits, size_of_tile = product_.taps().size() * kTilePixels;
     for_items(call, span, most, panels_, chunk_panels, [&](const Item& item) {
-      auto* gathered = reinterpret_cast<uint64_t*>(item.memory);  // [tile][bit]
       auto* sums = reinterpret_cast<BlockSums*>(item.memory + sums_offset());
-      const int64_t count = item.count, first = item.place, panel = item.panel, end = item.end;
+      const int64_t count = item.count, first = item.place, panel = item.panel;
+      const int64_t end = std::min(item.end, ceil_div(channels_, kTileChannels));
       const int64_t channel = panel * kTileChannels, end_channel = std::min(end * kTileChannels, channels_);
       begin(first, count, channel, end_channel);
       int64_t offsets[kBlockPixels], positions[kBlockPixels];
       product_.locate(item.first, count, offsets, positions);
-      for (int64_t p = 0; p < count; p += kTilePixels) {
-        const int size = static_cast<int>(std::min<int64_t>(kTilePixels, count - p));
-        for (int64_t i = 0; i < bits; ++i)
-          product_.gather(product_.planes_of(call, 0, i), offsets + p, size,
-                          gathered + (p / kTilePixels * bits + i) * size_of_tile);
-      }
-      for (int64_t number = panel; number < end; ++number)
-        for (int64_t p = 0; p < count; p += kTilePixels)
-          add_up(gathered + p / kTilePixels * bits * size_of_tile,
-                 static_cast<int>(std::min<int64_t>(kTilePixels, count - p)), number, sums[number - panel] + p);
+      for (int64_t number = panel; number < item.end; ++number)
+        for (int64_t p = 0; p < count; ++p)
+          std::memcpy(sums[number - panel][p], starts_.data() + number * kTileChannels, sizeof(sums[0][0]));
+      if (blocks_ && count >= kTilePixels)
+        subtract_blocks(call, item, offsets, sums);
+      else
+        subtract_tiles(call, item, offsets, sums);
       emit(SumBlock{sums, first, count, positions, 0, panel, end - panel});
       call.done({first, count, channel, end_channel});
     });
@@ -96,10 +98,10 @@ class PlaneBlocks {
  private:
   static constexpr int64_t kLeastDepth = 32, kMostProducts = 8;
 
-  // The channels of each bit of the weights follow those of the bit before, from a panel of their own on.
+  // The channels of each bit of the weights follow those of the bit before, from a pair of panels of their own on.
   static Product<uint64_t> make_product(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth,
                                         const WeightCodes& weights) {
-    const int64_t padded = round_up(spec.channels, kTileChannels);
+    const int64_t padded = round_up(spec.channels, kBlockChannels);
     OpSpec by_bit = spec;
     by_bit.channels = spec.weight_width * padded;
     const auto word_at = [&](int64_t row, int64_t tap, int64_t w) {
@@ -123,33 +125,72 @@ class PlaneBlocks {
     }
   }
 
-  void add_up(const uint64_t* gathered, int size, int64_t panel, int32_t (*sums)[kTileChannels]) const {
-    const size_t depth = product_.taps().size();
-    for (int p = 0; p < size; ++p)
-      std::memcpy(sums[p], starts_.data() + panel * kTileChannels, kTileChannels * sizeof(int32_t));
-    for (int64_t i = 0; i < input_.bits; ++i)
-      for (int64_t j = 0; j < width_; ++j)
-        kernels_.binary_subtract(
-            {gathered + i * depth * kTilePixels, product_.panel(0, j * panels_ + panel), depth, size},
-            static_cast<int>(i + j), sums);
+  // Takes what differs from the sums, by tiles.
+  void subtract_tiles(const Call& call, const Item& item, const int64_t* offsets, BlockSums* sums) const {
+    const size_t depth = product_.taps().size(), size_of_tile = depth * kTilePixels;
+    auto* gathered = reinterpret_cast<uint64_t*>(item.memory);  // [tile][bit]
+    const auto for_tiles = [&](const auto& work) {
+      uint64_t* tile = gathered;
+      for (int64_t p = 0; p < item.count; p += kTilePixels)
+        for (int64_t i = 0; i < input_.bits; ++i, tile += size_of_tile)
+          work(p, static_cast<int>(std::min<int64_t>(kTilePixels, item.count - p)), i, tile);
+    };
+    for_tiles([&](int64_t p, int size, int64_t i, uint64_t* tile) {
+      product_.gather(product_.planes_of(call, 0, i), offsets + p, size, tile);
+    });
+    for (int64_t number = item.panel; number < item.end; ++number)
+      for_tiles([&](int64_t p, int size, int64_t i, const uint64_t* tile) {
+        for (int64_t j = 0; j < width_; ++j)
+          kernels_.binary_subtract({tile, product_.panel(0, j * panels_ + number), depth, size},
+                                   static_cast<int>(i + j), sums[number - item.panel] + p);
+      });
   }
 
-  // As many as the first cache holds, in whole tiles.
+  // The same by blocks.
+  void subtract_blocks(const Call& call, const Item& item, const int64_t* offsets, BlockSums* sums) const {
+    const BlockKernels& kernels = *kernels_.blocks;
+    const size_t depth = product_.taps().size();
+    const int size = static_cast<int>(item.count), panels = static_cast<int>(item.end - item.panel);
+    auto* counts = reinterpret_cast<BlockCounts*>(item.memory + counts_offset());
+    for (int64_t i = 0; i < input_.bits; ++i) {
+      kernels.arrange_pixels(product_.planes_of(call, 0, i), product_.taps().data(), depth, offsets, size, item.memory);
+      for (int64_t j = 0; j < width_; ++j) {
+        const int64_t first = j * panels_ + item.panel;
+        kernels.count(item.memory, blocks_->masks(first), blocks_->ones(first), depth, size, panels, counts);
+        for (int number = 0; number < panels; ++number)
+          for (int p = 0; p < size; ++p)
+            for (int c = 0; c < kTileChannels; ++c)
+              sums[number][p][c] = static_cast<int32_t>(static_cast<uint32_t>(sums[number][p][c]) -
+                                                        (static_cast<uint32_t>(counts[number][p][c]) << (i + j)));
+      }
+    }
+  }
+
+  // By blocks, as many as they take; else what the first cache holds, in whole tiles.
   int64_t most_pixels() const {
+    if (blocks_) return kBlockPixels;
     const int64_t tile = product_.taps().size() * kTilePixels * sizeof(uint64_t) * input_.bits;
     return std::clamp<int64_t>(kBlockBytes / tile, 1, kBlockPixels / kTilePixels) * kTilePixels;
   }
 
+  // Of the tiles of all bits, or the block of one.
   int64_t sums_offset() const {
-    return round_up(most_pixels() * product_.taps().size() * sizeof(uint64_t) * input_.bits, kAlignment);
+    const size_t depth = product_.taps().size(), pixels = blocks_ ? kTilePixels : most_pixels();
+    const size_t tiles = pixels * depth * sizeof(uint64_t) * input_.bits + Product<uint64_t>::kRowBytes;
+    return round_up(static_cast<int64_t>(blocks_ ? std::max(tiles, kernels_.blocks->pixel_bytes(depth)) : tiles),
+                    kAlignment);
   }
+  int64_t counts_offset() const { return sums_offset() + panels_ * static_cast<int64_t>(sizeof(BlockSums)); }
 
   const Kernels& kernels_;
   Shape input_;
   int64_t width_;
   int32_t unit_;
-  int64_t panels_, channels_;
+  int64_t panels_;  // of each bit of the weights, an even number
+  int64_t channels_;
+  bool few_pixels_;  // in an image
   Product<uint64_t> product_;
+  std::optional<BlockWeights> blocks_;
   Buffer<uint32_t> starts_;  // the sum of a channel if no bit differs
 };
 

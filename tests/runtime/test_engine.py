@@ -148,7 +148,7 @@ def test_codes_may_be_multiplied_bit_by_bit(monkeypatch, isa):
     for tune in ("0", "1"):
         monkeypatch.setenv("LOWBIT_TUNE", tune)
         engine = Engine(net.model)
-        by_bits = engine.kernels[1] == "planes.binary_subtract"
+        by_bits = engine.kernels[1].startswith("planes.")
         assert tune == "1" or by_bits == (isa in ("avx512_vpopcntdq", "avx512", "avx2"))
         np.testing.assert_array_equal(engine(x), expected)
 
