@@ -2,7 +2,8 @@
 
     python studies/nin_2018.py
 
-The 2018 points are in results/nin_2018.csv; ours are the run folders in results/cifar10 whose model is ``nin``.
+The 2018 points are in results/nin_2018.csv; ours are the run folders in results/cifar10* whose model is
+``nin``.
 """
 
 from __future__ import annotations
@@ -21,19 +22,17 @@ COLUMNS = {"train_loss": ("Train loss", 1), "test_accuracy": ("Test accuracy (%)
 Rows = list[dict[str, float]]
 
 
-def nin_runs(folder: Path) -> list[Run]:
-    """Run folders in ``folder`` whose model is ``nin`` and which have a curve."""
-    runs = [Run(path) for path in sorted(folder.iterdir()) if (path / "metrics.csv").is_file()]
-    return [run for run in runs if run.config_path.is_file() and run.config["model"]["name"] == "nin"]
+def nin_runs(results: Path) -> list[Run]:
+    """Run folders in ``results`` on CIFAR-10 whose model is ``nin`` and which have a curve."""
+    runs = [Run(path.parent) for path in sorted(results.glob("cifar10*/*/config.json"))]
+    return [run for run in runs if run.config["model"]["name"] == "nin" and (run.path / "metrics.csv").is_file()]
 
 
 def curves(results: Path = RESULTS) -> dict[str, Rows]:
     """Rows with ``epoch``, ``train_loss`` and ``test_accuracy``, by label; the 2018 curve first."""
     with (results / "nin_2018.csv").open(newline="", encoding="utf-8") as file:
         of_2018 = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    ours = {
-        f"lowbit, {run.name} ({run.config['epochs']} epochs)": run.metrics() for run in nin_runs(results / "cifar10")
-    }
+    ours = {f"lowbit, {run.name} ({run.config['epochs']} epochs)": run.metrics() for run in nin_runs(results)}
     return {"2018, 320 epochs": of_2018, **ours}
 
 
@@ -57,7 +56,7 @@ def draw(found: dict[str, Rows], path: Path) -> None:
 def main() -> None:
     found = curves()
     if len(found) == 1:
-        print("results/cifar10 holds no run of the model nin: nothing to draw")
+        print("results/cifar10* hold no run of the model nin: nothing to draw")
         return
     draw(found, RESULTS / "nin_2018.svg")
     print(f"wrote results/nin_2018.svg: {', '.join(found)}")

@@ -11,7 +11,7 @@ namespace lowbit {
 struct CountBlock {
   const BlockCounts* counts;  // [panel]
   int64_t first_pixel, count;
-  const int64_t* places;  // what is said of each pixel
+  const int64_t* places;  // of each pixel, see Product::run
   int64_t first_panel, panels;
 };
 

@@ -40,7 +40,7 @@ void arrange_weights(const uint64_t* words, uint64_t* masks) {
 
 size_t pixel_bytes(size_t depth) { return kBlockPixels * depth * kWordBytes * sizeof(uint16_t); }
 
-// Writes where the table of each byte begins, [pixel / 4][depth][pixel % 4][byte]; spare pixels are zeros.
+// Writes where the table of each byte begins, in bytes, [pixel / 4][depth][pixel % 4][byte]; spare pixels are zeros.
 void arrange_pixels(const uint64_t* plane, const int64_t* taps, size_t depth, const int64_t* pixels, int count,
                     std::byte* arranged) {
   for (int first = 0; first < count; first += kPixelsAtOnce)
@@ -110,7 +110,7 @@ void count(const std::byte* arranged, const uint64_t* masks, const int32_t*, siz
         const bool more = k > 0;
         const size_t end = depth - k > kSumWords ? k + kSumWords : depth;
         __m256i sums[kPixelsAtOnce][2] = {};
-        for (; k < end;) {
+        while (k < end) {
           const size_t words = end - k > kByteWords ? kByteWords : end - k;
           add_words(starts, masks + k * kBlockChannels, words, sums);
           starts += words * kPixelsAtOnce * kWordBytes;
