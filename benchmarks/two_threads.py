@@ -1,6 +1,6 @@
 """What a second thread gains in the engine.
 
-    python benchmarks/two_threads.py            # two minutes on an idle machine
+    python benchmarks/two_threads.py            # three minutes on an idle machine
 
 The networks of benchmarks/engine.py with their float rest and with an 8-bit one, on the CPU's best instruction set:
 calls of an engine with one thread and of one with two take turns. No other runtime is in the process: its threads would

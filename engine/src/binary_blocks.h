@@ -60,8 +60,7 @@ class BinaryBlocks {
       auto* counts = reinterpret_cast<BlockCounts*>(arranged + counts_offset());
       const int64_t count = item.count, first = item.place, panel = item.panel, end = item.end;
       int64_t offsets[kBlockPixels], places[kBlockPixels];
-      product_.locate(item.first, count, offsets, places);
-      for (int64_t p = 0; p < count; ++p) places[p] = place(places[p]);
+      product_.locate(item.first, count, offsets, places, place);
       const int size = static_cast<int>(count);
       kernels_.arrange_pixels(product_.planes_of(call, 0), product_.taps().data(), depth_, offsets, size, arranged);
       kernels_.count(arranged, weights_.masks(panel), weights_.ones(panel), depth_, size, static_cast<int>(end - panel),

@@ -150,8 +150,7 @@ class Product {
       const int64_t end_channel = groups_ > 1 ? channels_ : std::min(item.end * kTileChannels, channels_);
       begin(first, count, channel, end_channel);
       int64_t offsets[kBlockTiles * kTilePixels], places[kBlockTiles * kTilePixels];
-      locate(item.first, count, offsets, places);
-      for (int64_t p = 0; p < count; ++p) places[p] = place(places[p]);
+      locate(item.first, count, offsets, places, place);
       for (int64_t group = 0; group < groups_; ++group) {
         const T* plane = static_cast<const T*>(call.scratch) + group * (set_planes_ / groups_) * plane_size();
         for (int64_t p = 0; p < count; p += kTilePixels)
@@ -172,9 +171,12 @@ class Product {
     return static_cast<T*>(call.scratch) + image * (planes_bytes() / sizeof(T)) + set * set_planes_ * plane_size();
   }
 
-  void locate(int64_t first, int64_t count, int64_t* offsets, int64_t* positions) const {
+  // For place see run.
+  template <class Place>
+  void locate(int64_t first, int64_t count, int64_t* offsets, int64_t* places, const Place& place) const {
     lowbit::locate(window_, window_.stride[0] * padded_width_, 1, planes_bytes() / sizeof(T), first, count, offsets,
-                   positions);
+                   places);
+    for (int64_t p = 0; p < count; ++p) places[p] = place(places[p]);
   }
 
   // What up to 8 pixels see, as a tile has it. Runs of neighbours are copied whole, with what lies behind them: the

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <bit>
+#include <functional>
 #include <optional>
 
 #include "binary_blocks.h"
@@ -82,14 +83,14 @@ class PlaneBlocks {
       const int64_t channel = panel * kTileChannels, end_channel = std::min(end * kTileChannels, channels_);
       begin(first, count, channel, end_channel);
       int64_t offsets[kBlockPixels], positions[kBlockPixels];
-      product_.locate(item.first, count, offsets, positions);
+      product_.locate(item.first, count, offsets, positions, std::identity());
       for (int64_t number = panel; number < item.end; ++number)
         for (int64_t p = 0; p < count; ++p)
           std::memcpy(sums[number - panel][p], starts_.data() + number * kTileChannels, sizeof(sums[0][0]));
       if (blocks_ && count >= kTilePixels)
         subtract_blocks(call, item, offsets, sums);
       else
-        subtract_tiles(call, item, offsets, sums);
+        subtract_tiles(call, item, end, offsets, sums);
       emit(SumBlock{sums, first, count, positions, 0, panel, end - panel});
       call.done({first, count, channel, end_channel});
     });
@@ -125,8 +126,8 @@ class PlaneBlocks {
     }
   }
 
-  // Takes what differs from the sums, by tiles.
-  void subtract_tiles(const Call& call, const Item& item, const int64_t* offsets, BlockSums* sums) const {
+  // Takes what differs from the sums, by tiles; of a pair of panels, the second may be spare, from `end` on.
+  void subtract_tiles(const Call& call, const Item& item, int64_t end, const int64_t* offsets, BlockSums* sums) const {
     const size_t depth = product_.taps().size(), size_of_tile = depth * kTilePixels;
     auto* gathered = reinterpret_cast<uint64_t*>(item.memory);  // [tile][bit]
     const auto for_tiles = [&](const auto& work) {
@@ -138,7 +139,7 @@ class PlaneBlocks {
     for_tiles([&](int64_t p, int size, int64_t i, uint64_t* tile) {
       product_.gather(product_.planes_of(call, 0, i), offsets + p, size, tile);
     });
-    for (int64_t number = item.panel; number < item.end; ++number)
+    for (int64_t number = item.panel; number < end; ++number)
       for_tiles([&](int64_t p, int size, int64_t i, const uint64_t* tile) {
         for (int64_t j = 0; j < width_; ++j)
           kernels_.binary_subtract({tile, product_.panel(0, j * panels_ + number), depth, size},

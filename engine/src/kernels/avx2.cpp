@@ -96,6 +96,17 @@ __m256 scaled(__m256 sums, const FloatOutput& out, int first) {
   return _mm256_add_ps(_mm256_mul_ps(sums, _mm256_loadu_ps(out.scale + first)), _mm256_loadu_ps(out.bias + first));
 }
 
+// The same of pixel p whose sums are bases - 2 * counts.
+void store_dots(__m256i counts, const int32_t* bases, const FloatOutput& out, int p, int first) {
+  const __m256i dots = _mm256_sub_epi32(load(bases + first), _mm256_add_epi32(counts, counts));
+  _mm256_storeu_ps(out.output + p * out.stride + first, scaled(_mm256_cvtepi32_ps(dots), out, first));
+}
+
+// A bit for each of eight counts that is at most its limit.
+unsigned within(__m256i counts, const int32_t* limits) {
+  return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(counts, load(limits)))) ^ 0xff;
+}
+
 template <int P>
 void subtract_counts(const BinaryTile& tile, int shift, int32_t (*sums)[kTileChannels]) {
   const Counts<P> counts(tile);
@@ -111,12 +122,10 @@ template <int P>
 void store_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
   const Counts<P> sums(tile);
   for (int p = 0; p < P; ++p) {
-    unsigned above = 0;
-    for (int first = 0; first < kTileChannels; first += 8) {
-      const __m256i greater = _mm256_cmpgt_epi32(sums.eight(p, first), load(limits[p] + first));
-      above |= static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(greater))) << first;
-    }
-    bits[p] = static_cast<uint16_t>(~above ^ falling);
+    unsigned word = falling;
+    for (int first = 0; first < kTileChannels; first += 8)
+      word ^= within(sums.eight(p, first), limits[p] + first) << first;
+    bits[p] = static_cast<uint16_t>(word);
   }
 }
 
@@ -124,11 +133,7 @@ template <int P>
 void store_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
   const Counts<P> sums(tile);
   for (int p = 0; p < P; ++p)
-    for (int first = 0; first < kTileChannels; first += 8) {
-      const __m256i counts = sums.eight(p, first);
-      const __m256i dots = _mm256_sub_epi32(load(bases[p] + first), _mm256_add_epi32(counts, counts));
-      _mm256_storeu_ps(out.output + p * out.stride + first, scaled(_mm256_cvtepi32_ps(dots), out, first));
-    }
+    for (int first = 0; first < kTileChannels; first += 8) store_dots(sums.eight(p, first), bases[p], out, p, first);
 }
 
 void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileChannels]) {

@@ -125,27 +125,20 @@ void count(const std::byte* arranged, const uint64_t* masks, const int32_t*, siz
 void count_bits(const int32_t (*counts)[kTileChannels], int panels, const int32_t* limits, const uint64_t* falling,
                 uint64_t* words) {
   for (int panel = 0; panel < panels; panel += 4) {
-    uint64_t above = 0;
+    uint64_t word = falling[panel / 4];
     for (int i = 0; i < 8 && panel + i / 2 < panels; ++i) {
       const int number = panel + i / 2, half = i % 2 * 8;
-      const __m256i row = load(counts[number * kBlockPixels] + half);
-      const __m256i greater = _mm256_cmpgt_epi32(row, load(limits + number * kTileChannels + half));
-      above |= static_cast<uint64_t>(_mm256_movemask_ps(_mm256_castsi256_ps(greater))) << 8 * i;
+      const unsigned eight = within(load(counts[number * kBlockPixels] + half), limits + number * kTileChannels + half);
+      word ^= uint64_t{eight} << 8 * i;
     }
-    const int left = panels - panel;
-    const uint64_t there = left >= 4 ? ~uint64_t{0} : (uint64_t{1} << left * kTileChannels) - 1;
-    words[panel / 4] = (~above & there) ^ falling[panel / 4];
+    words[panel / 4] = word;
   }
 }
 
 void count_floats(const int32_t (*counts)[kTileChannels], int count, const int32_t* const* bases,
                   const FloatOutput& out) {
   for (int p = 0; p < count; ++p)
-    for (int first = 0; first < kTileChannels; first += 8) {
-      const __m256i row = load(counts[p] + first);
-      const __m256i dots = _mm256_sub_epi32(load(bases[p] + first), _mm256_add_epi32(row, row));
-      _mm256_storeu_ps(out.output + p * out.stride + first, scaled(_mm256_cvtepi32_ps(dots), out, first));
-    }
+    for (int first = 0; first < kTileChannels; first += 8) store_dots(load(counts[p] + first), bases[p], out, p, first);
 }
 
 constexpr BlockKernels kBlocks{arrange_weights, pixel_bytes, arrange_pixels, count, count_bits, count_floats};
