@@ -2,8 +2,7 @@
 
     python studies/nin_2018.py
 
-The 2018 points are in results/nin_2018.csv; ours are the run folders in results/cifar10* whose model is
-``nin``.
+The 2018 points are in results/nin_2018.csv; ours are the run folders in results/cifar10* with the model ``nin``.
 """
 
 from __future__ import annotations
