@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
@@ -15,6 +16,8 @@ from lowbit.layers.quantized import is_quantizable, is_subclass
 from lowbit.methods import Method
 
 FLOAT = 32
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ def quantize_(
     first name. The method says whether the first layer, the last one and those of shortcuts (`lowbit.layers.Shortcut`)
     stay float. A first layer that does not reads its input through the method's quantizer for inputs, or as it is where
     the method has none; one whose full name an override gives is a layer like any other.
+
+    A dropout that stands in an `nn.Sequential` right in front of a layer whose activations are quantized moves into the
+    layer, behind the quantizer, and an identity takes its place. In front of it the dropped zeros would be quantized,
+    and the sign of 0 is +1: a network in ``eval()`` would not be the one that was trained.
 
     Layers that are quantized already stay as they are, though they count as first and last ones. So a second call
     quantizes what the first has left in float: ``quantize_(model, "affine")`` and then `lowbit.calibrate` give a
@@ -112,12 +119,23 @@ def quantize_(
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, twin)
         project_(twin)
+    _move_dropouts_behind_quantizers(model)
     reports += [
         LayerReport(name, type(module).__name__, FLOAT, FLOAT, "a subclass of torch's layer, left as it is")
         for name, module in model.named_modules()
         if is_subclass(module)
     ]
     return reports
+
+
+def _move_dropouts_behind_quantizers(model: nn.Module) -> None:
+    for parent in model.modules():
+        if not isinstance(parent, nn.Sequential):
+            continue
+        for (name, dropout), (_, layer) in pairwise(list(parent.named_children())):
+            if isinstance(dropout, DROPOUTS) and isinstance(layer, QuantizedLayer) and layer.activation_quantizer:
+                layer.dropout = dropout
+                parent.register_module(name, nn.Identity())
 
 
 def _choose(

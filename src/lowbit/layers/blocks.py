@@ -1,9 +1,10 @@
 """The orders in which papers put convolution, batch norm, activation and pooling.
 
 A block is made of a convolution, the pooling that follows it, and the dropout in front. The quantizer of a low-bit
-layer is the activation of its block: it sits inside the layer, in front of the convolution. ``role`` says whether the
-layer is the network's first (it reads the image), its last (it gives the classes) or in the middle. A dense layer is a
-convolution whose kernel is the whole map, so there is one kind of block.
+layer is the activation of its block: it sits inside the layer, in front of the convolution, and the dropout moves
+behind it (`lowbit.quantize_`). ``role`` says whether the layer is the network's first (it reads the image), its last
+(it gives the classes) or in the middle. A dense layer is a convolution whose kernel is the whole map, so there is one
+kind of block.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def conv_bn_act(
 def conv_act(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
-    """Dropout, (quantizer,) convolution with a bias, ReLU, pooling: `conv_bn_act` once its batch norms are folded.
+    """(Quantizer,) dropout, convolution with a bias, ReLU, pooling: `conv_bn_act` once its batch norms are folded.
 
     The last layer stands alone behind its dropout.
     """
@@ -50,7 +51,7 @@ def conv_act(
 def conv_pool_bn(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
-    """Dropout, (quantizer,) convolution, pooling, batch norm: what the next quantizer reads is normalised.
+    """(Quantizer,) dropout, convolution, pooling, batch norm: what the next quantizer reads is normalised.
 
     The last layer too is followed by a batch norm. Order of BNN.
     """
@@ -71,7 +72,7 @@ def conv_pool_bn_act(
 def conv_pool_bn_hardtanh(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
-    """Dropout, (quantizer,) convolution, pooling, batch norm, Hardtanh. Order of IR-Net and ReCU.
+    """(Quantizer,) dropout, convolution, pooling, batch norm, Hardtanh. Order of IR-Net and ReCU.
 
     The sign that follows is that of the batch norm; Hardtanh stops the gradient outside [-1, 1], and is what shortcuts
     and the last layer, which stands alone behind its dropout, read.
@@ -85,7 +86,7 @@ def conv_pool_bn_hardtanh(
 def conv_pool_act(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
-    """Dropout, (quantizer,) convolution, pooling, ReLU; neither batch norm nor bias. Order of WAGE.
+    """(Quantizer,) dropout, convolution, pooling, ReLU; neither batch norm nor bias. Order of WAGE.
 
     The convolution's bias is taken away. The last layer stands alone behind its dropout.
     """
@@ -98,7 +99,7 @@ def conv_pool_act(
 def conv_pool_bn_float_last(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
-    """Dropout, (quantizer,) convolution, pooling, batch norm. Order of DoReFa-Net and HWGQ.
+    """(Quantizer,) dropout, convolution, pooling, batch norm. Order of DoReFa-Net and HWGQ.
 
     The last layer, which is float, has no batch norm behind it; in place of a quantizer a ReLU stands in front.
     """
@@ -110,7 +111,7 @@ def conv_pool_bn_float_last(
 def conv_bn(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
-    """Dropout, (quantizer,) convolution, pooling, batch norm. Order of Bi-Real Net.
+    """(Quantizer,) dropout, convolution, pooling, batch norm. Order of Bi-Real Net.
 
     The last layer, which is float, stands alone behind its dropout.
     """
@@ -122,7 +123,7 @@ def conv_bn(
 def shift_conv_bn_prelu(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
-    """Learned shift, dropout, (quantizer,) convolution, pooling, batch norm, PReLU: ReActNet with slopes alone.
+    """Learned shift, (quantizer,) dropout, convolution, pooling, batch norm, PReLU: ReActNet with slopes alone.
 
     The first layer, which is float, has no shift; the last one, float too, stands alone behind its dropout.
     """
@@ -132,7 +133,7 @@ def shift_conv_bn_prelu(
 def shift_conv_bn_rprelu(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
-    """Learned shift, dropout, (quantizer,) convolution, pooling, batch norm, RPReLU. Order of ReActNet.
+    """Learned shift, (quantizer,) dropout, convolution, pooling, batch norm, RPReLU. Order of ReActNet.
 
     First and last layer as in `shift_conv_bn_prelu`.
     """
@@ -142,7 +143,7 @@ def shift_conv_bn_rprelu(
 def bn_act_conv(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
-    """Batch norm, dropout, (quantizer,) convolution, pooling. Order of XNOR-Net.
+    """Batch norm, (quantizer,) dropout, convolution, pooling. Order of XNOR-Net.
 
     The first layer, which is float, is followed by batch norm and ReLU; the last one, float too, is preceded by them.
     """
@@ -156,7 +157,7 @@ def bn_act_conv(
 def bn_act_conv_relu(
     conv: nn.Conv2d, *, pool: nn.Module | None = None, dropout: float = 0.0, role: Role = "middle"
 ) -> nn.Sequential:
-    """Batch norm, dropout, (quantizer,) convolution, ReLU, pooling. Order of the NIN of 2018.
+    """Batch norm, (quantizer,) dropout, convolution, ReLU, pooling. Order of the NIN of 2018.
 
     First and last layer as in `bn_act_conv`.
     """

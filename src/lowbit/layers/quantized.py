@@ -21,7 +21,8 @@ class QuantizedLayer(nn.Module):
     """A convolution or linear layer of torch that quantizes what it reads.
 
     In ``train()``: ``layer(Qa(x), Qw(W)) + bias``, differentiable; the gradient of the result is quantized before it is
-    passed back, when the method says so.
+    passed back, when the method says so. Where the layer has a dropout, it stands between ``Qa`` and the convolution:
+    what it drops is 0, which no sign gives.
     In ``eval()``, when both sides are quantized: the exact integer sums ``acc`` of ``multiplier * code + offset`` over
     the taps inside the image, then ``float32(acc) * (scale_x * scale_w) + bias``, each step one float32 rounding. Sums
     that could pass 2^24 are taken in float64, which holds them exactly. This is the reference of the integer contract:
@@ -39,6 +40,7 @@ class QuantizedLayer(nn.Module):
     Attributes:
         weight_quantizer, activation_quantizer: None leaves that side in float.
         gradient_quantizer: applied to the result in ``train()``: the identity, with a gradient of its own.
+        dropout: applied in ``train()`` to what the activation quantizer gives, or None.
         projection: applied to the latent ``weight`` after each step (see `attach_rules`).
         update: moves the latent ``weight`` in place of the optimizer, given weight, gradient and learning rate.
         k_map: whether the result is scaled by the size of what was read, as XNOR-Net's K does.
@@ -49,6 +51,7 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: Quantizer | None
     activation_quantizer: Quantizer | None
     gradient_quantizer: Callable[[Tensor], Tensor] | None
+    dropout: nn.Module | None
     projection: Callable[[Tensor], None] | None
     update: UpdateRule | None
     k_map: bool
@@ -59,6 +62,7 @@ class QuantizedLayer(nn.Module):
         self.weight_quantizer = None
         self.activation_quantizer = None
         self.gradient_quantizer = None
+        self.dropout = None
         self.projection = None
         self.update = None
         self.k_map = False
@@ -71,6 +75,8 @@ class QuantizedLayer(nn.Module):
         if not self.training and self.weight_quantizer is not None and self.activation_quantizer is not None:
             return self._coded_forward(x, self.activation_quantizer, self.weight_quantizer)
         values, weight = self._fake(self.activation_quantizer, x), self._fake(self.weight_quantizer, self.weight)
+        if self.dropout is not None:
+            values = self.dropout(values)
         if self.k_map and not self._bypassed(self.activation_quantizer):
             result = self._biased(self.transform(values, weight, None) * self.magnitudes(x))
         else:
@@ -194,6 +200,7 @@ def quantized_twin(
     twin.activation_quantizer = activation_quantizer
     twin.projection = projection
     twin.gradient_quantizer = gradient_quantizer
+    twin.dropout = None
     twin.update = update
     twin.k_map = k_map
     return twin.train(layer.training)

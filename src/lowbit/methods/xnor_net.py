@@ -34,8 +34,8 @@ def xnor_net(
     After each step (the projection of the authors' follow-up code): centre $W$ over its input channels, then clip it to
     [-1, 1]. A filter with a single input channel (a depthwise convolution) is not centred: nothing would be left of it.
     Block order: batch norm, sign, convolution (, ReLU), pooling. First and last layers stay in float. Dropout comes
-    before sign. $K$ is left out unless asked for, as in the authors' code: the paper found that it adds less than 1 %
-    of top-1 accuracy with AlexNet on ImageNet.
+    behind the sign, as in the code of 2018: what it drops adds nothing. $K$ is left out unless asked for, as in the
+    authors' code: the paper found that it adds less than 1 % of top-1 accuracy with AlexNet on ImageNet.
 
     Args:
         gradient: ``exact`` differentiates through alpha; ``paper`` is the paper's shorter form.

@@ -33,8 +33,7 @@ def nin(
 ) -> nn.Module:
     """NIN: three groups of a spatial and two 1x1 convolutions, global average pooling. ``dropout`` follows the pools.
 
-    ``width`` multiplies all widths. Set ``dropout`` to 0 where a sign follows it: the sign of the zeros that it puts
-    in, in ``train()`` alone, is +1, so that a binary network in ``eval()`` is not the one that was trained.
+    ``width`` multiplies all widths.
 
     Source: Lin, Chen and Yan 2013, "Network In Network", arXiv 1312.4400.
     """
