@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from torch import nn
 
@@ -51,9 +51,11 @@ def quantize_(
     stay float. A first layer that does not reads its input through the method's quantizer for inputs, or as it is where
     the method has none; one whose full name an override gives is a layer like any other.
 
-    A dropout that stands in an `nn.Sequential` right in front of a layer whose activations are quantized moves into the
-    layer, behind the quantizer, and an identity takes its place. In front of it the dropped zeros would be quantized,
-    and the sign of 0 is +1: a network in ``eval()`` would not be the one that was trained.
+    A dropout that stands in an `nn.Sequential` right in front of a layer whose activations are quantized (a flattening
+    may stand between) moves into the layer, behind the quantizer, and an identity takes its place. In front of it the
+    dropped zeros would be quantized, and the sign of 0 is +1: a network in ``eval()`` would not be the one that was
+    trained. Anywhere else, as in a ``forward`` of your own, it stays: take it out there and set the layer's
+    ``dropout``. So it does in front of a layer that stands in several places.
 
     Layers that are quantized already stay as they are, though they count as first and last ones. So a second call
     quantizes what the first has left in float: ``quantize_(model, "affine")`` and then `lowbit.calibrate` give a
@@ -129,12 +131,19 @@ def quantize_(
 
 
 def _move_dropouts_behind_quantizers(model: nn.Module) -> None:
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for parent in model.modules():
         if not isinstance(parent, nn.Sequential):
             continue
-        for (name, dropout), (_, layer) in pairwise(list(parent.named_children())):
-            if isinstance(dropout, DROPOUTS) and isinstance(layer, QuantizedLayer) and layer.activation_quantizer:
-                layer.dropout = dropout
+        # Not named_children(), which leaves out what has been there before.
+        parts = list(parent._modules.items())
+        for index, (name, dropout) in enumerate(parts):
+            if not isinstance(dropout, DROPOUTS):
+                continue
+            passes = (nn.Identity, nn.Flatten) if isinstance(dropout, nn.Dropout) else nn.Identity
+            layer = next((part for _, part in parts[index + 1 :] if not isinstance(part, passes)), None)
+            if isinstance(layer, QuantizedLayer) and layer.activation_quantizer is not None and places[layer] == 1:
+                layer.dropout = type(dropout)(dropout.p).train(dropout.training)
                 parent.register_module(name, nn.Identity())
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit import models
+from lowbit import methods, models
 from lowbit.layers import QuantConv2d, QuantLinear, quantized_layers
 
 P = 0.4
@@ -88,3 +88,66 @@ def test_a_dropout_behind_the_layer_or_apart_from_it_stays():
     lowbit.quantize_(model, "xnor_net", overrides={"4": "xnor_net"})
     assert isinstance(model[2], nn.Dropout2d)
     assert all(layer.dropout is None for layer in model if isinstance(layer, QuantConv2d))
+
+
+@pytest.mark.parametrize("between", [[nn.Flatten()], [nn.Identity()], [nn.Identity(), nn.Flatten()]])
+def test_what_changes_no_number_may_stand_between(between):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(P), *between, nn.Linear(4, 3), nn.Linear(3, 2))
+    lowbit.quantize_(model, "xnor_net")
+    assert model[-2].dropout.p == P
+    assert isinstance(model[1], nn.Identity)
+
+
+def test_channels_are_not_dropped_behind_a_flattening():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout2d(P), nn.Flatten(), nn.Linear(16, 3), nn.Linear(3, 2))
+    lowbit.quantize_(model, "xnor_net")
+    assert isinstance(model[1], nn.Dropout2d)
+    assert model[3].dropout is None
+
+
+@pytest.mark.filterwarnings("ignore:an activation quantizer has seen no data")
+@pytest.mark.parametrize("method", sorted(methods.registry))
+def test_a_dropout_in_place_can_be_trained_with_every_method(method):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(P, inplace=True), nn.Linear(4, 3), nn.Linear(3, 2))
+    lowbit.quantize_(model, method)
+    model(torch.randn(5, 4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model[2].parameters())
+
+
+def test_one_dropout_in_two_places_moves_from_both():
+    drop = nn.Dropout(P)
+    model = nn.Sequential(nn.Linear(4, 4), drop, nn.Linear(4, 4), drop, nn.Linear(4, 4), nn.Linear(4, 2))
+    lowbit.quantize_(model, "xnor_net")
+    assert [model[2].dropout.p, model[4].dropout.p] == [P, P]
+    assert [type(model[i]) for i in (1, 3)] == [nn.Identity] * 2
+
+
+def test_neighbours_are_those_of_the_place():
+    pool = nn.MaxPool2d(1)
+    parts = (nn.Conv2d(3, 4, 1), pool, nn.Dropout(P), pool, nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+    model = nn.Sequential(*parts)
+    lowbit.quantize_(model, "xnor_net")
+    assert isinstance(model[2], nn.Dropout)
+    assert model[4].dropout is None
+
+
+def test_a_layer_in_two_places_keeps_what_stands_in_front():
+    twice = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(P), twice, nn.ReLU(), twice, nn.Linear(4, 2))
+    lowbit.quantize_(model, "xnor_net")
+    assert isinstance(model[1], nn.Dropout)
+    assert model[2] is model[4]
+    assert model[2].dropout is None
+
+
+def test_calibration_sees_no_dropout():
+    def ranges(p: float) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = models.create("nin", method="affine", width=0.1, dropout=p)
+        torch.manual_seed(1)
+        lowbit.calibrate(model, torch.rand(2, 4, 3, 32, 32))
+        return [value for name, value in model.named_buffers() if "activation_quantizer" in name]
+
+    with_dropout, without = ranges(0.5), ranges(0.0)
+    assert len(without) > 9
+    assert all(map(torch.equal, with_dropout, without))

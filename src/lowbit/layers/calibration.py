@@ -40,6 +40,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) ->
     model.eval()
     for layer in layers:
         layer.train()
+        if layer.dropout is not None:
+            layer.dropout.eval()
     for quantizer in quantizers:
         quantizer.enabled = False
     for observer in observers.values():
