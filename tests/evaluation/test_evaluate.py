@@ -76,6 +76,16 @@ def test_batch_size_changes_no_prediction(model, data, batch_size):
     assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
+def test_weights_whose_codes_name_levels_cost_what_their_packed_file_has():
+    model = create("lenet", method="adabin", width=0.2).eval()
+    found = profile(model, torch.zeros(1, 3, 32, 32))
+    packed = export(model, torch.zeros(1, 3, 32, 32)).packed
+    weights = sum(packed.tensors[name].nbytes for name in packed.tensors if name.endswith("weight"))
+    of_layers = sum(4 * layer.weight.numel() for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear)))
+    assert weights == of_layers
+    assert found["weight_bytes"] == found["float32_bytes"]
+
+
 def test_progress_counts_images(model, data):
     seen = []
     evaluate_model(model, data, batch_size=20, progress=lambda done, total: seen.append((done, total)))

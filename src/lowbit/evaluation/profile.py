@@ -128,11 +128,14 @@ def _bits(module: nn.Module, quantizer: str) -> int:
 
 
 def _saved_bytes(module: nn.Module) -> int:
-    """Bytes that storing the weight as codes and scales saves over float32."""
+    """Bytes that storing the weight as codes and scales saves over float32; none where a code names a level."""
     quantizer = getattr(module, "weight_quantizer", None)
     if quantizer is None:
         return 0
     weight = module.get_parameter("weight")
     _codes, grid = quantizer.encode(weight)
+    if grid.levels is not None:
+        # The packed file, too, holds the values of such a weight, as float32.
+        return 0
     packed = math.ceil(weight.numel() * int(quantizer.bits) / 8)
     return 4 * weight.numel() - packed - 4 * int(grid.scale.numel())

@@ -11,7 +11,9 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lowbit import methods
 from lowbit.errors import LowbitError, UsageError
+from lowbit.methods import Method
 from lowbit.runs import Run
 
 
@@ -26,6 +28,8 @@ class InitReport:
         missing: in the model only; left as the model was made.
         unused: in the file only.
         norms: norms that would fit by name, but stand in another place of their block; left as the model was made.
+        quantizers: what quantizers have learnt, from a run of another method or of other bits; left as the model was
+            made.
     """
 
     source: str
@@ -34,13 +38,15 @@ class InitReport:
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     norms: tuple[str, ...]
+    quantizers: tuple[str, ...]
 
     def __str__(self) -> str:
-        total = len(self.loaded) + len(self.reshaped) + len(self.missing) + len(self.norms)
+        total = sum(map(len, (self.loaded, self.reshaped, self.missing, self.norms, self.quantizers)))
         parts = [f"{len(self.loaded)} of {total} tensors taken from {self.source}"]
         for names, what in (
             (self.reshaped, "left out for their shape"),
             (self.norms, "left out because the two networks put their norms in different places"),
+            (self.quantizers, "left out because that run has another method or other bits"),
             (self.missing, "not in the file"),
             (self.unused, "in the file but not in the model"),
         ):
@@ -54,7 +60,9 @@ def init_from(model: nn.Module, source: str | Path) -> InitReport:
     """Copy into ``model`` what fits by name and shape.
 
     Batch norms are taken all or none: when one of them has another shape or name, the two networks put their norms in
-    different places of the block (before the convolution or after it), and equal names mean different things.
+    different places of the block (before the convolution or after it), and equal names mean different things. The last
+    one alone may have another shape, that of other classes. What quantizers have learnt (steps, levels) is taken from
+    runs of the same method and bits only.
 
     Args:
         model: changed in place.
@@ -83,8 +91,11 @@ def init_from(model: nn.Module, source: str | Path) -> InitReport:
         if isinstance(module, _NormBase)
         for name in module.state_dict()
     }
-    norms_fit = in_norms <= set(fitting)
-    loaded = [name for name in fitting if norms_fit or name not in in_norms]
+    misfits = {name for name in in_norms if name not in fitting}
+    of_last = {name for name in in_norms if name.startswith(f"{last}.")} if (last := _last_norm(model)) else set()
+    norms_fit = misfits <= of_last and misfits <= set(found)
+    in_quantizers = {name for name in fitting if "_quantizer." in name} if _other_bits(model, path) else set()
+    loaded = [name for name in fitting if (norms_fit or name not in in_norms) and name not in in_quantizers]
     if not loaded:
         raise LowbitError(f"--init-from {source}: none of its {len(found)} tensors fits the model by name and shape")
     with torch.no_grad():
@@ -96,5 +107,24 @@ def init_from(model: nn.Module, source: str | Path) -> InitReport:
         reshaped=tuple(name for name in own if name in found and name not in fitting),
         missing=tuple(name for name in own if name not in found),
         unused=tuple(sorted(set(found) - set(own))),
-        norms=tuple(name for name in fitting if name not in loaded),
+        norms=tuple(name for name in fitting if name not in loaded and name not in in_quantizers),
+        quantizers=tuple(name for name in fitting if name in in_quantizers),
     )
+
+
+def _last_norm(model: nn.Module) -> str | None:
+    return next((name for name, module in reversed(list(model.named_modules())) if isinstance(module, _NormBase)), None)
+
+
+def _other_bits(model: nn.Module, weights: Path) -> bool:
+    """Whether ``weights`` are those of a run whose method is not the model's, or has other bits than it."""
+    run = Run(weights.parent)
+    mine: Method | None = getattr(model, "method", None)
+    if mine is None or not run.config_path.is_file():
+        return False
+    try:
+        said = run.config["method"]
+        theirs = methods.registry[said["name"]](**said["options"])
+    except (LowbitError, KeyError, TypeError):
+        return True
+    return (theirs.name, theirs.bits_w, theirs.bits_a) != (mine.name, mine.bits_w, mine.bits_a)
