@@ -112,8 +112,35 @@ def test_a_run_becomes_a_network_with_a_name(road: Path, tmp_path: Path, monkeyp
     assert "--set model.width=0.25" in train
     assert packaged == 'python studies/package.py runs/NAME tiny-1bit --note "a note"'
     assert str(road) not in json.dumps(card)
+    assert card["distill_from"] is None
     with pytest.raises(LowbitError, match="'Tiny' is no name"):
         package(road / "xnor_net", "Tiny", out=tmp_path)
+
+
+def test_the_command_on_a_card_names_teacher_and_size_of_images(road: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "studies"))
+    from package import train_command
+
+    config = json.loads((road / "xnor_net" / "config.json").read_text())
+    config["distill_from"] = {"run": "somewhere/teacher", "weights": "0"}
+    config["data"] |= {"spec": "folder:/home/me/pictures", "image_size": 48}
+    command = train_command(config)
+    assert " --distill-from runs/teacher " in command
+    assert " --data folder:PATH " in command
+    assert " --image-size 48 " in command
+
+
+def test_evaluation_on_a_folder_resizes_its_images(road: Path, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for digit in range(10):
+            folder = tmp_path / part / str(digit)
+            folder.mkdir(parents=True)
+            Image.new("L", (40, 40), 20 * digit).save(folder / "0.png")
+    folder = f"folder:{tmp_path}"
+    refused = lowbit("evaluate", road / "model.lowbit", "--data", folder, "-o", tmp_path / "a.json", status=1)
+    assert "40" in refused.stderr
+    given = ("--data", folder, "--image-size", "32", "-o", tmp_path / "b.json", "--json")
+    assert json.loads(called("evaluate", road / "model.lowbit", *given).stdout)["total"] == 10
 
 
 def test_compare_writes_the_page(road: Path) -> None:
@@ -189,6 +216,11 @@ MISTAKES = {
         ["train", "--method", "bnn", *TRAIN, "--set", "recipe.rate=1", "--out", "x"],
         2,
         "no field 'rate'",
+    ),
+    "a share of no teacher": (
+        ["train", "--method", "bnn", *TRAIN, "--set", "recipe.distill_weight=0.7", "--out", "x"],
+        2,
+        "recipe field 'distill_weight' is for a teacher; name one with --distill-from",
     ),
     "no run": (["evaluate", "nowhere"], 1, "no run folder"),
     "nothing to bench": (["bench"], 2, "bench needs a packed file"),

@@ -13,16 +13,18 @@ if TYPE_CHECKING:
     from lowbit.training import TrainConfig
 
 
-def load_data(source: Path, data: str | None, data_dir: Path | None) -> ImageData:
+def load_data(
+    source: Path, data: str | None = None, data_dir: Path | None = None, image_size: int | None = None
+) -> ImageData:
     """The data set named on the command line, else the one that ``source`` was trained on."""
     from lowbit import data as data_sets
 
     if data is not None:
-        return data_sets.load(data, data_dir)
+        return data_sets.load(data, data_dir, image_size)
     used = _data_of(source)
     if used is None:
         raise UsageError(f"{source} does not say what it was trained on; name a data set with --data")
-    return data_sets.load(used["spec"], data_dir or used.get("data_dir"), used.get("image_size"))
+    return data_sets.load(used["spec"], data_dir or used.get("data_dir"), image_size or used.get("image_size"))
 
 
 def _data_of(source: Path) -> dict[str, Any] | None:
@@ -93,6 +95,9 @@ def train_config(
         if name not in given:
             raise UsageError(f"--{name} is missing; `lowbit {listing}` lists the choices")
     of_method, of_model, of_recipe = parse_settings(given["method"], given["model"], settings)
+    for name in ("distill_weight", "temperature"):
+        if name in of_recipe and "distill_from" not in given:
+            raise UsageError(f"recipe field '{name}' is for a teacher; name one with --distill-from, or leave it out")
     return TrainConfig(
         out=out,
         resume=resume,

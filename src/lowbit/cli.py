@@ -33,8 +33,13 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder that `lowbit train
 PackedFile = Annotated[Path, typer.Argument(help="A packed file that `lowbit export` made.")]
 PackedOrName = Annotated[Path, typer.Argument(help="A packed file, or a name that `lowbit models --pretrained` lists.")]
 DataName = Annotated[str | None, typer.Option(help="A data set's name, or folder:PATH.")]
-DataDir = Annotated[Path | None, typer.Option(help="Where the data set lies or is downloaded to.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", min=1)]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Where the data set lies or is downloaded to. [default: ~/.cache/lowbit]")
+]
+ImageSize = Annotated[int | None, typer.Option(help="Resize the images of a folder to this side.", min=8)]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; the last bits depend on them. [default: torch's own number]", min=1)
+]
 
 
 @app.callback()
@@ -103,7 +108,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="See `lowbit models`.")] = None,
     data: DataName = None,
     data_dir: DataDir = None,
-    image_size: Annotated[int | None, typer.Option(help="Resize the images of a folder to this side.", min=8)] = None,
+    image_size: ImageSize = None,
     epochs: Annotated[int | None, typer.Option(help="Times that all train images are seen.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in a step.", min=2)] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
@@ -113,7 +118,10 @@ def train(
     recipe: Annotated[str | None, typer.Option(help="One of the method's recipes by name.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of the method; model.KEY=VALUE or recipe.KEY=VALUE for theirs."),
+        typer.Option(
+            "--set",
+            help="KEY=VALUE of the method; model.KEY=VALUE or recipe.KEY=VALUE for theirs. See docs/studies.md.",
+        ),
     ] = None,
     bits_w: Annotated[int | None, typer.Option(help="Of weights; short for --set bits_w=N.")] = None,
     bits_a: Annotated[int | None, typer.Option(help="Of activations; short for --set bits_a=N.")] = None,
@@ -122,9 +130,16 @@ def train(
     precision: Annotated[str | None, typer.Option(help="auto, bf16 or float32. [default: auto]")] = None,
     val_fraction: Annotated[float | None, typer.Option(help="Part of the train images that chooses the epoch.")] = None,
     init_from: Annotated[Path | None, typer.Option(help="Run or .safetensors to take fitting weights from.")] = None,
-    distill_from: Annotated[Path | None, typer.Option(help="Run on the same data to learn from, as a teacher.")] = None,
+    distill_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run on the same data whose logits replace the labels; with recipe.distill_weight=0.7 they count 0.7."
+        ),
+    ] = None,
     diagnose: Annotated[bool, typer.Option("--diagnose", help="Write diagnostics.json, for the report.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; alone, or with all options as before.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Train a model and leave a run folder."""
@@ -166,7 +181,9 @@ def train(
 def calibrate(
     run: Annotated[Path, typer.Argument(help="A finished run folder with layers in float.")],
     out: Annotated[Path, typer.Option(help="The run folder to make, such as runs/INT8.")],
-    method: Annotated[str, typer.Option(help="One whose activations have observers.")] = "affine",
+    method: Annotated[
+        str, typer.Option(help="affine, or a method of yours whose activations have observers.")
+    ] = "affine",
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the method.")] = None,
     bits_w: Annotated[int | None, typer.Option(help="Of weights; short for --set bits_w=N.")] = None,
     bits_a: Annotated[int | None, typer.Option(help="Of activations; short for --set bits_a=N.")] = None,
@@ -196,6 +213,7 @@ def evaluate(
     source: Annotated[Path, typer.Argument(help="A run folder, a .safetensors file in it, or a .lowbit file.")],
     data: DataName = None,
     data_dir: DataDir = None,
+    image_size: ImageSize = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time; changes no prediction.", min=1)] = 250,
     threads: Annotated[int, typer.Option(help="CPU threads of the engine.", min=1)] = 1,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Where evaluation.json goes.")] = None,
@@ -205,7 +223,7 @@ def evaluate(
     from lowbit.evaluation import evaluate as evaluate_source
     from lowbit.evaluation import render
 
-    images = load_data(source, data, data_dir)
+    images = load_data(source, data, data_dir, image_size)
     record = evaluate_source(source, images, batch_size=batch_size, threads=threads, output=output)
     if as_json:
         print_json(record)
@@ -256,6 +274,7 @@ def verify(
     run: RunFolder,
     packed: PackedFile,
     images: Annotated[int, typer.Option(help="Test images to check with.", min=1)] = 64,
+    data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Check the packed network against the trained one, layer by layer."""
@@ -264,7 +283,7 @@ def verify(
     from lowbit.exporter.verify import verify as verify_model
     from lowbit.models import load_run
 
-    data = load_data(run, None, None)
+    data = load_data(run, data_dir=data_dir)
     inputs = torch.from_numpy(data.preprocessing.normalise(data.test_images[:images]))
     report = verify_model(load_run(run), packed, inputs)
     if as_json:
@@ -423,7 +442,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if debug or (error.name or "").split(".")[0] not in TRAINING_PACKAGES:
             raise
-        print(f"lowbit: this command needs {error.name}; pip install 'lowbit[train]' brings it", file=sys.stderr)
+        print(
+            f"lowbit: this command needs {error.name}; pip install '.[train]' in lowbit's folder brings it",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

@@ -112,10 +112,11 @@ def test_folder(folder: Path) -> None:
 
 def test_folder_of_grey_images_stays_grey_until_one_has_colour(tmp_path: Path) -> None:
     for part in ("train", "test"):
-        write_image(tmp_path / part / "a" / "0.png", (28, 28))
+        for name in "ab":
+            write_image(tmp_path / part / name / "0.png", (28, 28))
     images = data.load(f"folder:{tmp_path}")
     assert images.preprocessing.mode == "L"
-    assert images.train_images.shape == (1, 32, 32, 1)
+    assert images.train_images.shape == (2, 32, 32, 1)
     write_image(tmp_path / "train" / "a" / "1.png", (28, 28, 3))
     mixed = data.load(f"folder:{tmp_path}")
     assert mixed.preprocessing.mode == "RGB"
@@ -154,6 +155,13 @@ def spoil_classes_differ(folder: Path) -> None:
     write_image(folder / "test" / "cat" / "0.png")
 
 
+def spoil_one_class(folder: Path) -> None:
+    for part in ("train", "test"):
+        for path in (folder / part / "bee").iterdir():
+            path.unlink()
+        (folder / part / "bee").rmdir()
+
+
 def spoil_deep(folder: Path) -> None:
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(folder / "train" / "ant" / "0.png")
 
@@ -166,6 +174,7 @@ def spoil_deep(folder: Path) -> None:
         (spoil_empty_class, r"class folder .*train/bee has no \.jpg or \.png image"),
         (spoil_missing_test, r"test is no folder; image data needs"),
         (spoil_classes_differ, r"class 'cat' is in .*test but not in .*train"),
+        (spoil_one_class, r"train has one class alone, 'ant'; a network needs two"),
         (spoil_deep, r"train/ant/0\.png has more than 8 bits a pixel"),
     ],
 )

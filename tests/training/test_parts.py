@@ -77,6 +77,14 @@ def test_recipes_out_of_range_are_refused_by_field(change: dict[str, object]) ->
         check_recipe(replace(Recipe(), **change))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("method", ["bnn", "wage"])
+def test_smoothed_labels_are_refused_by_losses_that_would_ignore_them(method: str) -> None:
+    config = TrainConfig("x", method=method, overrides={"label_smoothing": 0.1})
+    with pytest.raises(UsageError, match=f"label_smoothing is for cross entropy, and the loss of '{method}' is"):
+        choose_recipe(methods.registry[method](), config)
+    assert choose_recipe(methods.registry["xnor_net"](), replace(config, method="xnor_net"))[1].label_smoothing == 0.1
+
+
 def test_a_published_recipe_is_shown_and_taken_by_its_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,8 @@ def read_folder(path: Path, image_size: int | None = None) -> tuple[Part, Part, 
         raise UsageError(f"--image-size is {image_size}, but must be at least 1")
     listed = {part: _list_classes(path, part) for part in ("train", "test")}
     classes = tuple(listed["train"])
+    if len(classes) == 1:
+        raise LowbitError(f"{path / 'train'} has one class alone, '{classes[0]}'; a network needs two to tell apart")
     differing = set(classes) ^ set(listed["test"])
     if differing:
         name = min(differing)

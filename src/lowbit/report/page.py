@@ -149,6 +149,6 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise LowbitError("the report needs plotly; install it with `pip install 'lowbit[train]'`") from None
+        raise LowbitError("the report needs plotly; `pip install '.[train]'` in lowbit's folder brings it") from None
     script: str = get_plotlyjs()
     return script

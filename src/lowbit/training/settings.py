@@ -33,7 +33,8 @@ class TrainConfig:
         precision: ``auto`` (bf16 on a GPU or a CPU with AMX, else float32), ``bf16`` or ``float32``.
         val_fraction: part of the train images that selects the best epoch; 0 keeps the last epoch's weights.
         init_from: run folder or safetensors file to take fitting weights from.
-        distill_from: run folder of a teacher on the same data, whose logits are a target beside the labels.
+        distill_from: run folder of a teacher on the same data, whose logits are the target in place of the labels, or,
+            with a ``distill_weight`` below 1, beside them.
         resume: go on with the run in ``out``.
         threads: of torch on the CPU; None leaves torch's own number.
         progress: print the bar and a line per epoch to standard error.
@@ -102,7 +103,7 @@ def choose_recipe(method: Method, config: TrainConfig) -> tuple[str, Recipe]:
     """The recipe's name and the recipe with all overrides, checked.
 
     Raises:
-        UsageError: an unknown recipe or field, or a value out of range.
+        UsageError: an unknown recipe or field, a value out of range, or one that the method cannot heed.
     """
     if isinstance(config.recipe, Recipe):
         name, recipe = "custom", config.recipe
@@ -120,6 +121,11 @@ def choose_recipe(method: Method, config: TrainConfig) -> tuple[str, Recipe]:
     if config.epochs is not None:
         recipe = replace(recipe, epochs=config.epochs)
     check_recipe(recipe)
+    if recipe.label_smoothing and method.loss != "cross_entropy":
+        raise UsageError(
+            f"recipe field label_smoothing is for cross entropy, and the loss of '{method.name}' is {method.loss}; "
+            "leave it out"
+        )
     return name, recipe
 
 
