@@ -69,6 +69,7 @@ def package(folder: Path, name: str, note: str = "", out: Path = pretrained.FOLD
         },
         "recipe": config["recipe"],
         "init_from": config["init_from"] and Path(config["init_from"]).name,
+        "distill_from": teacher_of(config),
         **{key: config[key] for key in ("epochs", "seed", "precision", "threads", "versions", "hardware", "finished")},
         "best_test_epoch_which_chose_nothing": config["best_test"],
         "bytes": len(packed),
@@ -100,15 +101,26 @@ def train_command(config: dict[str, Any]) -> str:
         **{f"model.{key}": value for key, value in model["options"].items()},
         **{f"recipe.{key}": value for key, value in changed.items()},
     }
-    given = {"method": method["name"], "model": model["name"], "data": config["data"]["name"], "recipe": recipe["name"]}
+    used, teacher = config["data"], teacher_of(config)
+    spec = "folder:PATH" if used["spec"].startswith("folder:") else used["spec"]
+    given = {"method": method["name"], "model": model["name"], "data": spec, "recipe": recipe["name"]}
     given |= {key: config[key] for key in ("epochs", "seed", "precision", "threads")}
-    if config["data"]["val_fraction"]:
-        given["val-fraction"] = config["data"]["val_fraction"]
-    if config["init_from"]:
-        given["init-from"] = f"runs/{Path(config['init_from']).name}"
+    optional = {
+        "image-size": used["image_size"],
+        "val-fraction": used["val_fraction"],
+        "init-from": config["init_from"] and f"runs/{Path(config['init_from']).name}",
+        "distill-from": teacher and f"runs/{teacher}",
+    }
+    given |= {key: value for key, value in optional.items() if value}
     parts = [f"--{key} {value}" for key, value in given.items()]
     parts += [f"--set {key}={_as_text(value)}" for key, value in settings.items()]
     return " ".join(["lowbit train", *parts, "--out runs/NAME"])
+
+
+def teacher_of(config: dict[str, Any]) -> str | None:
+    """The name of the run whose logits the run learnt from."""
+    teacher = config.get("distill_from")
+    return Path(teacher["run"]).name if teacher else None
 
 
 def _as_json(value: Any) -> Any:
@@ -133,9 +145,12 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("name", help="of the network, such as cifar10-1bit")
     parser.add_argument("--note", default="", help="on the copy of the data that it was trained with")
+    parser.add_argument(
+        "--out", type=Path, default=pretrained.FOLDER, help="folder to write to; by default the package"
+    )
     arguments = parser.parse_args()
     try:
-        card = package(arguments.run, arguments.name, arguments.note)
+        card = package(arguments.run, arguments.name, arguments.note, arguments.out)
     except LowbitError as error:
         parser.exit(1, f"package.py: {error}\n")
     print(f"{card['name']}: {card['bytes']:,} bytes, {100 * card['accuracy']:.2f} % of {card['total']:,} test images")
