@@ -18,7 +18,7 @@ check: setup
 	$(BIN)/lint-imports
 
 # The engine beside its peers, XNOR-Net's headline, how cost grows, where time goes, what a second thread gains; some
-# twenty minutes, on an idle machine.
+# twenty minutes, on an idle machine. Remakes the published figures, on the machine that they are from: docs/engine.md.
 bench: setup
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/xnor_headline.py

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import lowbit
+from lowbit.preprocessing import Preprocessing
 
 README = Path(__file__).parent.parent / "README.md"
 CIFAR10 = README.parent / "results" / "cifar10"
@@ -31,6 +33,21 @@ def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with torch.inference_mode():
         expected = names["model"].eval()(torch.from_numpy(names["images"])).numpy()
     np.testing.assert_allclose(names["logits"], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_deployment_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```py\n(.*?)```", README.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    preprocessing = Preprocessing("L", (32, 32), 0, (0.5,), (0.5,))
+    model = lowbit.models.create("lenet", 3, "xnor_net", in_channels=1, width=0.2).eval()
+    lowbit.export(model, torch.zeros(1, 1, 32, 32), classes=list("abc"), preprocessing=preprocessing).save(
+        "model.lowbit"
+    )
+    Image.new("L", (32, 32), 77).save("photo.png")
+    names: dict[str, np.ndarray] = {}
+    exec(block, names)
+    assert names["probabilities"].shape == (1, 3)
+    assert names["probabilities"].sum() == pytest.approx(1)
 
 
 def test_the_commands_of_the_readme_exist() -> None:

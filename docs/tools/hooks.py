@@ -60,7 +60,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for plot in re.findall(r"\]\(\.\./(results/\S+\.svg)\)", engine):
         files.append(File.generated(config, plot, content=(ROOT / plot).read_bytes()))
     made["engine.md"] = engine.replace("](../results/", "](results/")
-    made["survey.md"] = survey.split((ROOT / "docs/survey.md").read_text(encoding="utf-8"), set(methods.registry))
+    made["survey.md"] = survey.linked((ROOT / "docs/survey.md").read_text(encoding="utf-8"), set(methods.registry))
     for path, text in made.items():
         present = files.get_file_from_path(path)
         if present is not None:

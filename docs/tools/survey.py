@@ -1,32 +1,22 @@
-"""Sort the rows of the survey by what is registered: a method that is not here is listed as not here."""
+"""Link the rows of the survey to the pages of their methods."""
 
 from __future__ import annotations
 
 import re
 
-_ROW = re.compile(r"^\| `(\w+)` \|(.*)$", re.MULTILINE)
-NOT_HERE = "<!-- not here -->"
+_ROW = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
 WITHOUT_ROW = "<!-- without a row -->"
 
 
-def split(markdown: str, registered: set[str]) -> str:
-    """Link the rows of registered methods to their pages and move the others to the list of what is not here yet."""
-    missing: list[str] = []
-    seen: set[str] = set()
+def linked(markdown: str, registered: set[str]) -> str:
+    """Link each row to its method's page, and name the methods that have none below the table.
 
-    def place(match: re.Match[str]) -> str:
-        name, cells = match.groups()
-        seen.add(name)
-        if name in registered:
-            return f"| [`{name}`](methods/{name}.md) |{cells}"
-        missing.append(match[0])
-        return ""
-
-    text = _ROW.sub(place, markdown)
-    text = re.sub(r"(\|\n)\n+(?=\|)", r"\1", text)
-    header = re.search(r"^\| method \|.*\n\|[-|]+\|$", markdown, re.MULTILINE)
-    assert header is not None
-    text = text.replace(NOT_HERE, "\n".join([header[0], *missing]) if missing else "")
-    rest = sorted(registered - seen)
-    listed = ", ".join(f"[`{name}`](methods/{name}.md)" for name in rest)
-    return text.replace(WITHOUT_ROW, f"Registered, with a page but not yet in this table: {listed}." if rest else "")
+    Raises:
+        ValueError: a row is of no registered method.
+    """
+    rows = set(_ROW.findall(markdown))
+    if unknown := sorted(rows - registered):
+        raise ValueError(f"docs/survey.md has rows for {', '.join(unknown)}, which lowbit.methods does not register")
+    text = _ROW.sub(lambda row: f"| [`{row[1]}`](methods/{row[1]}.md) |", markdown)
+    listed = ", ".join(f"[`{name}`](methods/{name}.md)" for name in sorted(registered - rows))
+    return text.replace(WITHOUT_ROW, f"Registered, with a page but not yet in this table: {listed}." if listed else "")

@@ -1,4 +1,4 @@
-"""Learn from a trained network beside the labels: its logits are a second target."""
+"""Learn from a trained network, in place of the labels or beside them: its logits are the target."""
 
 from __future__ import annotations
 

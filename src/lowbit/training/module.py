@@ -131,7 +131,7 @@ class TrainingModule(pl.LightningModule):
         sets: names of the evaluation sets, in the order of the validation loaders.
         seed: of the run; dropout of epoch e is drawn from (seed, e).
         checkpoint: to resume from, or None.
-        teacher: gives logits that are a target beside the labels, or None.
+        teacher: gives logits that are the target in place of the labels, or beside them, or None.
 
     Attributes:
         average: the averaged copy, if the recipe asks for one.
