@@ -3,8 +3,9 @@
     python benchmarks/cost_growth.py            # two minutes on an idle machine
 
 Every model is made as XNOR-Net at its usual input, with random weights, and exported. Timed are one image on one thread
-(float32 in, logits out), and reading the packed file until the engine is ready. A line of slope 1 is growth in
-proportion. Untrained networks: accuracy means nothing here.
+(float32 in, logits out), and reading the packed file until the engine is ready, in a process that has built it once
+and so knows which kernels are the faster ones: the first time takes longer. A line of slope 1 is growth in proportion.
+Untrained networks: accuracy means nothing here.
 
 Writes results.json, table.md and plot.svg, and its part of docs/engine.md.
 """

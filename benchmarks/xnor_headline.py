@@ -243,7 +243,8 @@ def text(record: dict[str, Any]) -> str:
         f"times as fast, and {ratios['int8']:.1f} times against int8. What the core itself allows, in registers, is "
         f"{peaks['binary'] / peaks['float']:.0f} times float32 and {peaks['binary'] / peaks['integer']:.1f} times int8 "
         f"({peaks['float']:,.0f}, {peaks['integer']:,.0f} and {peaks['binary']:,.0f} G products a second). The paper's "
-        "figure leaves memory out; these leave nothing out but the making of the first codes.",
+        "figure leaves memory out; these leave out the making of the first codes and, on our side, the call from "
+        "Python, some microseconds that the peers' times contain.",
         "",
         f"**32x.** The weights of this convolution take {stored['bits']:,} bytes as bits and {stored['float32']:,} as "
         f"float32: {stored['float32'] / stored['bits']:.1f} times as many. With its thresholds the layer takes "

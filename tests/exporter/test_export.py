@@ -9,6 +9,7 @@ from checks import checked, ops
 from nets import Plain, Residual, Shared, awkward_, chain, quantized
 from pairs import pairs
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import lowbit
 from lowbit import methods, models
@@ -222,6 +223,47 @@ class _Aliased(nn.Module):
         return self.act(x) + x
 
 
+class _AddInPlace(nn.Module):
+    """`o` is `x` itself, so that the last sum reads what `+=` has made of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        o = x
+        o += torch.relu(x)
+        return o + x
+
+
+class _InPlaceBehind(nn.Module):
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.between = between
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.between(x)) + self.between(x)
+
+
+class _AddWithFactor(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, 2, torch.relu(x))  # an overload that torch calls deprecated, and runs
+
+
+class _MeanByName(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mean(input=x, dim=(2, 3))
+
+
+def hooked() -> nn.Module:
+    model = chain(nn.ReLU())
+    model[0].register_forward_hook(lambda module, given, result: 2 * result)
+    return model
+
+
+def pruned() -> nn.Module:
+    model = chain(nn.ReLU())
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
 class _AddVector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + x.mean((2, 3), keepdim=True)
@@ -254,6 +296,20 @@ REFUSED = {
     ),
     "unknown module": (chain(nn.GELU()), "'3' (GELU) cannot be lowered"),
     "in place on a shared tensor": (chain(_Aliased()), "'3.act' works in place on a tensor that is read elsewhere too"),
+    "added in place to what is read elsewhere": (
+        nn.Sequential(nn.Conv2d(3, 2, 1), _AddInPlace()),
+        "a tensor is changed in place, as by `+=`",
+    ),
+    "in place behind a dropout": (chain(_InPlaceBehind(nn.Dropout())), "'3.act' works in place on a tensor"),
+    "in place behind a view": (chain(_InPlaceBehind(nn.Flatten(3))), "'3.act' works in place on a tensor"),
+    "an addition with a factor": (chain(_AddWithFactor()), "the addition 'add', in '3' must be of two tensors"),
+    "a mean by names alone": (
+        nn.Sequential(nn.Conv2d(3, 2, 1), _MeanByName()),
+        "call of 'mean' (node 'mean', in '1') cannot be lowered",
+    ),
+    "a hook": (hooked(), "'0' has a hook, which the packed network would not have"),
+    "a pruned layer": (pruned(), "prune.remove"),
+    "a flattened map": (nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten()), "the model returns a flattened map"),
     "broadcast addition": (chain(_AddVector()), "the addition 'add', in '3' must be of two tensors of one shape"),
     "padding mode": (
         nn.Sequential(nn.Conv2d(3, 2, 3, padding=1, padding_mode="reflect")),

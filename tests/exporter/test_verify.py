@@ -45,6 +45,23 @@ def test_a_good_file_passes(packed: PackedModel, tmp_path) -> None:
     assert verify(MODEL, tmp_path / "m.lowbit", IMAGES).passed
 
 
+class WithoutNumbers(Interpreter):
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return super().__call__(x) * np.nan
+
+
+def test_logits_that_are_no_numbers_fail(packed: PackedModel) -> None:
+    report = verify(MODEL, packed, IMAGES, engine=WithoutNumbers(packed))
+    assert not report.passed
+    assert report.end_to_end_error == np.inf
+
+
+def test_the_report_says_how_many_images_were_compared_end_to_end(packed: PackedModel) -> None:
+    assert run(packed).end_to_end_images == 24
+    tensor(packed, "binary_conv2d", "thresholds")[0] = 0
+    assert run(packed).end_to_end_images < 24
+
+
 def test_a_flipped_weight_bit_fails_where_it_is_felt(packed: PackedModel) -> None:
     tensor(packed, "binary_conv2d", "weight_bits")[0, 0, 0, 0] ^= np.uint64(1)
     tensor(packed, "binary_conv2d", "thresholds")[0] = 0

@@ -95,8 +95,9 @@ def capture(model: nn.Module, example_input: Tensor) -> Graph:
         example_input: float32, (N, C, H, W) or (N, features), N at least 1.
 
     Raises:
-        UsageError: the model's control flow depends on values, or it does what cannot be lowered; the message names
-            the module or call.
+        UsageError: the model's control flow depends on values, a hook changes what a layer does, a tensor is changed in
+            place while something else reads it, or the model does what cannot be lowered; the message names the module
+            or call.
     """
     if example_input.dtype != torch.float32 or example_input.dim() not in (2, 4) or not example_input.numel():
         found = f"{str(example_input.dtype).removeprefix('torch.')} {tuple(example_input.shape)}"
@@ -104,11 +105,32 @@ def capture(model: nn.Module, example_input: Tensor) -> Graph:
     wide = next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
     if wide is not None:
         raise UsageError(f"parameter '{wide}' is not float32; export the model after model.float()")
+    hooked = next((n for n, m in model.named_modules() if type(m) in LOWERED and _has_hooks(m)), None)
+    if hooked is not None:
+        raise UsageError(
+            f"'{hooked}' has a hook, which the packed network would not have; take it off (torch's remove_weight_norm, "
+            "remove_spectral_norm and prune.remove do), or write what it does as a module"
+        )
     model = copy.deepcopy(model).cpu().eval()
     module = _trace(model)
+    example_input = example_input.detach().cpu()
     with torch.no_grad():
-        _Shapes(module).run(example_input.cpu())
+        found = _Shapes(module).run(example_input.clone())
+        expected = model(example_input.clone())
+    if isinstance(found, Tensor) and not (isinstance(expected, Tensor) and _same(found, expected)):
+        raise UsageError(
+            "the model computes something else than its graph: a tensor is changed in place, as by `+=`, while "
+            "something else reads it; write `x = x + y`"
+        )
     return _Reader(module).read()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=0, equal_nan=True)
 
 
 class _Tracer(fx.Tracer):
@@ -178,6 +200,10 @@ class _Reader:
                 if not isinstance(node.args[0], fx.Node) or node.args[0] not in self.values:
                     raise UsageError("the model returns more than one tensor; return the logits alone")
                 output = self.values[node.args[0]]
+                if output.shape[1:] != (1, 1) and len(_tensor_shape(node.args[0]) or ()) == 2:
+                    raise UsageError(
+                        "the model returns a flattened map; return the map, or what a dense layer makes of it"
+                    )
             elif _tensor_shape(node) is not None:
                 self.values[node] = self._step(node)
         if output is None or output is self.steps[0]:
@@ -219,15 +245,20 @@ class _Reader:
         argument = node.args[0] if node.args else None
         if not isinstance(argument, fx.Node) or argument not in self.values:
             raise UsageError(f"'{name}' ({type(module).__name__}) is not called with one tensor; {_MEND}")
-        if getattr(module, "inplace", False) and len(argument.users) > 1:
-            raise UsageError(f"'{name}' works in place on a tensor that is read elsewhere too; make it inplace=False")
         if type(module) in _NOTHING_IN_EVAL:
             return self.values[argument]
+        if getattr(module, "inplace", False) and len(self._readers(self.values[argument])) > 1:
+            raise UsageError(f"'{name}' works in place on a tensor that is read elsewhere too; make it inplace=False")
         if type(module) in _VIEWS:
             return self._view(node, argument, name)
         if type(module) not in LOWERED:
             raise UsageError(f"'{name}' ({type(module).__name__}) cannot be lowered; {_MEND}")
         return self._append(self._make(node, name, module, _map_shape(node, name)))
+
+    def _readers(self, step: Step) -> set[fx.Node]:
+        """Nodes that read what ``step`` gives, under whatever name: views and what does nothing hand it on."""
+        names = [node for node, value in self.values.items() if value is step]
+        return {user for name in names for user in name.users if self.values.get(user) is not step}
 
     def _make(self, node: fx.Node, name: str, module: nn.Module, shape: Shape) -> Step:
         argument = node.args[0]
@@ -241,7 +272,7 @@ class _Reader:
 
     def _add_step(self, node: fx.Node, tensors: list[fx.Node]) -> Step:
         shapes = {_tensor_shape(tensor) for tensor in tensors}
-        if len(tensors) != 2 or len(shapes) != 1 or node.kwargs:
+        if len(tensors) != 2 or len(shapes) != 1 or len(node.args) != 2:
             raise UsageError(f"the addition '{node.name}'{_owner(node)} must be of two tensors of one shape")
         inputs = [self.values[tensor] for tensor in tensors]
         return self._append(Step(_path(node) or node.name, inputs[0].shape, None, inputs))
@@ -301,7 +332,7 @@ def as_pair(value: Any) -> tuple[int, int]:
 
 def _is_over_the_map(node: fx.Node) -> bool:
     """Whether a call of mean is over height and width."""
-    argument = node.args[0]
+    argument = node.args[0] if node.args else None
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if (
         not isinstance(argument, fx.Node)

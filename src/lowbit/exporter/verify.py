@@ -14,6 +14,7 @@ difference is found where it arises and does not spread:
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,7 @@ class VerifyReport:
             when every integer layer is given torch's own codes.
         end_to_end_error: the same when the engine runs alone, from image to logits, over the images in which no code
             differs; elsewhere one code, though excused, may change much.
+        end_to_end_images: how many those are.
         agreement: images to which torch and the engine alone give the same class.
     """
 
@@ -94,6 +96,7 @@ class VerifyReport:
     images: int
     logit_error: float
     end_to_end_error: float
+    end_to_end_images: int
     agreement: int
 
     @property
@@ -117,8 +120,8 @@ class VerifyReport:
             same = "close" if check.what == "floats out" else "equal"
             table.add_row(check.layer, check.what, after, *counts, _verdict(check.passed) if check.different else same)
         summary = (
-            f"logits: largest error {self.logit_error:.1e} layer by layer, {self.end_to_end_error:.1e} end to end "
-            f"(of the largest logit; allowed {TOLERANCE:.0e})\n"
+            f"logits: largest error {self.logit_error:.1e} layer by layer, {self.end_to_end_error:.1e} end to end, "
+            f"in {self.end_to_end_images} images (of the largest logit; allowed {TOLERANCE:.0e})\n"
             f"same class: {self.agreement} of {self.images} images\n"
             f"verify {_verdict(self.passed)}"
         )
@@ -182,6 +185,7 @@ class _Comparison:
         self.float64 = _Recorded(copy.deepcopy(trained).double())
         self.counts: dict[tuple[str, str], _Count] = {}
         self.images = 0
+        self.undiffering = 0
         self.agreement = 0
         self.errors = [0.0]
         self.end_to_end_errors = [0.0]
@@ -194,6 +198,7 @@ class _Comparison:
         last, differs = self._run_ops(inputs)
         alone = self.engine(inputs.numpy()).reshape(len(images), -1)
         self.images += len(images)
+        self.undiffering += int((~differs).sum())
         self.agreement += int((alone.argmax(1) == logits.flatten(1).numpy().argmax(1)).sum())
         self.errors.append(_largest_error(last.transpose(0, 3, 1, 2).reshape(len(images), -1), exact_logits))
         self.end_to_end_errors.append(_largest_error(alone[~differs], exact_logits[~differs]))
@@ -204,7 +209,8 @@ class _Comparison:
             LayerCheck(layer, count.what, count.exact, count.compared, count.different, count.excused)
             for (layer, _), count in self.counts.items()
         )
-        return VerifyReport(checks, self.images, max(self.errors), max(self.end_to_end_errors), self.agreement)
+        errors = max(self.errors), max(self.end_to_end_errors)
+        return VerifyReport(checks, self.images, *errors, self.undiffering, self.agreement)
 
     def _run_ops(self, images: Tensor) -> tuple[Array, npt.NDArray[np.bool_]]:
         """The last value, and for each image whether any code or sum differs from torch's."""
@@ -351,5 +357,7 @@ def _channels_last(x: Tensor, value: Value, layer: str) -> Array:
 def _largest_error(found: Array, expected: Array) -> float:
     if not found.size:
         return 0.0
+    if not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        return math.inf
     scale = np.abs(expected).max(axis=1, keepdims=True)
     return float((np.abs(found - expected) / np.where(scale == 0, 1, scale)).max())
