@@ -4,6 +4,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "float_mode.h"
 #include "kernels/select.h"
 #include "lowbit/engine.h"
 #include "measure.h"
@@ -266,6 +267,7 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
   State& s = *state_;
   const std::lock_guard lock(*s.mutex);
   if (batch == 0) return;
+  const DefaultFloatMode mode;
   const int64_t threads = s.pool->size(), in = s.shapes.front().elements(), out = s.shapes.back().elements();
   const bool apart = threads > 1 && seconds == nullptr && (batch % threads == 0 || batch >= kEnoughImages * threads);
   const int64_t lanes = apart ? threads : 1;
@@ -289,6 +291,7 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
 void Engine::run_op(size_t index, const std::vector<const void*>& inputs, int64_t batch, void* output) {
   State& s = *state_;
   const std::lock_guard lock(*s.mutex);
+  const DefaultFloatMode mode;
   const Op& op = *s.ops.at(index);
   require(inputs.size() == s.inputs[index].size(), "the op has another number of inputs");
   std::array<Buffer<uint64_t>, 2> words;

@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include "float_mode.h"
+
 namespace lowbit {
 namespace {
 
@@ -59,6 +61,7 @@ void ThreadPool::run_job(const Job& job) {
 }
 
 void ThreadPool::help(int thread) {
+  const DefaultFloatMode mode;
   size_t seen = 0;
   for (;;) {
     for (int spins = 0; spins < kSpins && generation_ == seen; ++spins) pause();

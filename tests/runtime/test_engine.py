@@ -216,6 +216,26 @@ def test_threads_with_images_of_their_own_give_the_same(model, threads):
     np.testing.assert_array_equal(together(x), expected)
 
 
+def test_a_caller_that_flushes_denormals_changes_no_bit(model):
+    torch = pytest.importorskip("torch", reason="torch sets the mode")
+    model.tensors["1.thresholds"] = np.zeros_like(model.tensors["1.thresholds"])
+    x = images(20) * np.float32(1e-40)
+    engines = [Engine(model), Engine(model, threads=2)]
+    expected = engines[0](x)
+    sums = engines[0].run_op(0, [np.ascontiguousarray(x.transpose(0, 2, 3, 1))])
+    assert 0 < np.abs(sums[sums != 0]).max() < np.finfo(np.float32).tiny
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        engines.append(Engine(model, threads=2))
+        found = [engine(x) for engine in engines for _ in range(3)]
+        again = engines[0].run_op(0, [np.ascontiguousarray(x.transpose(0, 2, 3, 1))])
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(np.array_equal(logits, expected) for logits in found)
+    assert np.array_equal(again, sums)
+
+
 def test_calls_from_many_threads(model):
     """Two engines, each called from four threads at once with batches of different sizes."""
     engines = [Engine(model, threads=2), Engine(model)]
