@@ -56,10 +56,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                     files.append(File.generated(config, REPORT, content=report.read_bytes()))
                     text = text.replace("<!-- report -->", _FRAME)
         made[name] = text
-    engine = (ROOT / "docs/engine.md").read_text(encoding="utf-8")
-    for plot in re.findall(r"\]\(\.\./(results/\S+\.svg)\)", engine):
-        files.append(File.generated(config, plot, content=(ROOT / plot).read_bytes()))
-    made["engine.md"] = engine.replace("](../results/", "](results/")
+    for source in sorted((ROOT / "docs").glob("*.md")):
+        text = source.read_text(encoding="utf-8")
+        for plot in re.findall(r"\]\(\.\./(results/\S+\.svg)\)", text):
+            files.append(File.generated(config, plot, content=(ROOT / plot).read_bytes()))
+            made[source.name] = text.replace("](../results/", "](results/")
     made["survey.md"] = survey.linked((ROOT / "docs/survey.md").read_text(encoding="utf-8"), set(methods.registry))
     for path, text in made.items():
         present = files.get_file_from_path(path)

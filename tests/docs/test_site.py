@@ -64,6 +64,12 @@ def test_no_page_fetches_from_outside(site: Path) -> None:
     assert outside == []
 
 
+def test_every_picture_is_there(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        for picture in re.findall(r'<img[^>]* src="([^"]+)"', page.read_text(encoding="utf-8")):
+            assert picture.startswith("data:") or (page.parent / picture).is_file(), f"{page.name}: {picture}"
+
+
 def test_every_method_has_a_page_with_drawings(site: Path) -> None:
     for name in methods.registry:
         text = (site / f"methods/{name}.html").read_text(encoding="utf-8")
