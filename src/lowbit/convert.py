@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -120,8 +119,9 @@ def quantize_(
         for name in aliases:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, twin)
+        if of_activation is not None and len(aliases) == 1:
+            twin.dropout = _take_dropout(model, aliases[0])
         project_(twin)
-    _move_dropouts_behind_quantizers(model)
     reports += [
         LayerReport(name, type(module).__name__, FLOAT, FLOAT, "a subclass of torch's layer, left as it is")
         for name, module in model.named_modules()
@@ -130,21 +130,23 @@ def quantize_(
     return reports
 
 
-def _move_dropouts_behind_quantizers(model: nn.Module) -> None:
-    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    for parent in model.modules():
-        if not isinstance(parent, nn.Sequential):
-            continue
-        # Not named_children(), which leaves out what has been there before.
-        parts = list(parent._modules.items())
-        for index, (name, dropout) in enumerate(parts):
-            if not isinstance(dropout, DROPOUTS):
-                continue
-            passes = (nn.Identity, nn.Flatten) if isinstance(dropout, nn.Dropout) else nn.Identity
-            layer = next((part for _, part in parts[index + 1 :] if not isinstance(part, passes)), None)
-            if isinstance(layer, QuantizedLayer) and layer.activation_quantizer is not None and places[layer] == 1:
-                layer.dropout = type(dropout)(dropout.p).train(dropout.training)
-                parent.register_module(name, nn.Identity())
+def _take_dropout(model: nn.Module, name: str) -> nn.Module | None:
+    """The dropout in front of the layer ``name`` of an `nn.Sequential`, where an identity takes its place."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if not isinstance(parent, nn.Sequential):
+        return None
+    # Not named_children(), which leaves out what has been there before.
+    parts = list(parent._modules.items())
+    elementwise = False
+    for place, part in reversed(parts[: list(parent._modules).index(child)]):
+        if isinstance(part, nn.Dropout if elementwise else DROPOUTS):
+            parent.register_module(place, nn.Identity())
+            return type(part)(part.p).train(part.training)
+        if not isinstance(part, (nn.Identity, nn.Flatten)):
+            return None
+        elementwise |= isinstance(part, nn.Flatten)
+    return None
 
 
 def _choose(
