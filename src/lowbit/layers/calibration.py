@@ -39,10 +39,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) ->
     frozen = {observer: observer.frozen for observer in observers.values()}
     model.eval()
     for layer in layers:
-        layer.train()
-        if layer.dropout is not None:
-            layer.dropout.eval()
+        layer.training = True
     for quantizer in quantizers:
+        quantizer.train()
         quantizer.enabled = False
     for observer in observers.values():
         observer.reset()
