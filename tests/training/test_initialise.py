@@ -11,8 +11,46 @@ import torch
 from torch import nn
 
 from lowbit import models
+from lowbit.errors import LowbitError, UsageError
 from lowbit.training.checkpoints import save_weights
 from lowbit.training.initialise import init_from
+
+
+def test_init_from_takes_what_fits(tmp_path: Path) -> None:
+    source = models.create("vgg_small", method="float", width=0.0625)
+    save_weights(source, tmp_path / "float.safetensors")
+    twin = models.create("vgg_small", method="float", width=0.0625)
+    report = init_from(twin, tmp_path / "float.safetensors")
+    assert report.reshaped == report.missing == report.unused == report.norms == ()
+    assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), source.state_dict().values(), strict=True))
+
+    binary = models.create("vgg_small", method="xnor_net", width=0.0625)
+    report = init_from(binary, tmp_path / "float.safetensors")
+    state, given = binary.state_dict(), source.state_dict()
+    assert any(name.endswith("conv.weight") for name in report.loaded)
+    assert all(torch.equal(state[name], given[name]) for name in report.loaded)
+    assert not any("norm" in name for name in report.loaded)
+    assert report.norms
+    everything = {*report.loaded, *report.norms, *report.reshaped, *report.missing}
+    assert everything == set(state)
+    assert "different places" in str(report)
+
+    wider = models.create("vgg_small", method="float", width=0.0625, num_classes=7)
+    report = init_from(wider, tmp_path / "float.safetensors")
+    assert report.reshaped
+    assert all(state_name in str(report) for state_name in report.reshaped)
+
+
+def test_init_from_says_what_is_wrong(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="does not exist"):
+        init_from(model, tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"no weights")
+    with pytest.raises(LowbitError, match="no safetensors file"):
+        init_from(model, tmp_path / "bad.safetensors")
+    save_weights(nn.Sequential(nn.Linear(3, 3)), tmp_path / "other.safetensors")
+    with pytest.raises(LowbitError, match="none of its 2 tensors fits"):
+        init_from(model, tmp_path / "other.safetensors")
 
 
 def saved_run(folder: Path, method: str, **options: Any) -> nn.Module:

@@ -18,9 +18,8 @@ from lowbit.files import remove_partial_files, write_whole
 from lowbit.methods.base import Recipe
 from lowbit.preprocessing import Preprocessing
 from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
-from lowbit.training.checkpoints import Checkpoint, save_weights
+from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.distillation import distillation_loss
-from lowbit.training.initialise import init_from
 from lowbit.training.module import find_not_finite, parameter_groups, squared_hinge
 from lowbit.training.schedules import multiplier
 from lowbit.training.settings import TrainConfig, check_recipe, choose_recipe
@@ -192,43 +191,6 @@ def test_evaluation_batches_are_what_preprocessing_gives() -> None:
 
 def test_derived_seeds_differ() -> None:
     assert len({derived_seed(seed, epoch, use) for seed in range(5) for epoch in range(5) for use in range(3)}) == 75
-
-
-def test_init_from_takes_what_fits(tmp_path: Path) -> None:
-    source = models.create("vgg_small", method="float", width=0.0625)
-    save_weights(source, tmp_path / "float.safetensors")
-    twin = models.create("vgg_small", method="float", width=0.0625)
-    report = init_from(twin, tmp_path / "float.safetensors")
-    assert report.reshaped == report.missing == report.unused == report.norms == ()
-    assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), source.state_dict().values(), strict=True))
-
-    binary = models.create("vgg_small", method="xnor_net", width=0.0625)
-    report = init_from(binary, tmp_path / "float.safetensors")
-    state, given = binary.state_dict(), source.state_dict()
-    assert any(name.endswith("conv.weight") for name in report.loaded)
-    assert all(torch.equal(state[name], given[name]) for name in report.loaded)
-    assert not any("norm" in name for name in report.loaded)
-    assert report.norms
-    everything = {*report.loaded, *report.norms, *report.reshaped, *report.missing}
-    assert everything == set(state)
-    assert "different places" in str(report)
-
-    wider = models.create("vgg_small", method="float", width=0.0625, num_classes=7)
-    report = init_from(wider, tmp_path / "float.safetensors")
-    assert report.reshaped
-    assert all(state_name in str(report) for state_name in report.reshaped)
-
-
-def test_init_from_says_what_is_wrong(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(UsageError, match="does not exist"):
-        init_from(model, tmp_path / "none.safetensors")
-    (tmp_path / "bad.safetensors").write_bytes(b"no weights")
-    with pytest.raises(LowbitError, match="no safetensors file"):
-        init_from(model, tmp_path / "bad.safetensors")
-    save_weights(nn.Sequential(nn.Linear(3, 3)), tmp_path / "other.safetensors")
-    with pytest.raises(LowbitError, match="none of its 2 tensors fits"):
-        init_from(model, tmp_path / "other.safetensors")
 
 
 def test_checkpoint_round_trip_and_damage(tmp_path: Path) -> None:

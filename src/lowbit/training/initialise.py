@@ -85,15 +85,10 @@ def init_from(model: nn.Module, source: str | Path) -> InitReport:
         raise LowbitError(f"--init-from {source}: {path} is no safetensors file ({error})") from None
     own = model.state_dict()
     fitting = [name for name in own if name in found and own[name].shape == found[name].shape]
-    in_norms = {
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, _NormBase)
-        for name in module.state_dict()
-    }
-    misfits = {name for name in in_norms if name not in fitting}
-    of_last = {name for name in in_norms if name.startswith(f"{last}.")} if (last := _last_norm(model)) else set()
-    norms_fit = misfits <= of_last and misfits <= set(found)
+    norms = [name for name, module in model.named_modules() if isinstance(module, _NormBase)]
+    in_norms = [name for name in own if name.rpartition(".")[0] in norms]
+    # Of other classes the last norm has another shape.
+    norms_fit = all(name in fitting or (name in found and name.startswith(f"{norms[-1]}.")) for name in in_norms)
     in_quantizers = {name for name in fitting if "_quantizer." in name} if _other_bits(model, path) else set()
     loaded = [name for name in fitting if (norms_fit or name not in in_norms) and name not in in_quantizers]
     if not loaded:
@@ -107,13 +102,9 @@ def init_from(model: nn.Module, source: str | Path) -> InitReport:
         reshaped=tuple(name for name in own if name in found and name not in fitting),
         missing=tuple(name for name in own if name not in found),
         unused=tuple(sorted(set(found) - set(own))),
-        norms=tuple(name for name in fitting if name not in loaded and name not in in_quantizers),
+        norms=tuple(name for name in fitting if name in in_norms and not norms_fit),
         quantizers=tuple(name for name in fitting if name in in_quantizers),
     )
-
-
-def _last_norm(model: nn.Module) -> str | None:
-    return next((name for name, module in reversed(list(model.named_modules())) if isinstance(module, _NormBase)), None)
 
 
 def _other_bits(model: nn.Module, weights: Path) -> bool:
