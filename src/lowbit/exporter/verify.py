@@ -185,7 +185,7 @@ class _Comparison:
         self.float64 = _Recorded(copy.deepcopy(trained).double())
         self.counts: dict[tuple[str, str], _Count] = {}
         self.images = 0
-        self.undiffering = 0
+        self.end_to_end_images = 0
         self.agreement = 0
         self.errors = [0.0]
         self.end_to_end_errors = [0.0]
@@ -198,7 +198,7 @@ class _Comparison:
         last, differs = self._run_ops(inputs)
         alone = self.engine(inputs.numpy()).reshape(len(images), -1)
         self.images += len(images)
-        self.undiffering += int((~differs).sum())
+        self.end_to_end_images += int((~differs).sum())
         self.agreement += int((alone.argmax(1) == logits.flatten(1).numpy().argmax(1)).sum())
         self.errors.append(_largest_error(last.transpose(0, 3, 1, 2).reshape(len(images), -1), exact_logits))
         self.end_to_end_errors.append(_largest_error(alone[~differs], exact_logits[~differs]))
@@ -209,8 +209,14 @@ class _Comparison:
             LayerCheck(layer, count.what, count.exact, count.compared, count.different, count.excused)
             for (layer, _), count in self.counts.items()
         )
-        errors = max(self.errors), max(self.end_to_end_errors)
-        return VerifyReport(checks, self.images, *errors, self.undiffering, self.agreement)
+        return VerifyReport(
+            checks,
+            self.images,
+            max(self.errors),
+            max(self.end_to_end_errors),
+            self.end_to_end_images,
+            self.agreement,
+        )
 
     def _run_ops(self, images: Tensor) -> tuple[Array, npt.NDArray[np.bool_]]:
         """The last value, and for each image whether any code or sum differs from torch's."""
