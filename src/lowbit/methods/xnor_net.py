@@ -110,7 +110,7 @@ def xnor_net(
                 augment=False,
                 source="the 2018 NIN: Adam 0.01, weight decay 1e-5, divided by 10 at epochs 120, 200, 240 and 280. Its "
                 "code multiplied the gradients of latent weights by the n weights of a filter before the decay was "
-                "added, so that these decayed by some thousandth of it: here not at all",
+                "added, so that these decayed by an n-th of it: here not at all",
             ),
         },
     )
