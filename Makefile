@@ -17,14 +17,16 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The engine beside its peers, XNOR-Net's headline, how cost grows, where time goes, what a second thread gains; some
-# twenty minutes, on an idle machine. Remakes the published figures, on the machine that they are from: docs/engine.md.
+# The engine beside its peers, XNOR-Net's headline, how cost grows, where time goes, what a second thread gains, how fast
+# training is; some twenty-five minutes, on an idle machine. Remakes the published figures, on the machine that they are
+# from: docs/engine.md.
 bench: setup
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/xnor_headline.py
 	$(BIN)/python benchmarks/cost_growth.py
 	$(BIN)/python benchmarks/where_time_goes.py
 	$(BIN)/python benchmarks/two_threads.py
+	$(BIN)/python benchmarks/training.py
 
 # Runs the tutorial, so that its output is of this version; the site is in site/.
 docs: setup

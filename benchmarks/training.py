@@ -1,42 +1,108 @@
-"""Images a second that training takes on this CPU: lowbit's step against a plain loop in bfloat16, in turns.
+"""How fast training is: lowbit's step against a plain loop, and a binary layer's step against a float one's.
 
-    python benchmarks/training.py [--batch 128] [--seconds 20] [-o training.json]
+    python benchmarks/training.py               # four minutes on an idle machine
 
-Both loops train the same network from the same batches, in one process, a step each in turn; a figure is the median of
-its steps. The plain loop is what one writes first: tensors as torch makes them (channels first), autocast, torch's own
-AdamW, PReLU and convolutions, and the straight-through sign in its usual form, clip(x) + (sign(x) - clip(x)).detach().
-"layers" compares one binary convolution with its batch norm to the same in float, both as lowbit trains them.
+The plain loop is what one writes first: tensors as torch makes them (channels first), torch's own convolutions, PReLU
+and unfused optimizer, autocast where the precision is bf16, and the straight-through sign in its usual form,
+clip(x) + (sign(x) - clip(x)).detach(). Both loops train the same network by the same optimizer from the same batches,
+in one process, in turns. The layers are 3x3 convolutions with batch norm behind, all as lowbit trains them.
+
+Writes results.json and table.md, and its part of docs/results.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
+from measured import about, into_page, publish, quartiles
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lowbit import methods, models
-from lowbit.exporter.bench import interleaved_medians
-from lowbit.hardware import cpu_name, versions
+from lowbit.exporter.bench import take_turns
 from lowbit.layers import PReLU, quantized_layers, quantized_twin
+from lowbit.methods import Method, Recipe
 from lowbit.preprocessing import Preprocessing
-from lowbit.training.batches import TrainBatches
-from lowbit.training.environment import keep_freed_memory
+from lowbit.training.batches import Batch, TrainBatches
+from lowbit.training.convolutions import FastConvolutions
+from lowbit.training.environment import auto_precision, keep_freed_memory
 from lowbit.training.module import TrainingModule
-from lowbit.training.small_maps import SmallMapConvolutions
 
+SECONDS = 24.0
 NETWORKS = (("vgg16", "float"), ("vgg16", "xnor_net"), ("patchnet", "float"), ("patchnet", "reactnet"))
 # Channels and side of the map, as in patchnet and VGG.
 LAYERS = ((128, 16), (256, 8), (512, 4))
+LAYER_METHODS = ("float", "xnor_net", "reactnet")
+CPU = torch.device("cpu")
 
 Step = Callable[[], Any]
+Precision = Callable[[], AbstractContextManager[Any]]
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of what is written.")] = Path("results/training"),
+    page: Annotated[Path, typer.Option(help="Page that shows it.")] = Path("docs/results.md"),
+    batch: Annotated[int, typer.Option(help="Images at a time.")] = 128,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    precision: Annotated[str, typer.Option(help="bf16, float32, or auto: as lowbit chooses.")] = "auto",
+) -> None:
+    """Time every network and layer, and write it down."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    chosen = auto_precision(CPU) if precision == "auto" else precision
+    within: Precision = nullcontext if chosen == "float32" else lambda: torch.autocast("cpu", torch.bfloat16)
+    record = {
+        **about(__file__),
+        "precision": chosen,
+        "threads": threads,
+        "batch": batch,
+        "networks": [network(*pair, batch, within) for pair in NETWORKS],
+        "layers": [layer(*shape, batch, within) for shape in LAYERS],
+    }
+    publish(record, out, table)
+    into_page(page, "training", text(record))
+    print(table(record))
+
+
+def network(name: str, method_name: str, batch: int, within: Precision) -> dict[str, Any]:
+    """Quartiles of a step of both loops on one network."""
+    method = methods.registry[method_name]()
+    batches = random_images(batch)
+    steps = {
+        "plain": plain_step(plain_(models.create(name, method=method)), method.recipe, endless(batches), within),
+        "lowbit": lowbit_step(models.create(name, method=method), method, batches, within),
+    }
+    return {"model": name, "method": method_name, "steps": timed(steps, SECONDS)}
+
+
+def layer(channels: int, side: int, batch: int, within: Precision) -> dict[str, Any]:
+    """Quartiles of forward and backward of a convolution with its batch norm, float and binary."""
+    steps = {name: layer_step(name, channels, side, batch, within) for name in LAYER_METHODS}
+    return {"channels": channels, "side": side, "steps": timed(steps, SECONDS / 4)}
+
+
+def timed(steps: dict[str, Step], seconds: float) -> dict[str, Any]:
+    return {name: quartiles([wall for wall, _ in times]) for name, times in take_turns(steps, seconds).items()}
+
+
+def random_images(batch: int) -> TrainBatches:
+    """Augmented batches of images of noise."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (8 * batch, 32, 32, 3), dtype=np.uint8)
+    preprocessing = Preprocessing("RGB", (32, 32), 0, (0.5,) * 3, (0.25,) * 3)
+    labels = random.integers(0, 10, len(images))
+    return TrainBatches(images, labels, preprocessing, batch, 0, True, True, CPU)
+
+
+def endless(batches: TrainBatches) -> Iterator[Batch]:
+    while True:
+        yield from batches
 
 
 class PlainSign(nn.Module):
@@ -57,8 +123,8 @@ class PlainSign(nn.Module):
 
 def plain_(model: nn.Module) -> nn.Module:
     """Put torch's own and textbook parts in the place of lowbit's, in a network without weights of worth."""
-    for layer in quantized_layers(model):
-        layer.weight_quantizer, layer.activation_quantizer = PlainSign(True), PlainSign(False)
+    for quantized in quantized_layers(model):
+        quantized.weight_quantizer, quantized.activation_quantizer = PlainSign(True), PlainSign(False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PReLU):
@@ -66,14 +132,21 @@ def plain_(model: nn.Module) -> nn.Module:
     return model
 
 
-def plain_step(model: nn.Module, batches: Callable[[], tuple[Tensor, Tensor]]) -> Step:
+def plain_step(model: nn.Module, recipe: Recipe, batches: Iterator[Batch], within: Precision) -> Step:
     """A step of the loop that one writes first."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rate = recipe.learning_rate
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=recipe.momentum)
+    else:
+        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](
+            model.parameters(), lr=rate
+        )
 
     def step() -> None:
-        images, labels = batches()
+        images, labels = next(batches)
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with within():
             loss = functional.cross_entropy(model(images.contiguous()), labels)
         loss.backward()
         optimizer.step()
@@ -81,18 +154,19 @@ def plain_step(model: nn.Module, batches: Callable[[], tuple[Tensor, Tensor]]) -
     return step
 
 
-def lowbit_step(model: nn.Module, method: methods.Method, batches: TrainBatches, batch: Step) -> Step:
+def lowbit_step(model: nn.Module, method: Method, batches: TrainBatches, within: Precision) -> Step:
     """A step of `lowbit train`, without the logging around it."""
     module = TrainingModule(model.to(memory_format=torch.channels_last), method, method.recipe, batches, (), 0)
     optimizer = module.configure_optimizers()
     module.on_train_epoch_start()
+    turns = endless(batches)
 
     def step() -> None:
-        images = batch()
-        module.on_train_batch_start(images, 0)
+        batch = next(turns)
+        module.on_train_batch_start(batch, 0)
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = module.training_step(images, 0)
+        with within():
+            loss = module.training_step(batch, 0)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         assert norm.isfinite()
@@ -101,89 +175,76 @@ def lowbit_step(model: nn.Module, method: methods.Method, batches: TrainBatches,
     return step
 
 
-def network(name: str, method_name: str, batch: int, seconds: float) -> dict[str, Any]:
-    """Images a second of both loops on one network."""
-    method = methods.registry[method_name]()
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (8 * batch, 32, 32, 3), dtype=np.uint8)
-    preprocessing = Preprocessing("RGB", (32, 32), 0, (0.5,) * 3, (0.25,) * 3)
-    batches = TrainBatches(
-        images, random.integers(0, 10, len(images)), preprocessing, batch, 0, True, True, torch.device("cpu")
-    )
-    turns = iter(())
+def layer_step(method: str, channels: int, side: int, batch: int, within: Precision) -> Step:
+    """Forward and backward of one convolution and its batch norm, and ReLU where it is float."""
+    made = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+    chosen = methods.registry[method]()
+    if chosen.weight is None or chosen.activation is None:
+        made.append(nn.ReLU())
+    else:
+        made[0] = quantized_twin(made[0], chosen.weight(), chosen.activation())
+    made.to(memory_format=torch.channels_last)
+    x = torch.randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+    with within():
+        x = (x.bfloat16() if torch.is_autocast_enabled("cpu") else x).requires_grad_()
+    gradient = torch.randn_like(x)
 
-    def next_batch() -> tuple[Tensor, Tensor]:
-        nonlocal turns
-        found = next(turns, None)
-        if found is None:
-            turns = iter(batches)
-            found = next(turns)
-        return found
+    def step() -> None:
+        with within(), FastConvolutions():
+            y = made(x)
+        y.backward(gradient)
 
-    steps = {
-        "plain": plain_step(plain_(models.create(name, method=method)), next_batch),
-        "lowbit": lowbit_step(models.create(name, method=method), method, batches, next_batch),
-    }
-    medians = interleaved_medians(steps, seconds)
-    rates = {f"{key}_images_per_second": round(batch / value, 1) for key, value in medians.items()}
-    return {"model": name, "method": method_name, **rates, "speedup": round(medians["plain"] / medians["lowbit"], 3)}
+    return step
 
 
-def layer(channels: int, side: int, batch: int, seconds: float) -> dict[str, Any]:
-    """Seconds of forward and backward of a binary and of a float convolution, each with its batch norm."""
-
-    def step_of(method: str) -> Step:
-        made = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
-        chosen = methods.registry[method]()
-        if chosen.weight is None or chosen.activation is None:
-            made.append(nn.ReLU())
-        else:
-            made[0] = quantized_twin(made[0], chosen.weight(), chosen.activation())
-        made.to(memory_format=torch.channels_last)
-        x = torch.randn(batch, channels, side, side).bfloat16().contiguous(memory_format=torch.channels_last)
-        x.requires_grad_()
-        gradient = torch.randn_like(x)
-
-        def step() -> None:
-            with torch.autocast("cpu", torch.bfloat16), SmallMapConvolutions():
-                y = made(x)
-            y.backward(gradient)
-
-        return step
-
-    names = ("float", "xnor_net", "reactnet")
-    medians = interleaved_medians({name: step_of(name) for name in names}, seconds)
-    return {
-        "channels": channels,
-        "side": side,
-        **{f"{name}_ms": round(1e3 * medians[name], 3) for name in names},
-        **{f"{name}_over_float": round(medians[name] / medians["float"], 3) for name in names[1:]},
-    }
+def gain(row: dict[str, Any]) -> float:
+    """How many times as fast lowbit's step is as the plain one."""
+    return float(row["steps"]["plain"]["milliseconds"] / row["steps"]["lowbit"]["milliseconds"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each comparison; seven rounds at least")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("-o", "--output", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
-    result = {
-        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count()},
-        "versions": versions("torch", "lightning"),
-        "batch": arguments.batch,
-        "seconds": arguments.seconds,
-        "threads": arguments.threads,
-        "networks": [network(*pair, arguments.batch, arguments.seconds) for pair in NETWORKS],
-        "layers": [layer(*shape, arguments.batch, arguments.seconds / 4) for shape in LAYERS],
-    }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+def over_float(row: dict[str, Any], method: str) -> float:
+    """The time of a method's layer over that of the float one."""
+    return float(row["steps"][method]["milliseconds"] / row["steps"]["float"]["milliseconds"])
+
+
+def table(record: dict[str, Any]) -> str:
+    """Two Markdown tables: of networks, and of layers."""
+    batch = record["batch"]
+
+    def cell(times: dict[str, float]) -> str:
+        low, median, high = (1e3 * batch / times[key] for key in ("high", "milliseconds", "low"))
+        return f"{median:.0f} ({low:.0f} to {high:.0f})"
+
+    lines = [
+        f"`{record['command']}`, {record['cpu']}, threads: {record['threads']}, {record['precision']}, batches of "
+        f"{batch}, torch {record['versions']['torch']}, {record['date'][:10]}. Images a second, medians of steps that "
+        "took turns, quartiles in brackets.",
+        "",
+        "| network | method | plain loop | lowbit | gain |",
+        "|" + "---|" * 5,
+    ]
+    for row in record["networks"]:
+        steps = row["steps"]
+        lines.append(
+            f"| `{row['model']}` | `{row['method']}` | {cell(steps['plain'])} | {cell(steps['lowbit'])} "
+            f"| {gain(row):.2f} |"
+        )
+    lines += ["", "Milliseconds of one convolution's step, with its batch norm; over that of the float one:", ""]
+    lines += [
+        f"| layer | {' | '.join(f'`{name}`' for name in LAYER_METHODS)} |",
+        "|" + "---|" * (1 + len(LAYER_METHODS)),
+    ]
+    for row in record["layers"]:
+        cells = [f"{row['channels']} channels, {row['side']}x{row['side']}"]
+        for name in LAYER_METHODS:
+            ratio = "" if name == "float" else f", {over_float(row, name):.2f}x"
+            cells.append(f"{row['steps'][name]['milliseconds']:.1f}{ratio}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+text = table  # what docs/results.md shows of it
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

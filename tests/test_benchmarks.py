@@ -19,7 +19,14 @@ from lowbit.errors import UsageError
 from lowbit.exporter import bench
 
 ROOT = Path(__file__).parents[1]
-PARTS = {"headline": "xnor_headline"} | {name: name for name in ("cost_growth", "where_time_goes", "two_threads")}
+# Of a page: its part's name and the script that writes it.
+PARTS = {
+    "headline": ("engine", "xnor_headline"),
+    "cost_growth": ("engine", "cost_growth"),
+    "where_time_goes": ("engine", "where_time_goes"),
+    "two_threads": ("engine", "two_threads"),
+    "training": ("results", "training"),
+}
 PAGE = "before\n\n" + "\n".join(f"<!-- begin {part} -->\n<!-- end {part} -->\n" for part in PARTS)
 
 
@@ -224,14 +231,37 @@ def test_the_gain_of_a_second_thread_is_measured_and_put_into_its_page(
     assert threads.text(record) in page.read_text()
 
 
+def test_the_speed_of_training_is_measured_and_put_into_its_page(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, page = script("training"), tmp_path / "page.md"
+    page.write_text(PAGE)
+    monkeypatch.setattr(training, "NETWORKS", (("lenet", "float"), ("nin", "xnor_net")))
+    monkeypatch.setattr(training, "LAYERS", ((3, 4),))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    for precision in ("float32", "bf16"):
+        training.main(tmp_path, page, batch=2, precision=precision)
+        record = json.loads((tmp_path / "results.json").read_text())
+        assert record["precision"] == precision
+        assert [(row["model"], set(row["steps"])) for row in record["networks"]] == [
+            ("lenet", {"plain", "lowbit"}),
+            ("nin", {"plain", "lowbit"}),
+        ]
+        assert set(record["layers"][0]["steps"]) == {"float", "xnor_net", "reactnet"}
+        assert training.text(record) in page.read_text()
+    times = {name: {"milliseconds": value} for name, value in (("plain", 6.0), ("lowbit", 4.0), ("float", 2.0))}
+    assert (training.gain({"steps": times}), training.over_float({"steps": times}, "plain")) == (1.5, 3.0)
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_the_page_shows_the_figures_of_the_results(part: str, script: Any) -> None:
-    """docs/engine.md, which nobody writes figures into by hand; before the first run its parts are empty."""
+    """Nobody writes figures into them by hand; before the first run such a part is empty."""
+    page, name = PARTS[part]
     results = ROOT / "results" / part / "results.json"
-    shown = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+    shown = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     shown = shown.partition(f"<!-- begin {part} -->\n")[2].partition(f"<!-- end {part} -->")[0]
     record = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
-    assert shown == (f"\n{script(PARTS[part]).text(record)}\n" if record else "")
+    assert shown == (f"\n{script(name).text(record)}\n" if record else "")
 
 
 def test_a_page_without_the_part_is_refused(script: Any, tmp_path: Path) -> None:

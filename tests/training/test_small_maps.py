@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from lowbit.training import small_maps
-from lowbit.training.small_maps import PIXELS_FORWARD, PIXELS_WEIGHT_GRADIENT, SmallMapConvolutions
+from lowbit.training.convolutions import FastConvolutions
+from lowbit.training.small_maps import PIXELS_FORWARD, PIXELS_WEIGHT_GRADIENT, SmallMapConv2d
 
 BF16 = torch.bfloat16
 
@@ -23,17 +23,16 @@ def autocast(dtype: torch.dtype = BF16) -> torch.autocast:
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Shapes of the convolutions that the mode takes over."""
+    """Shapes of the convolutions that go this way."""
     shapes = []
 
-    class Spy:
-        @staticmethod
-        def apply(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-            shapes.append(tuple(x.shape))
-            return original.apply(x, weight, stride, padding)
+    apply = SmallMapConv2d.apply
 
-    original = small_maps._Conv2d
-    monkeypatch.setattr(small_maps, "_Conv2d", Spy)
+    def spy(x: Tensor, *rest: object) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return apply(x, *rest)
+
+    monkeypatch.setattr(SmallMapConv2d, "apply", spy)
     return shapes
 
 
@@ -62,7 +61,7 @@ def gradients(
     """Output and gradients, in float32; under the mode and autocast, or plain."""
     leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias) if leaf is not None]
     layer_bias = leaves[2] if bias is not None else None
-    with autocast() if mode else contextlib.nullcontext(), SmallMapConvolutions() if mode else contextlib.nullcontext():
+    with autocast() if mode else contextlib.nullcontext(), FastConvolutions() if mode else contextlib.nullcontext():
         y = torch.conv2d(leaves[0], leaves[1], layer_bias, *geometry, (1, 1), 1)
     assert y.dtype == (BF16 if mode else torch.float32)
     y.backward(torch.ones_like(y) if g is None else g.to(y.dtype))
@@ -96,7 +95,7 @@ def test_only_the_gradients_that_are_wanted(wanted):
     x, weight = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3)
     x.requires_grad_(wanted[0])
     weight.requires_grad_(wanted[1])
-    with autocast(), SmallMapConvolutions():
+    with autocast(), FastConvolutions():
         conv2d(x, weight, None, (1, 1), (1, 1), (1, 1), 1).sum().backward()
     assert (x.grad is not None, weight.grad is not None) == wanted
 
@@ -108,7 +107,7 @@ def test_a_part_of_a_larger_tensor(taken):
     for part in (whole[2:, :3], whole[1:2, 3:], whole.transpose(2, 3)[:, ::2], whole[:, :3].expand(4, 3, 4, 4)):
         with autocast():
             expected = conv(part)
-            with SmallMapConvolutions():
+            with FastConvolutions():
                 torch.testing.assert_close(conv(part), expected, rtol=0.02, atol=0.02)
     assert len(taken) == 4
 
@@ -154,7 +153,7 @@ CALLS = {
 
 @pytest.mark.parametrize(("conv", "shape"), TAKEN.values(), ids=TAKEN)
 def test_small_maps_are_taken(conv, shape, taken):
-    with autocast(), SmallMapConvolutions():
+    with autocast(), FastConvolutions():
         conv(torch.randn(shape)).float().sum().backward()
     assert len(taken) == 1
 
@@ -164,7 +163,7 @@ def test_other_layers_are_left_to_torch(conv, shape, taken):
     x = torch.randn(shape, dtype=conv.weight.dtype)
     with autocast():
         expected = conv(x)
-        with SmallMapConvolutions():
+        with FastConvolutions():
             result = conv(x)
     assert result.dtype == expected.dtype
     assert torch.equal(result, expected)
@@ -176,7 +175,7 @@ def test_other_calls_are_left_to_torch(call, taken):
     x, weight = torch.randn(2, 4, 4, 4), torch.randn(3, 4, 3, 3)
     with autocast():
         expected = call(x, weight)
-        with SmallMapConvolutions():
+        with FastConvolutions():
             assert torch.equal(call(x, weight), expected)
     assert taken == []
 
@@ -190,7 +189,7 @@ def test_only_under_bfloat16_autocast(context, taken):
     conv, x = layer(), torch.randn(SMALL)
     with context():
         expected = conv(x)
-        with SmallMapConvolutions():
+        with FastConvolutions():
             result = conv(x)
     assert torch.equal(result, expected)
     assert taken == []
@@ -200,20 +199,20 @@ def test_not_without_gradients(taken):
     conv, x = layer(), torch.randn(SMALL)
     with autocast(), torch.no_grad():
         expected = conv(x)
-        with SmallMapConvolutions():
+        with FastConvolutions():
             assert torch.equal(conv(x), expected)
     assert taken == []
 
 
 def test_a_kernel_above_the_map_is_torchs_own_error():
-    with autocast(), SmallMapConvolutions(), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+    with autocast(), FastConvolutions(), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
         layer(kernel=5, padding=0)(torch.randn(SMALL))
 
 
 def test_the_mode_ends(taken):
     conv, x = layer(), torch.randn(SMALL)
     with autocast():
-        with SmallMapConvolutions():
+        with FastConvolutions():
             conv(x)
         conv(x)
     assert len(taken) == 1

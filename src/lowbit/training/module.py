@@ -19,9 +19,9 @@ from lowbit.layers.integer import IntegerConvolutions
 from lowbit.methods.base import Method, Recipe
 from lowbit.training.batches import Batch, TrainBatches, derived_seed
 from lowbit.training.checkpoints import Checkpoint
+from lowbit.training.convolutions import FastConvolutions
 from lowbit.training.distillation import distillation_loss, teach
 from lowbit.training.schedules import multiplier
-from lowbit.training.small_maps import SmallMapConvolutions
 
 # Enough to know a channel's mean and variance by; an epoch of CIFAR-10 has four times as many.
 NORM_BATCHES = 100
@@ -212,7 +212,7 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
-        with SmallMapConvolutions():
+        with FastConvolutions():
             logits = self.model(images).float()
         loss = loss_of(self.method.loss, logits, labels, self.recipe.label_smoothing)
         for teacher in self.teachers:
@@ -229,7 +229,7 @@ class TrainingModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         if self.averaged is not None and self.share < self.method.freeze_norms:
-            with self.trainer.precision_plugin.forward_context(), SmallMapConvolutions():
+            with self.trainer.precision_plugin.forward_context(), FastConvolutions():
                 update_bn(islice(self.batches, NORM_BATCHES), self.measured)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:

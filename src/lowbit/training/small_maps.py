@@ -7,12 +7,11 @@ multiplication. With a stride of 2 the weight gradient is several times as slow,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from lowbit.layers.windows import windows
 
@@ -21,47 +20,26 @@ PIXELS_FORWARD = 16
 PIXELS_WEIGHT_GRADIENT = 64
 
 
-class SmallMapConvolutions(TorchFunctionMode):
-    """While active, `torch.conv2d` under CPU autocast to bfloat16 multiplies matrices where the output map is small.
+class SmallMapConv2d(torch.autograd.Function):
+    """A convolution of small maps under CPU autocast to bfloat16, as a product of matrices.
 
-    Only plain convolutions are taken over (a batch of images in float32 or bfloat16, dilation 1, one group, gradients
-    enabled, arguments as `nn.Conv2d` passes them); everything else goes to torch as before. Results differ
-    from torch's by bfloat16 rounding only.
+    Results differ from torch's by bfloat16's rounding only.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is torch.conv2d and len(args) == 7 and _is_plain(*args):
-            x, weight, bias, stride, padding = args[:5]
-            result = _Conv2d.apply(x.bfloat16(), weight.bfloat16(), stride, padding)
-            return result if bias is None else result + bias.to(result.dtype).reshape(-1, 1, 1)
-        return func(*args, **(kwargs or {}))
+    @staticmethod
+    def takes(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
+        """Whether a plain convolution over ``x`` (N, C, H, W) is faster this way."""
+        # Autocast leaves float64 alone: exact integer sums rely on it.
+        if not {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}:
+            return False
+        if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return False
+        height, width = _output_size(x, weight, stride, padding)
+        return min(height, width) > 0 and height * width <= PIXELS_WEIGHT_GRADIENT
 
-
-def _is_plain(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> bool:
-    if x.device.type != "cpu" or x.dim() != 4 or not torch.is_grad_enabled():
-        return False
-    # Autocast leaves float64 alone: exact integer sums rely on it.
-    if not {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}:
-        return False
-    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
-        return False
-    if dilation != (1, 1) or groups != 1 or not all(isinstance(v, tuple) and len(v) == 2 for v in (stride, padding)):
-        return False
-    height, width = _output_size(x, weight, stride, padding)
-    return min(height, width) > 0 and height * width <= PIXELS_WEIGHT_GRADIENT
-
-
-class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        x, weight = x.bfloat16(), weight.bfloat16()
         ctx.stride, ctx.padding = stride, padding
         height, width = _output_size(x, weight, stride, padding)
         if height * width > PIXELS_FORWARD:
