@@ -15,7 +15,8 @@ class Shortcut(nn.Sequential):
 class Residual(nn.Module):
     r"""$\mathrm{act}(\mathrm{branch}(x) + \mathrm{shortcut}(x))$, a sum of floats.
 
-    The activation that ends the branch is taken out of its last block and stands behind the sum. So the order of the
+    The activation that ends the branch, or has only a max-pool behind it, with which it could change places, is taken
+    out of the last block and stands behind the sum. So the order of the
     blocks says which unit this is: blocks that end with an activation (conv-bn-act) give the unit of 2015. Blocks that
     end with a convolution (bn-act-conv) give the pre-activation unit of 2016, and those that end with a batch norm
     (conv-bn, whose activation is the quantizer of the next layer) the unit of Bi-Real Net: in both the sum goes on as
@@ -67,8 +68,9 @@ class Repeat(nn.Module):
 
 
 def _take_activation(way: nn.Sequential) -> nn.Module:
-    """What ends the last block of ``way``, taken out of it, if that is an activation; else the identity."""
-    if not len(way) or [name for name, _ in way[-1].named_children()][-1:] != ["act"]:
+    """The activation behind the norm or convolution that ends the last block of ``way``, taken out; or the identity."""
+    parts = [name for name, _ in way[-1].named_children() if name != "pool"] if len(way) else []
+    if parts[-1:] != ["act"]:
         return nn.Identity()
     act = way[-1].get_submodule("act")
     del way[-1].act
