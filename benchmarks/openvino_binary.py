@@ -44,7 +44,7 @@ def runners(
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1}
         request = core.compile_model(model, "CPU", settings).create_infer_request()
         request.set_input_tensor(openvino.Tensor(images, shared_memory=True))
-        return lambda _=kept: request.infer()
+        return lambda _=kept: request.infer(share_outputs=True)
 
     name = f"openvino {openvino.__version__.split('-')[0]} binary"
     calls = {name: call("f32")}
