@@ -19,7 +19,7 @@ check: setup
 
 # The engine beside its peers, XNOR-Net's headline, how cost grows, where time goes, what a second thread gains, how fast
 # training is; some twenty-five minutes, on an idle machine. Remakes the published figures, on the machine that they are
-# from: docs/engine.md.
+# from: docs/engine.md, docs/results.md.
 bench: setup
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/xnor_headline.py

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowbit import methods, models
+from lowbit.errors import check_choice
 from lowbit.exporter.bench import take_turns
 from lowbit.layers import PReLU, quantized_layers, quantized_twin
 from lowbit.methods import Method, Recipe
 from lowbit.preprocessing import Preprocessing
 from lowbit.training.batches import Batch, TrainBatches
 from lowbit.training.convolutions import FastConvolutions
-from lowbit.training.environment import auto_precision, keep_freed_memory
+from lowbit.training.environment import PRECISIONS, auto_precision, keep_freed_memory
 from lowbit.training.module import TrainingModule
 
 SECONDS = 24.0
@@ -55,15 +56,17 @@ def main(
     """Time every network and layer, and write it down."""
     torch.set_num_threads(threads)
     keep_freed_memory()
+    check_choice("precision", precision, ("auto", *PRECISIONS))
     chosen = auto_precision(CPU) if precision == "auto" else precision
     within: Precision = nullcontext if chosen == "float32" else lambda: torch.autocast("cpu", torch.bfloat16)
+    dtype = torch.float32 if chosen == "float32" else torch.bfloat16
     record = {
         **about(__file__),
         "precision": chosen,
         "threads": threads,
         "batch": batch,
         "networks": [network(*pair, batch, within) for pair in NETWORKS],
-        "layers": [layer(*shape, batch, within) for shape in LAYERS],
+        "layers": [layer(*shape, batch, within, dtype) for shape in LAYERS],
     }
     publish(record, out, table)
     into_page(page, "training", text(record))
@@ -81,9 +84,9 @@ def network(name: str, method_name: str, batch: int, within: Precision) -> dict[
     return {"model": name, "method": method_name, "steps": timed(steps, SECONDS)}
 
 
-def layer(channels: int, side: int, batch: int, within: Precision) -> dict[str, Any]:
+def layer(channels: int, side: int, batch: int, within: Precision, dtype: torch.dtype) -> dict[str, Any]:
     """Quartiles of forward and backward of a convolution with its batch norm, float and binary."""
-    steps = {name: layer_step(name, channels, side, batch, within) for name in LAYER_METHODS}
+    steps = {name: layer_step(name, (batch, channels, side, side), within, dtype) for name in LAYER_METHODS}
     return {"channels": channels, "side": side, "steps": timed(steps, SECONDS / 4)}
 
 
@@ -175,8 +178,9 @@ def lowbit_step(model: nn.Module, method: Method, batches: TrainBatches, within:
     return step
 
 
-def layer_step(method: str, channels: int, side: int, batch: int, within: Precision) -> Step:
+def layer_step(method: str, shape: tuple[int, int, int, int], within: Precision, dtype: torch.dtype) -> Step:
     """Forward and backward of one convolution and its batch norm, and ReLU where it is float."""
+    channels = shape[1]
     made = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
     chosen = methods.registry[method]()
     if chosen.weight is None or chosen.activation is None:
@@ -184,9 +188,7 @@ def layer_step(method: str, channels: int, side: int, batch: int, within: Precis
     else:
         made[0] = quantized_twin(made[0], chosen.weight(), chosen.activation())
     made.to(memory_format=torch.channels_last)
-    x = torch.randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
-    with within():
-        x = (x.bfloat16() if torch.is_autocast_enabled("cpu") else x).requires_grad_()
+    x = torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     gradient = torch.randn_like(x)
 
     def step() -> None:
@@ -229,7 +231,11 @@ def table(record: dict[str, Any]) -> str:
             f"| `{row['model']}` | `{row['method']}` | {cell(steps['plain'])} | {cell(steps['lowbit'])} "
             f"| {gain(row):.2f} |"
         )
-    lines += ["", "Milliseconds of one convolution's step, with its batch norm; over that of the float one:", ""]
+    lines += [
+        "",
+        "Milliseconds of forward and backward of one convolution with its batch norm, and over those of the float one:",
+        "",
+    ]
     lines += [
         f"| layer | {' | '.join(f'`{name}`' for name in LAYER_METHODS)} |",
         "|" + "---|" * (1 + len(LAYER_METHODS)),

@@ -249,6 +249,8 @@ def test_the_speed_of_training_is_measured_and_put_into_its_page(
         ]
         assert set(record["layers"][0]["steps"]) == {"float", "xnor_net", "reactnet"}
         assert training.text(record) in page.read_text()
+    with pytest.raises(UsageError, match="precision is 'half'"):
+        training.main(tmp_path, page, batch=2, precision="half")
     times = {name: {"milliseconds": value} for name, value in (("plain", 6.0), ("lowbit", 4.0), ("float", 2.0))}
     assert (training.gain({"steps": times}), training.over_float({"steps": times}, "plain")) == (1.5, 3.0)
 

@@ -52,8 +52,7 @@ def test_equal_to_the_direct_sum(shape, channels_last, chunk, seed):
         assert ((in_float32 - reference).abs() <= 1e-4 * size.max()).all()
 
 
-def test_rounding_beside_the_direct_sum():
-    """At the size that layers have: some ten times that of the direct sum in float32."""
+def test_rounding_at_the_size_that_layers_have():
     torch.manual_seed(0)
     x, weight, g = torch.randn(8, 256, 8, 8), torch.randn(256, 256, 3, 3), torch.randn(8, 256, 8, 8)
     references = all_three(direct, x.double(), weight.double(), g.double())
@@ -119,11 +118,19 @@ LEFT = {
 @pytest.mark.parametrize(("conv", "side"), TAKEN.values(), ids=TAKEN)
 def test_wide_layers_are_taken(conv, side, taken):
     x = torch.randn(2, conv.in_channels, side, side)
+    expected = conv(x)
     with FastConvolutions():
         y = conv(x)
     assert taken == [x.shape]
     assert y.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(y, conv(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    of = torch.randn_like(y)
+    for gradient, torchs in zip(
+        torch.autograd.grad(y, list(conv.parameters()), of),
+        torch.autograd.grad(expected, list(conv.parameters()), of),
+        strict=True,
+    ):
+        assert (gradient - torchs).abs().max() <= 1e-4 * torchs.abs().max()
 
 
 @pytest.mark.parametrize(("conv", "side"), LEFT.values(), ids=LEFT)
@@ -144,3 +151,13 @@ def test_not_without_gradients_under_autocast_or_without_images(taken):
             conv(x)
         assert conv(x[:0]).shape == (0, WIDE, 4, 4)
     assert taken == []
+
+
+@pytest.mark.parametrize("shape", [(2, WIDE, 0, 4), (2, WIDE - 1, 4, 4)], ids=["no pixels", "other channels"])
+def test_what_torch_refuses_it_refuses_in_its_own_words(shape):
+    conv, x = layer(), torch.randn(shape)
+    with pytest.raises(RuntimeError) as torchs:
+        conv(x)
+    with FastConvolutions(), pytest.raises(RuntimeError) as ours:
+        conv(x)
+    assert str(ours.value) == str(torchs.value)

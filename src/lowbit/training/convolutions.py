@@ -1,4 +1,4 @@
-"""The convolutions of a training step, each by the way that is the fastest on this CPU."""
+"""The convolutions of a training step on a CPU, each by the way that was the faster one for its shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class FastConvolutions(TorchFunctionMode):
     """While active, `torch.conv2d` on a CPU goes by the first of the ``WAYS`` that takes it.
 
     Only plain convolutions are asked about (a batch of images, dilation 1, one group, gradients enabled, arguments as
-    `nn.Conv2d` passes them); everything else goes to torch as before. Results differ from torch's by rounding only.
+    `nn.Conv2d` passes them); everything else goes to torch as before. Results differ from torch's by rounding only, so
+    that sums of integers need not be integers any more; in ``eval()`` they are (`lowbit.layers.integer`).
     """
 
     def __torch_function__(
@@ -44,6 +45,8 @@ def _is_plain(
     return (
         x.device.type == "cpu"
         and x.dim() == 4
+        and x.numel() > 0
+        and x.shape[1] == weight.shape[1]
         and torch.is_grad_enabled()
         and dilation == (1, 1)
         and groups == 1

@@ -229,7 +229,7 @@ class TrainingModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         if self.averaged is not None and self.share < self.method.freeze_norms:
-            with self.trainer.precision_plugin.forward_context(), FastConvolutions():
+            with self.trainer.precision_plugin.forward_context():
                 update_bn(islice(self.batches, NORM_BATCHES), self.measured)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lowbit.layers.windows import windows
 
@@ -28,7 +29,7 @@ class SmallMapConv2d(torch.autograd.Function):
 
     @staticmethod
     def takes(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
-        """Whether a plain convolution over ``x`` (N, C, H, W) is faster this way."""
+        """Whether a plain convolution over ``x`` (N, C, H, W) was faster this way."""
         # Autocast leaves float64 alone: exact integer sums rely on it.
         if not {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}:
             return False
@@ -50,6 +51,7 @@ class SmallMapConv2d(torch.autograd.Function):
         return _product(rows, weight, (len(x), height, width))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, of_x = ctx.saved_tensors
         stride, padding = ctx.stride, ctx.padding

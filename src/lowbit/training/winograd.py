@@ -1,7 +1,7 @@
 """3x3 convolutions of many channels by Winograd's products, for training on a CPU in float32.
 
 Of four by four output pixels the direct sum takes 144 products for each pair of an input and an output channel, and
-Winograd's form 36, between transforms that cost as much for one output channel as for hundreds. The products are
+Winograd's form 36, between transforms whose cost grows with the channels, not with pairs of them. The products are
 matrices of torch's, and so are the transforms.
 """
 
@@ -19,7 +19,8 @@ SIDE = 4
 WINDOW = SIDE + 2
 POINTS = WINDOW**2
 
-# Below it the transforms cost more than the products that they save (measured on a CPU with AVX-512 and without bf16).
+# Harmonic mean of input and output channels below which the transforms cost more than the products that they save
+# (measured on a CPU with AVX-512 and without bf16).
 SMALLEST_HARMONIC_MEAN = 96
 # Numbers of the windows that are worked on at once, so that they are still in the cache for the next step.
 CHUNK = 2**21
@@ -69,10 +70,10 @@ class WinogradConv2d(torch.autograd.Function):
 
     @staticmethod
     def takes(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
-        """Whether a plain convolution over ``x`` (N, C, H, W) is faster this way."""
+        """Whether a plain convolution over ``x`` (N, C, H, W) was faster this way; tiles are to be half full, too."""
         if x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return False
-        if tuple(weight.shape[2:]) != (3, 3) or stride != (1, 1) or padding != (1, 1) or len(x) == 0:
+        if tuple(weight.shape[2:]) != (3, 3) or stride != (1, 1) or padding != (1, 1):
             return False
         outputs, inputs = weight.shape[:2]
         height, width = x.shape[2:]
@@ -84,33 +85,35 @@ class WinogradConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-        y, windows = _convolve(x, weight)
-        ctx.save_for_backward(weight, *(windows if ctx.needs_input_grad[1] else ()))
+        windows: list[Tensor] | None = [] if ctx.needs_input_grad[1] else None
+        y = _convolve(x, weight, windows)
+        ctx.save_for_backward(weight, *(windows or ()))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight, *windows = ctx.saved_tensors
-        to_x = _convolve(gradient, weight.flip(2, 3).transpose(0, 1))[0] if ctx.needs_input_grad[0] else None
+        to_x = _convolve(gradient, weight.flip(2, 3).transpose(0, 1)) if ctx.needs_input_grad[0] else None
         return to_x, _to_weight(windows, gradient, weight) if ctx.needs_input_grad[1] else None, None, None
 
 
-def _convolve(x: Tensor, weight: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The output, channels last in memory, and the transformed windows of each chunk of images."""
+def _convolve(x: Tensor, weight: Tensor, keep: list[Tensor] | None = None) -> Tensor:
+    """The output, channels last in memory; ``keep`` is given the transformed windows of each chunk of images."""
     height, width = x.shape[2:]
     down, across = _tiles(height, width)
     outputs, inputs = weight.shape[:2]
     of_weight = (OF_WEIGHT.to(x.dtype) @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(POINTS, inputs, outputs)
     y = x.new_empty(len(x), down, SIDE, across, SIDE, outputs)
-    windows = []
     for images in _chunks(x, max(outputs, inputs)):
-        windows.append(_windows(x[images]))
-        products = torch.bmm(windows[-1], of_weight).view(POINTS, -1)
+        windows = _windows(x[images])
+        if keep is not None:
+            keep.append(windows)
+        products = torch.bmm(windows, of_weight).view(POINTS, -1)
         tiles = (OF_PRODUCTS.to(x.dtype) @ products).view(SIDE, SIDE, -1, down, across, outputs)
         y[images] = tiles.permute(2, 3, 0, 4, 1, 5)
     whole = y.view(len(x), down * SIDE, across * SIDE, outputs)
-    return whole[:, :height, :width].contiguous().permute(0, 3, 1, 2), windows
+    return whole[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
 
 def _to_weight(windows: list[Tensor], gradient: Tensor, weight: Tensor) -> Tensor:
