@@ -12,7 +12,7 @@ import lowbit
 from lowbit import methods
 from lowbit.convert import LayerReport, quantize_, resolve_method
 from lowbit.errors import UsageError
-from lowbit.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from lowbit.layers import QuantConv2d, QuantizedLayer, QuantLinear, Stem
 from lowbit.methods import Method
 from lowbit.methods.xnor_net import ScaledSign
 from lowbit.quantizers.binary import SignQuantizer
@@ -74,6 +74,39 @@ def test_reports_say_why():
         LayerReport("features.4", "Conv2d", 1, 1, "by override 'features.4'"),
         LayerReport("neck.0", "Conv1d", 32, 32, "by override 'neck.*'"),
         LayerReport("head", "Linear", 32, 32, "last layer"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "bits"), [("xnor_net", ["32/32"] * 2), ("bnn", ["1/32", "1/1"]), ("bwn", ["32/32"] * 2)]
+)
+def test_the_first_layer_is_a_whole_stem_where_there_is_one(method, bits):
+    model = nn.Sequential(
+        Stem(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1)), nn.Conv2d(5, 4, 3), nn.Conv2d(4, 2, 1)
+    )
+    reports = quantize_(model, method)
+    assert [report.name for report in reports] == ["0.0", "0.2", "1", "2"]
+    assert [f"{report.bits_w}/{report.bits_a}" for report in reports[:2]] == bits
+    assert [report.note for report in reports[:2]] == (["first layer"] * 2 if bits[0] == "32/32" else [""] * 2)
+    assert isinstance(model[1], QuantizedLayer)
+
+
+def test_an_override_reaches_into_a_stem():
+    model = nn.Sequential(Stem(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1)), nn.Conv2d(5, 4, 3), nn.Conv2d(4, 2, 1))
+    reports = quantize_(model, "xnor_net", {"0.1": "bnn"})
+    assert [f"{report.bits_w}/{report.bits_a}" for report in reports] == ["32/32", "1/1", "1/1", "32/32"]
+
+
+def test_what_a_method_left_of_a_stem_takes_8_bits_afterwards():
+    model = nn.Sequential(
+        Stem(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1)), nn.Conv2d(5, 4, 3), nn.Conv2d(4, 2, 1)
+    )
+    quantize_(model, "xnor_net")
+    reports = quantize_(model, "affine")
+    assert [(report.name, report.bits_w, report.bits_a) for report in reports] == [
+        ("0.0", 8, 8),
+        ("0.2", 8, 8),
+        ("2", 8, 8),
     ]
 
 

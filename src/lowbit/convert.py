@@ -10,7 +10,7 @@ from torch import nn
 
 from lowbit import methods
 from lowbit.errors import UsageError
-from lowbit.layers import QuantizedLayer, Shortcut, project_, quantized_twin
+from lowbit.layers import QuantizedLayer, Shortcut, Stem, project_, quantized_twin
 from lowbit.layers.quantized import is_quantizable, is_subclass
 from lowbit.methods import Method
 
@@ -46,9 +46,10 @@ def quantize_(
 
     Parameters, hooks and names stay, so an optimizer or a state dict made before still fits; the method's projection
     is applied once to the latent weights. A layer that stands under several names stays one layer, reported under its
-    first name. The method says whether the first layer, the last one and those of shortcuts (`lowbit.layers.Shortcut`)
-    stay float. A first layer that does not reads its input through the method's quantizer for inputs, or as it is where
-    the method has none; one whose full name an override gives is a layer like any other.
+    first name. The method says whether the first layer (with a `lowbit.layers.Stem`: all of its layers), the last one
+    and those of shortcuts (`lowbit.layers.Shortcut`) stay float. A first layer that does not reads its input through
+    the method's quantizer for inputs, or as it is where the method has none; one whose full name an override gives is a
+    layer like any other.
 
     A dropout that stands in an `nn.Sequential` right in front of a layer whose activations are quantized (a flattening
     may stand between) moves into the layer, behind the quantizer, and an identity takes its place. In front of it the
@@ -89,9 +90,14 @@ def quantize_(
     for pattern in overrides:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in everything):
             raise UsageError(f"override '{pattern}' matches no layer; layers: {', '.join(everything)}")
-    in_shortcuts = {layer for way in model.modules() if isinstance(way, Shortcut) for layer in way.modules()}
+    in_stems, in_shortcuts = (
+        {layer for part in model.modules() if isinstance(part, kind) for layer in part.modules()}
+        for kind in (Stem, Shortcut)
+    )
     choices = {
-        layer: _choose(aliases, i, len(names), layer in in_shortcuts, method, overrides)
+        layer: _choose(
+            aliases, i == 0 or layer in in_stems, i == len(names) - 1, layer in in_shortcuts, method, overrides
+        )
         for i, (layer, aliases) in enumerate(names.items())
         if is_quantizable(layer)
     }
@@ -151,20 +157,20 @@ def _take_dropout(model: nn.Module, name: str) -> nn.Module | None:
 
 def _choose(
     aliases: Sequence[str],
-    index: int,
-    count: int,
+    first: bool,
+    last: bool,
     in_shortcut: bool,
     method: Method,
     overrides: Mapping[str, str | Method | None],
 ) -> tuple[Method, str]:
-    """The method of layer ``index`` of ``count``, and why it is not the model's own."""
+    """The method of a layer, and why it is not the model's own."""
     matches = [pattern for pattern in overrides if any(fnmatch.fnmatchcase(name, pattern) for name in aliases)]
     if matches:
         override = overrides[matches[-1]]
         return resolve_method("float" if override is None else override), f"by override '{matches[-1]}'"
     for left_out, kind in (
-        (method.skip_first and index == 0, "first layer"),
-        (method.skip_last and index == count - 1, "last layer"),
+        (method.skip_first and first, "first layer"),
+        (method.skip_last and last, "last layer"),
         (method.skip_shortcuts and in_shortcut, "shortcut"),
     ):
         if left_out:

@@ -50,7 +50,9 @@ QUANTIZERS = {
     if getattr(method, side) is not None
 }
 SMALL = {"width": 1 / 16}
-SIDES = {"vgg_small": 16, "nin": 8, "lenet": 16, "resnet18": 8, "resnet20": 8, "resnet34": 8, "patchnet": 8}
+SIDES = {"vgg_small": 16, "lenet": 16} | dict.fromkeys(
+    ("nin", "resnet18", "resnet20", "resnet34", "patchnet", "poolnet"), 8
+)
 
 
 def small(model: str, method: Method) -> nn.Module:

@@ -13,7 +13,9 @@ from torch import nn
 from lowbit import methods, models
 from lowbit.errors import LowbitError, UsageError
 from lowbit.layers import QuantizedLayer
+from lowbit.layers.activations import RPReLU
 from lowbit.models.base import load_weights
+from lowbit.training.whitening import freeze_first_layer_
 
 # name, options: parameters of the float network; convolutions and dense layers
 PARAMETERS: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -33,6 +35,7 @@ PARAMETERS: dict[str, tuple[dict[str, Any], int, int]] = {
         48 * 128 + 9 * (128**2 + 128 * 256 + 2 * 256**2 + 256 * 512 + 2 * 512**2) + 2 * (256 + 768 + 1536) + 5_130,
         9,
     ),
+    "poolnet": ({}, 27 * 54 + 54 * 64 + 9 * (64 * 256 + 3 * 256**2) + 2 * (64 + 4 * 256) + 2_570, 7),
     # torchvision's, for ImageNet.
     "resnet18": ({"num_classes": 1000, "image_size": 224}, 11_689_512, 21),
     "resnet34": ({"num_classes": 1000, "image_size": 224}, 21_797_672, 37),
@@ -87,6 +90,7 @@ def test_shapes(name, classes, channels, side):
         ("vgg_small", 28, "halves its map 3 times: image size 28 must be a multiple of 8"),
         ("lenet", 15, "lenet needs images of at least 16x16, not 15x15"),
         ("patchnet", 7, "patchnet needs images of at least 8x8, not 7x7"),
+        ("poolnet", 7, "poolnet needs images of at least 8x8, not 7x7"),
         ("nin", 7, "nin needs images of at least 8x8, not 7x7"),
     ],
 )
@@ -97,7 +101,17 @@ def test_wrong_image_sizes(name, side, message):
 
 @pytest.mark.parametrize(
     ("name", "side"),
-    [("vgg_small", 8), ("lenet", 16), ("lenet", 17), ("nin", 8), ("nin", 9), ("patchnet", 8), ("patchnet", 11)],
+    [
+        ("vgg_small", 8),
+        ("lenet", 16),
+        ("lenet", 17),
+        ("nin", 8),
+        ("nin", 9),
+        ("patchnet", 8),
+        ("patchnet", 11),
+        ("poolnet", 8),
+        ("poolnet", 11),
+    ],
 )
 def test_smallest_and_odd_image_sizes(name, side):
     model = tiny(name, image_size=side).eval()
@@ -112,6 +126,26 @@ def test_a_pooled_stem_halves_the_map_like_patches(side):
     assert {tuple(stem(images).shape[2:]) for stem in first} == {(side // 2, side // 2)}
     assert [tuple(stem.conv.kernel_size) for stem in first] == [(4, 4), (3, 3)]
     assert tiny("patchnet", method="reactnet", image_size=side, stem="pooled")(images).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("method", "act"),
+    [("float", nn.ReLU), ("affine", nn.ReLU), ("irnet", nn.Hardtanh), ("reactnet", RPReLU), ("bireal", nn.Identity)],
+)
+def test_the_activation_of_poolnet_stands_behind_every_sum(method, act):
+    model = tiny("poolnet", method=method)
+    assert [type(model.get_submodule(f"unit{number}").act) for number in range(1, 5)] == [act] * 4
+    inside = [module for number in range(1, 5) for module in model.get_submodule(f"unit{number}").branch.modules()]
+    assert not any(isinstance(module, (nn.ReLU, nn.Hardtanh, RPReLU)) for module in inside)
+
+
+def test_nothing_behind_poolnets_frozen_first_layer_needs_a_gradient_but_what_learns():
+    model = tiny("poolnet", method="reactnet")
+    freeze_first_layer_(model)
+    images = torch.randn(2, 3, 32, 32)
+    patches = model.stem[:3](images)
+    assert not patches.requires_grad
+    assert model.stem[3:](patches).requires_grad
 
 
 ERRORS: list[tuple[str, dict[str, Any], str]] = [

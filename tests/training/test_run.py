@@ -198,9 +198,13 @@ def test_resume_with_other_settings_names_the_setting(
 
 
 @pytest.mark.parametrize(
-    ("method", "average"),
-    [("xnor_net", 0.4), ("adabin", 0.8)],
-    ids=["before weights are averaged", "learned levels, phases and averaged weights"],
+    ("method", "overrides"),
+    [
+        ("xnor_net", {"average": 0.4}),
+        ("adabin", {"average": 0.8}),
+        ("reactnet", {"average": 0.4, "whiten": True, "freeze_first": True}),
+    ],
+    ids=["before weights are averaged", "learned levels, phases and averaged weights", "a frozen first layer"],
 )
 def test_ctrl_c_says_how_to_resume(
     config: TrainConfig,
@@ -208,9 +212,9 @@ def test_ctrl_c_says_how_to_resume(
     capfd: pytest.CaptureFixture[str],
     tmp_path: Path,
     method: str,
-    average: float,
+    overrides: dict[str, Any],
 ) -> None:
-    config = replace(config, method=method, overrides={**config.overrides, "average": average})
+    config = replace(config, method=method, overrides={**config.overrides, **overrides})
     whole = train(replace(config, out=tmp_path / "whole", epochs=3))
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:

@@ -16,7 +16,7 @@ from lowbit.errors import UsageError
 from lowbit.models import create
 from lowbit.training import TrainConfig, train
 from lowbit.training.batches import Normalise
-from lowbit.training.whitening import FLOOR, whiten_first_layer_, whitening_filters
+from lowbit.training.whitening import FLOOR, freeze_first_layer_, whiten_first_layer_, whitening_filters
 
 CPU = torch.device("cpu")
 
@@ -99,3 +99,33 @@ def test_a_run_starts_from_it_unless_it_starts_from_weights(tmp_path: Path) -> N
     assert not torch.allclose(plain[0], -plain[1], atol=1e-2)
     started = replace(config, out=tmp_path / "started", init_from=tmp_path / "plain")
     assert torch.allclose(first_layer(train(started).path), plain, atol=1e-6)
+
+
+def test_a_frozen_first_layer_stays_while_the_others_learn(tmp_path: Path) -> None:
+    config = TrainConfig(
+        out=tmp_path / "frozen",
+        method="xnor_net",
+        model="lenet",
+        model_options={"width": 0.25},
+        overrides={"whiten": True, "freeze_first": True, "weight_decay": 0.1},
+        epochs=1,
+        progress=False,
+    )
+
+    def weights(run: Path) -> dict[str, torch.Tensor]:
+        return safetensors.torch.load_file(run / "model.safetensors")
+
+    unmoved = replace(config, out=tmp_path / "unmoved", overrides={"whiten": True, "learning_rate": 1e-12})
+    frozen, start = weights(train(config).path), weights(train(unmoved).path)
+    assert torch.allclose(frozen["0.conv.weight"], start["0.conv.weight"], atol=1e-6)
+    assert not torch.allclose(frozen["1.conv.weight"], start["1.conv.weight"], atol=1e-3)
+    again = weights(train(replace(config, out=tmp_path / "again", seed=1, init_from=tmp_path / "frozen")).path)
+    assert torch.equal(again["0.conv.weight"], frozen["0.conv.weight"])
+    assert not torch.equal(again["1.conv.weight"], frozen["1.conv.weight"])
+
+
+def test_a_first_layer_of_low_bits_cannot_be_frozen() -> None:
+    with pytest.raises(UsageError, match="freeze_first keeps a first layer in float"):
+        freeze_first_layer_(create("lenet", method="bnn", in_channels=1, image_size=16))
+    with pytest.raises(UsageError, match="freeze_first"):
+        freeze_first_layer_(nn.ReLU())

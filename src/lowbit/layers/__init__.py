@@ -7,6 +7,7 @@ from lowbit.layers.phases import start_epoch
 from lowbit.layers.quantized import QuantConv1d, QuantConv2d, QuantConv3d, QuantizedLayer, QuantLinear, quantized_twin
 from lowbit.layers.residual import Repeat, Residual, Shortcut
 from lowbit.layers.rules import attach_rules, named_quantized_layers, project_, quantized_layers
+from lowbit.layers.stem import Stem
 
 __all__ = [
     "PReLU",
@@ -20,6 +21,7 @@ __all__ = [
     "Residual",
     "Shift",
     "Shortcut",
+    "Stem",
     "attach_rules",
     "calibrate",
     "fold_batch_norms_",

@@ -186,14 +186,19 @@ BLOCKS: dict[str, Block] = {
 }
 
 
-def mean_head(block: Block, channels: int, num_classes: int) -> nn.Sequential:
-    """The last layer in the order of ``block``, with the mean over the map in front of its convolution."""
+def pooled_head(block: Block, channels: int, num_classes: int, pool: nn.Module) -> nn.Sequential:
+    """The last layer in the order of ``block``, with ``pool`` over the whole map in front of its 1x1 convolution."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     for name, part in block(nn.Conv2d(channels, num_classes, 1), role="last").named_children():
         if name == "conv":
-            parts["mean"] = nn.AdaptiveAvgPool2d(1)
+            parts["pool"] = pool
         parts[name] = part
     return nn.Sequential(parts)
+
+
+def mean_head(block: Block, channels: int, num_classes: int) -> nn.Sequential:
+    """`pooled_head` with the mean."""
+    return pooled_head(block, channels, num_classes, nn.AdaptiveAvgPool2d(1))
 
 
 def _shifted(

@@ -38,6 +38,9 @@ class Recipe:
         crop: pixels of padding that an image is cropped out of; short trainings, which fit too little, want fewer.
         whiten: start the first convolution, if it is in float, as a whitening of the images' patches
             (`lowbit.training.whitening`); weights to start from replace it.
+        freeze_first: keep the first convolution or linear layer (of a `lowbit.layers.Stem` its first one only), which
+            has to be in float, as it starts; its gradients are then never computed. What ``whiten`` has not filled of
+            it stays as random as it is.
         source: where the recipe comes from, what was changed and why.
     """
 
@@ -59,6 +62,7 @@ class Recipe:
     augment: bool = True
     crop: int = 4
     whiten: bool = False
+    freeze_first: bool = False
     source: str = ""
 
     def settings(self) -> dict[str, Any]:
@@ -75,6 +79,7 @@ class Recipe:
             "average": self.average > 0,
             "crop": self.augment,
             "whiten": self.whiten,
+            "freeze_first": self.freeze_first,
             "source": False,
         }
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if shown.get(entry.name, True)}
@@ -94,7 +99,7 @@ class Method:
         gradient: the identity, applied to what a layer gives in training, which quantizes the gradient that comes back;
             None leaves gradients in float.
         block: name of the block in ``layers.blocks`` whose order the paper uses.
-        skip_first, skip_last: leave the first and last layer in float.
+        skip_first, skip_last: leave the first layer (`lowbit.layers.Stem`: all of its layers) and the last in float.
         skip_shortcuts: leave the layers of shortcuts (`lowbit.layers.Shortcut`) in float.
         projection: changes a latent weight in place after each optimizer step, outside autograd.
         update: moves a latent weight in place of the optimizer, given weight, gradient and learning rate.

@@ -14,8 +14,8 @@ def bireal() -> Method:
     $\alpha\,g \cdot 1\{|W| \le 1\}$ for the weights, the "magnitude-aware" gradient.
     Block order: sign, convolution, batch norm; no other activation. First and last layers and those of shortcuts stay
     in float. The shortcut around each convolution, which keeps the sums that sign throws away, is the model's:
-    ``patchnet`` has it, ResNets have it with ``shortcut=conv``. The paper starts from a trained float network whose
-    ReLU was replaced by a clip; here ``--init-from`` takes any.
+    ``patchnet`` and ``poolnet`` have it, ResNets have it with ``shortcut=conv``. The paper starts from a trained float
+    network whose ReLU was replaced by a clip; here ``--init-from`` takes any.
 
     Source: Liu, Wu, Luo, Yang, Liu and Cheng 2018, "Bi-Real Net", arXiv 1808.00278, section 3.
     """

@@ -226,8 +226,11 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
                 _check_observed(made)
             elif config.diagnose and made.weight is None and made.activation is None:
                 raise UsageError(f"method '{method}' quantizes no layer: there is nothing to diagnose; leave it out")
-            elif recipe.whiten and made.weight is not None and not made.skip_first:
-                raise UsageError(f"method '{method}' quantizes the first layer, which whiten would start; leave it out")
+            for field, does in (("whiten", "start"), ("freeze_first", "keep")):
+                if getattr(recipe, field) and made.weight is not None and not made.skip_first:
+                    raise UsageError(
+                        f"method '{method}' quantizes the first layer, which {field} would {does}; leave it out"
+                    )
         defaults = {key: option.default for key, option in methods.registry.options(method).items()}
         identity = (method, {**defaults, **chosen}, replace(recipe, source=""), starts, calibrate)
         label = _label(method, chosen) if name is None else _label(name, point)

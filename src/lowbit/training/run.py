@@ -46,7 +46,7 @@ from lowbit.training.settings import (
     refuse_changes,
     with_later_settings,
 )
-from lowbit.training.whitening import whiten_first_layer_
+from lowbit.training.whitening import freeze_first_layer_, whiten_first_layer_
 
 EVAL_BATCH = 500
 PROBE_IMAGES = 64
@@ -141,6 +141,8 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
     if recipe.whiten and fresh:
         normalise = Normalise(images.preprocessing, torch.device("cpu"))
         whiten_first_layer_(model, images.train_images, split[0], normalise)
+    if recipe.freeze_first:
+        freeze_first_layer_(model)
     report = init_from(model, config.init_from) if config.init_from is not None else None
     if report is not None and fresh:
         say(str(report))

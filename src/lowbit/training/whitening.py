@@ -1,4 +1,4 @@
-"""Start the first convolution as a whitening of the images' patches."""
+"""Start the first convolution as a whitening of the images' patches, and keep the first layer as it starts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def whiten_first_layer_(
 ) -> None:
     """Give the first convolution whitening filters, each followed by its negative, as many as there are outputs.
 
-    Outputs beyond twice the numbers of a patch keep what they have. The filters are a start: training changes them.
+    Outputs beyond twice the numbers of a patch keep what they have. The filters are a start: training changes
+    them, unless `freeze_first_layer_` keeps them.
 
     Args:
         model: whose first convolution reads the images in float.
@@ -66,7 +67,7 @@ def whiten_first_layer_(
         UsageError: the first layer is no float convolution over all channels, or the images are smaller than its
             kernel.
     """
-    conv = next((module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))), None)
+    conv = first_layer(model)
     height, width, channels = images.shape[1:]
     if (
         not isinstance(conv, nn.Conv2d)
@@ -84,3 +85,24 @@ def whiten_first_layer_(
     pairs = torch.stack([filters, -filters], 1).flatten(0, 1)[: conv.out_channels]
     with torch.no_grad():
         conv.weight[: len(pairs)] = pairs
+
+
+def freeze_first_layer_(model: nn.Module) -> None:
+    """Let training leave the parameters of the first convolution or linear layer as they are.
+
+    Raises:
+        UsageError: the model has no such layer, or it is quantized.
+    """
+    first = first_layer(model)
+    if first is None or getattr(first, "weight_quantizer", None) is not None:
+        raise UsageError(
+            "recipe field freeze_first keeps a first layer in float as it starts, and this network has none; "
+            "leave it false, or choose a method that keeps the first layer in float"
+        )
+    for parameter in first.parameters(recurse=False):
+        parameter.requires_grad_(False)
+
+
+def first_layer(model: nn.Module) -> nn.Conv2d | nn.Linear | None:
+    """The convolution or linear layer that the model names first."""
+    return next((module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))), None)
