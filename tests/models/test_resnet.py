@@ -50,20 +50,20 @@ def test_resnet20_has_the_papers_size(shortcut):
 # block: parts of the stem, of the first and the last convolution of a branch, of a shortcut, of the head; the
 # activation behind the sum
 ORDERS = {
-    "conv_bn_act": ("conv norm act", "conv norm act", "conv norm", "conv norm", "mean conv", nn.ReLU),
-    "conv_act": ("conv act", "conv act", "conv", "conv", "mean conv", nn.ReLU),
-    "conv_pool_bn": ("conv norm", "conv norm", "conv norm", "conv norm", "mean conv norm", nn.Identity),
-    "conv_pool_bn_act": ("conv norm act", "conv norm act", "conv norm", "conv norm", "mean conv norm", nn.ReLU),
-    "conv_pool_bn_hardtanh": ("conv norm act", "conv norm act", "conv norm", "conv norm", "mean conv", nn.Hardtanh),
-    "conv_pool_act": ("conv act", "conv act", "conv", "conv", "mean conv", nn.ReLU),
-    "conv_pool_bn_float_last": ("conv norm", "conv norm", "conv norm", "conv norm", "act mean conv", nn.Identity),
-    "conv_bn": ("conv norm", "conv norm", "conv norm", "conv norm", "mean conv", nn.Identity),
+    "conv_bn_act": ("conv norm act", "conv norm act", "conv norm", "conv norm", "pool conv", nn.ReLU),
+    "conv_act": ("conv act", "conv act", "conv", "conv", "pool conv", nn.ReLU),
+    "conv_pool_bn": ("conv norm", "conv norm", "conv norm", "conv norm", "pool conv norm", nn.Identity),
+    "conv_pool_bn_act": ("conv norm act", "conv norm act", "conv norm", "conv norm", "pool conv norm", nn.ReLU),
+    "conv_pool_bn_hardtanh": ("conv norm act", "conv norm act", "conv norm", "conv norm", "pool conv", nn.Hardtanh),
+    "conv_pool_act": ("conv act", "conv act", "conv", "conv", "pool conv", nn.ReLU),
+    "conv_pool_bn_float_last": ("conv norm", "conv norm", "conv norm", "conv norm", "act pool conv", nn.Identity),
+    "conv_bn": ("conv norm", "conv norm", "conv norm", "conv norm", "pool conv", nn.Identity),
     "shift_conv_bn_prelu": (
         "conv norm act",
         "shift conv norm act",
         "shift conv norm",
         "conv norm",
-        "mean conv",
+        "pool conv",
         PReLU,
     ),
     "shift_conv_bn_rprelu": (
@@ -71,11 +71,11 @@ ORDERS = {
         "shift conv norm act",
         "shift conv norm",
         "conv norm",
-        "mean conv",
+        "pool conv",
         RPReLU,
     ),
-    "bn_act_conv": ("conv norm act", "norm conv", "norm conv", "norm conv", "norm act mean conv", nn.Identity),
-    "bn_act_conv_relu": ("conv norm act", "norm conv act", "norm conv", "norm conv", "norm act mean conv", nn.ReLU),
+    "bn_act_conv": ("conv norm act", "norm conv", "norm conv", "norm conv", "norm act pool conv", nn.Identity),
+    "bn_act_conv_relu": ("conv norm act", "norm conv act", "norm conv", "norm conv", "norm act pool conv", nn.ReLU),
 }
 
 

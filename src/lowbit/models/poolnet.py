@@ -31,11 +31,12 @@ def poolnet(
     """A stem of 64 channels at half of the image's size, four 3x3 convolutions to 256 channels, a dense layer.
 
     The stem has a 3x3 convolution to twice as many channels as a patch has numbers, 54 for a coloured image, so that it
-    can be a whitening and its negative (`lowbit.training.whitening`); ReLU and batch norm; a 1x1 convolution to 64
-    channels; and a 2x2 max-pool. Of the other convolutions, each with a shortcut of its own, the first and the third
-    have a max-pool behind them, in place of a stride, so that all products are taken on the larger map; their shortcuts
-    average 2x2 pixels, and that of the first, which makes four times as many channels, repeats each. The dense layer
-    reads the largest value of each channel. ``width`` multiplies all widths but that of the first convolution.
+    can be a whitening and its negative (`lowbit.training.whitening`); ReLU and batch norm, in every order of blocks; a
+    1x1 convolution to 64 channels; and a 2x2 max-pool. Of the other convolutions, each with a shortcut of its own, the
+    first and the third have a max-pool behind them, in place of a stride, so that all products are taken on the larger
+    map; their shortcuts average 2x2 pixels, and that of the first, which makes four times as many channels, repeats
+    each. The dense layer reads the largest value of each channel. ``width`` multiplies all widths but that of the first
+    convolution.
 
     Source: this project. Few, wide convolutions with pools behind them are those of Page 2019, "How to Train Your
     ResNet", and of Jordan 2024, arXiv 2404.00498, as is the fixed number of the first one's channels; shortcuts around
