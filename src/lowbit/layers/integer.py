@@ -6,21 +6,20 @@ AMX multiply them as bytes and add in 32 bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from lowbit.hardware import cpu_flags
+from lowbit.layers.conv2d_mode import Conv2dMode
 from lowbit.layers.windows import windows
 
 # Windows of an image lie side by side in memory; as many images at a time as fit.
 WINDOW_BYTES = 1 << 26
 
 
-class IntegerConvolutions(TorchFunctionMode):
+class IntegerConvolutions(Conv2dMode):
     """While active, `torch.conv2d` of float32 numbers that are all integers of a byte multiplies bytes.
 
     Results are the same to the bit: both ways the sums are exact. Taken over are convolutions without gradient, groups
@@ -31,20 +30,15 @@ class IntegerConvolutions(TorchFunctionMode):
         super().__init__()
         self.fast = bool({"avx512_vnni", "avx_vnni", "asimddp"} & set(cpu_flags()))
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if self.fast and func is torch.conv2d and len(args) == 7:
-            x, weight, bias, stride, padding, dilation, groups = args
-            if bias is None and groups == 1 and isinstance(padding, tuple) and _is_plain(x, weight):
-                small = _as_bytes(x), _as_bytes(weight)
-                if small[0] is not None and small[1] is not None:
-                    return _convolve(small[0], small[1], stride, padding, dilation)
-        return func(*args, **(kwargs or {}))
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+    ) -> Tensor | None:
+        """The convolution, where both operands are bytes."""
+        if self.fast and bias is None and groups == 1 and isinstance(padding, tuple) and _is_plain(x, weight):
+            small = _as_bytes(x), _as_bytes(weight)
+            if small[0] is not None and small[1] is not None:
+                return _convolve(small[0], small[1], stride, padding, dilation)
+        return None
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
