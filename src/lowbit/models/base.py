@@ -25,6 +25,16 @@ registry: Registry[Callable[..., nn.Module]] = Registry(
 )
 
 
+def check_image_size(what: str, image_size: int, smallest: int) -> None:
+    """Refuse images too small for every map of ``what`` to have a pixel.
+
+    Raises:
+        UsageError: ``image_size`` is below ``smallest``.
+    """
+    if image_size < smallest:
+        raise UsageError(f"{what} needs images of at least {smallest}x{smallest}, not {image_size}x{image_size}")
+
+
 def create(
     name: str,
     num_classes: int = 10,

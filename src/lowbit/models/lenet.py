@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from lowbit.errors import UsageError
 from lowbit.layers.blocks import Block
-from lowbit.models.base import registry
+from lowbit.models.base import check_image_size, registry
 
 
 @registry.register
@@ -18,9 +17,8 @@ def lenet(
     Source: LeCun, Bottou, Bengio and Haffner 1998; the widths are those of Caffe's example, which the XNOR-Net codes
     share. ``width`` multiplies all of them.
     """
+    check_image_size("lenet", image_size, 16)
     side = ((image_size - 4) // 2 - 4) // 2
-    if side < 1:
-        raise UsageError(f"lenet needs images of at least 16x16, not {image_size}x{image_size}")
     small, large, hidden = (max(1, round(n * width)) for n in (20, 50, 500))
     return nn.Sequential(
         block(nn.Conv2d(in_channels, small, 5), pool=nn.MaxPool2d(2), role="first"),

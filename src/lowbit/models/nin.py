@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from lowbit.errors import UsageError
 from lowbit.layers.blocks import Block
-from lowbit.models.base import registry
+from lowbit.models.base import check_image_size, registry
 
 # (channels, kernel, pool after it): the CIFAR-10 network of Lin, Chen and Yan 2013, with the widths of the XNOR-Net
 # code of 2018.
@@ -37,8 +36,7 @@ def nin(
 
     Source: Lin, Chen and Yan 2013, "Network In Network", arXiv 1312.4400.
     """
-    if image_size < 8:
-        raise UsageError(f"nin needs images of at least 8x8, not {image_size}x{image_size}")
+    check_image_size("nin", image_size, 8)
     layers: list[nn.Module] = []
     channels, dropped = in_channels, 0.0
     for full, kernel, pool in ROWS:

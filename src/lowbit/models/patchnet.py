@@ -10,10 +10,9 @@ from typing import Literal
 
 from torch import nn
 
-from lowbit.errors import UsageError
 from lowbit.layers import Repeat, Residual, Shortcut
 from lowbit.layers.blocks import Block, mean_head
-from lowbit.models.base import registry
+from lowbit.models.base import check_image_size, registry
 
 CHANNELS = 128
 STAGES: tuple[tuple[int, int], ...] = ((1, 1), (3, 2), (3, 2))
@@ -41,8 +40,7 @@ def patchnet(
     1808.00278; shortcuts without parameters are those of He et al. 2015, arXiv 1512.03385, option A, with copies of
     channels in place of zeros.
     """
-    if image_size < SMALLEST:
-        raise UsageError(f"patchnet needs images of at least {SMALLEST}x{SMALLEST}, not {image_size}x{image_size}")
+    check_image_size("patchnet", image_size, SMALLEST)
     channels, side = max(1, round(CHANNELS * width)), image_size // 2
     if stem == "patches":
         first = block(nn.Conv2d(in_channels, channels, 4, 2, padding=1, bias=False), role="first")

@@ -9,10 +9,9 @@ from collections import OrderedDict
 
 from torch import nn
 
-from lowbit.errors import UsageError
 from lowbit.layers import Repeat, Residual, Shortcut, Stem
 from lowbit.layers.blocks import Block, pooled_head
-from lowbit.models.base import registry
+from lowbit.models.base import check_image_size, registry
 
 CHANNELS = 64
 ROWS: tuple[tuple[int, bool], ...] = ((4, True), (1, False), (1, True), (1, False))
@@ -42,8 +41,7 @@ def poolnet(
     ResNet", and of Jordan 2024, arXiv 2404.00498, as is the fixed number of the first one's channels; shortcuts around
     each are those of Liu et al. 2018, "Bi-Real Net", arXiv 1808.00278.
     """
-    if image_size < SMALLEST:
-        raise UsageError(f"poolnet needs images of at least {SMALLEST}x{SMALLEST}, not {image_size}x{image_size}")
+    check_image_size("poolnet", image_size, SMALLEST)
     channels = max(1, round(CHANNELS * width))
     directions = 2 * in_channels * 3 * 3
     parts: OrderedDict[str, nn.Module] = OrderedDict()

@@ -10,10 +10,10 @@ from typing import Literal
 
 from torch import nn
 
-from lowbit.errors import UsageError, check_choice
+from lowbit.errors import check_choice
 from lowbit.layers import Residual, Shortcut
 from lowbit.layers.blocks import Block, mean_head
-from lowbit.models.base import registry
+from lowbit.models.base import check_image_size, registry
 
 Row = tuple[tuple[int, int], ...]
 Around = Literal["block", "conv"]
@@ -42,9 +42,7 @@ def _resnet(
     check_choice("stem of a ResNet", stem, ("auto", "imagenet", "cifar"))
     if stem == "auto":
         stem = "imagenet" if image_size > LARGEST_FOR_CIFAR_STEM else "cifar"
-    smallest = 2 ** (len(row) - 1) * (4 if stem == "imagenet" else 1)
-    if image_size < smallest:
-        raise UsageError(f"this ResNet needs images of at least {smallest}x{smallest}, not {image_size}x{image_size}")
+    check_image_size("this ResNet", image_size, 2 ** (len(row) - 1) * (4 if stem == "imagenet" else 1))
     stages = [(max(1, round(channels * width)), pairs) for channels, pairs in row]
     channels, side = stages[0][0], image_size
     parts: OrderedDict[str, nn.Module] = OrderedDict()
