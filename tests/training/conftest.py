@@ -1,10 +1,31 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
+
+
+@pytest.fixture
+def spy_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[torch.autograd.Function]], list[tuple[int, ...]]]:
+    """Gives a list of the shapes of what a function is applied to from now on."""
+
+    def spy_on(function: type[torch.autograd.Function]) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+        apply = function.apply
+
+        def spy(x: Tensor, *rest: object) -> object:
+            shapes.append(tuple(x.shape))
+            return apply(x, *rest)
+
+        monkeypatch.setattr(function, "apply", spy)
+        return shapes
+
+    return spy_on
 
 
 @pytest.fixture(scope="session")

@@ -22,18 +22,9 @@ def autocast(dtype: torch.dtype = BF16) -> torch.autocast:
 
 
 @pytest.fixture
-def taken(monkeypatch):
+def taken(spy_on):
     """Shapes of the convolutions that go this way."""
-    shapes = []
-
-    apply = SmallMapConv2d.apply
-
-    def spy(x: Tensor, *rest: object) -> Tensor:
-        shapes.append(tuple(x.shape))
-        return apply(x, *rest)
-
-    monkeypatch.setattr(SmallMapConv2d, "apply", spy)
-    return shapes
+    return spy_on(SmallMapConv2d)
 
 
 @st.composite

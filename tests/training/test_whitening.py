@@ -79,19 +79,26 @@ def test_another_first_layer_is_refused(first: str) -> None:
         whiten_first_layer_(FIRST_LAYERS[first], images, np.arange(2), lambda pixels: pixels)
 
 
+UNMOVED = TrainConfig(
+    out="white",
+    method="xnor_net",
+    model="lenet",
+    model_options={"width": 0.25},
+    overrides={"whiten": True, "learning_rate": 1e-12},
+    epochs=1,
+    progress=False,
+)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run / "model.safetensors")
+
+
 def test_a_run_starts_from_it_unless_it_starts_from_weights(tmp_path: Path) -> None:
-    config = TrainConfig(
-        out=tmp_path / "white",
-        method="xnor_net",
-        model="lenet",
-        model_options={"width": 0.25},
-        overrides={"whiten": True, "learning_rate": 1e-12},
-        epochs=1,
-        progress=False,
-    )
+    config = replace(UNMOVED, out=tmp_path / "white")
 
     def first_layer(run: Path) -> torch.Tensor:
-        return safetensors.torch.load_file(run / "model.safetensors")["0.conv.weight"]
+        return weights(run)["0.conv.weight"]
 
     white = first_layer(train(config).path)
     assert torch.allclose(white[0], -white[1], atol=1e-6)
@@ -102,21 +109,9 @@ def test_a_run_starts_from_it_unless_it_starts_from_weights(tmp_path: Path) -> N
 
 
 def test_a_frozen_first_layer_stays_while_the_others_learn(tmp_path: Path) -> None:
-    config = TrainConfig(
-        out=tmp_path / "frozen",
-        method="xnor_net",
-        model="lenet",
-        model_options={"width": 0.25},
-        overrides={"whiten": True, "freeze_first": True, "weight_decay": 0.1},
-        epochs=1,
-        progress=False,
-    )
-
-    def weights(run: Path) -> dict[str, torch.Tensor]:
-        return safetensors.torch.load_file(run / "model.safetensors")
-
-    unmoved = replace(config, out=tmp_path / "unmoved", overrides={"whiten": True, "learning_rate": 1e-12})
-    frozen, start = weights(train(config).path), weights(train(unmoved).path)
+    overrides = {"whiten": True, "freeze_first": True, "weight_decay": 0.1}
+    config = replace(UNMOVED, out=tmp_path / "frozen", overrides=overrides)
+    frozen, start = weights(train(config).path), weights(train(replace(UNMOVED, out=tmp_path / "unmoved")).path)
     assert torch.allclose(frozen["0.conv.weight"], start["0.conv.weight"], atol=1e-6)
     assert not torch.allclose(frozen["1.conv.weight"], start["1.conv.weight"], atol=1e-3)
     again = weights(train(replace(config, out=tmp_path / "again", seed=1, init_from=tmp_path / "frozen")).path)

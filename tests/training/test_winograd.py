@@ -77,17 +77,9 @@ def test_only_the_gradients_that_are_wanted(wanted):
 
 
 @pytest.fixture
-def taken(monkeypatch):
+def taken(spy_on):
     """Shapes of the convolutions that go this way."""
-    shapes = []
-    apply = WinogradConv2d.apply
-
-    def spy(x: Tensor, *rest: object) -> Tensor:
-        shapes.append(tuple(x.shape))
-        return apply(x, *rest)
-
-    monkeypatch.setattr(WinogradConv2d, "apply", spy)
-    return shapes
+    return spy_on(WinogradConv2d)
 
 
 WIDE = SMALLEST_HARMONIC_MEAN
