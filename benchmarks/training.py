@@ -13,7 +13,7 @@ Writes results.json and table.md, and its part of docs/results.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +43,6 @@ LAYER_METHODS = ("float", "xnor_net", "reactnet")
 CPU = torch.device("cpu")
 
 Step = Callable[[], Any]
-Precision = Callable[[], AbstractContextManager[Any]]
 
 
 def main(
@@ -58,40 +57,44 @@ def main(
     keep_freed_memory()
     check_choice("precision", precision, ("auto", *PRECISIONS))
     chosen = auto_precision(CPU) if precision == "auto" else precision
-    within: Precision = nullcontext if chosen == "float32" else lambda: torch.autocast("cpu", torch.bfloat16)
-    dtype = torch.float32 if chosen == "float32" else torch.bfloat16
+    dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
     record = {
         **about(__file__),
         "precision": chosen,
         "threads": threads,
         "batch": batch,
-        "networks": [network(*pair, batch, within) for pair in NETWORKS],
-        "layers": [layer(*shape, batch, within, dtype) for shape in LAYERS],
+        "networks": [network(*pair, batch, dtype) for pair in NETWORKS],
+        "layers": [layer(*shape, batch, dtype) for shape in LAYERS],
     }
     publish(record, out, table)
     into_page(page, "training", text(record))
     print(table(record))
 
 
-def network(name: str, method_name: str, batch: int, within: Precision) -> dict[str, Any]:
+def network(name: str, method_name: str, batch: int, dtype: torch.dtype) -> dict[str, Any]:
     """Quartiles of a step of both loops on one network."""
     method = methods.registry[method_name]()
     batches = random_images(batch)
     steps = {
-        "plain": plain_step(plain_(models.create(name, method=method)), method.recipe, endless(batches), within),
-        "lowbit": lowbit_step(models.create(name, method=method), method, batches, within),
+        "plain": plain_step(plain_(models.create(name, method=method)), method.recipe, endless(batches), dtype),
+        "lowbit": lowbit_step(models.create(name, method=method), method, batches, dtype),
     }
     return {"model": name, "method": method_name, "steps": timed(steps, SECONDS)}
 
 
-def layer(channels: int, side: int, batch: int, within: Precision, dtype: torch.dtype) -> dict[str, Any]:
+def layer(channels: int, side: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
     """Quartiles of forward and backward of a convolution with its batch norm, float and binary."""
-    steps = {name: layer_step(name, (batch, channels, side, side), within, dtype) for name in LAYER_METHODS}
+    steps = {name: layer_step(name, (batch, channels, side, side), dtype) for name in LAYER_METHODS}
     return {"channels": channels, "side": side, "steps": timed(steps, SECONDS / 4)}
 
 
 def timed(steps: dict[str, Step], seconds: float) -> dict[str, Any]:
     return {name: quartiles([wall for wall, _ in times]) for name, times in take_turns(steps, seconds).items()}
+
+
+def precision_of(dtype: torch.dtype) -> torch.autocast:
+    """Where forward passes run: under autocast if ``dtype`` is bfloat16."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def random_images(batch: int) -> TrainBatches:
@@ -135,21 +138,19 @@ def plain_(model: nn.Module) -> nn.Module:
     return model
 
 
-def plain_step(model: nn.Module, recipe: Recipe, batches: Iterator[Batch], within: Precision) -> Step:
+def plain_step(model: nn.Module, recipe: Recipe, batches: Iterator[Batch], dtype: torch.dtype) -> Step:
     """A step of the loop that one writes first."""
-    rate = recipe.learning_rate
-    optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=recipe.momentum)
-    else:
-        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](
-            model.parameters(), lr=rate
-        )
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "sgd": partial(torch.optim.SGD, momentum=recipe.momentum),
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }
+    optimizer = kinds[recipe.optimizer](model.parameters(), lr=recipe.learning_rate)
 
     def step() -> None:
         images, labels = next(batches)
         optimizer.zero_grad()
-        with within():
+        with precision_of(dtype):
             loss = functional.cross_entropy(model(images.contiguous()), labels)
         loss.backward()
         optimizer.step()
@@ -157,7 +158,7 @@ def plain_step(model: nn.Module, recipe: Recipe, batches: Iterator[Batch], withi
     return step
 
 
-def lowbit_step(model: nn.Module, method: Method, batches: TrainBatches, within: Precision) -> Step:
+def lowbit_step(model: nn.Module, method: Method, batches: TrainBatches, dtype: torch.dtype) -> Step:
     """A step of `lowbit train`, without the logging around it."""
     module = TrainingModule(model.to(memory_format=torch.channels_last), method, method.recipe, batches, (), 0)
     optimizer = module.configure_optimizers()
@@ -168,7 +169,7 @@ def lowbit_step(model: nn.Module, method: Method, batches: TrainBatches, within:
         batch = next(turns)
         module.on_train_batch_start(batch, 0)
         optimizer.zero_grad()
-        with within():
+        with precision_of(dtype):
             loss = module.training_step(batch, 0)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -178,7 +179,7 @@ def lowbit_step(model: nn.Module, method: Method, batches: TrainBatches, within:
     return step
 
 
-def layer_step(method: str, shape: tuple[int, int, int, int], within: Precision, dtype: torch.dtype) -> Step:
+def layer_step(method: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Step:
     """Forward and backward of one convolution and its batch norm, and ReLU where it is float."""
     channels = shape[1]
     made = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
@@ -192,7 +193,7 @@ def layer_step(method: str, shape: tuple[int, int, int, int], within: Precision,
     gradient = torch.randn_like(x)
 
     def step() -> None:
-        with within(), FastConvolutions():
+        with precision_of(dtype), FastConvolutions():
             y = made(x)
         y.backward(gradient)
 

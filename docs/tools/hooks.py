@@ -56,12 +56,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                     files.append(File.generated(config, REPORT, content=report.read_bytes()))
                     text = text.replace("<!-- report -->", _FRAME)
         made[name] = text
-    for source in sorted((ROOT / "docs").glob("*.md")):
-        text = source.read_text(encoding="utf-8")
-        for plot in re.findall(r"\]\(\.\./(results/\S+\.svg)\)", text):
-            files.append(File.generated(config, plot, content=(ROOT / plot).read_bytes()))
-            made[source.name] = text.replace("](../results/", "](results/")
     made["survey.md"] = survey.linked((ROOT / "docs/survey.md").read_text(encoding="utf-8"), set(methods.registry))
+    for source in sorted((ROOT / "docs").glob("*.md")):
+        text = made.get(source.name) or source.read_text(encoding="utf-8")
+        plots = re.findall(r"\]\(\.\./(results/\S+\.svg)\)", text)
+        if plots:
+            made[source.name] = text.replace("](../results/", "](results/")
+        for plot in plots:
+            files.append(File.generated(config, plot, content=(ROOT / plot).read_bytes()))
     for path, text in made.items():
         present = files.get_file_from_path(path)
         if present is not None:

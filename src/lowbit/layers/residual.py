@@ -16,11 +16,10 @@ class Residual(nn.Module):
     r"""$\mathrm{act}(\mathrm{branch}(x) + \mathrm{shortcut}(x))$, a sum of floats.
 
     The activation that ends the branch, or has only a max-pool behind it, with which it could change places, is taken
-    out of the last block and stands behind the sum. So the order of the
-    blocks says which unit this is: blocks that end with an activation (conv-bn-act) give the unit of 2015. Blocks that
-    end with a convolution (bn-act-conv) give the pre-activation unit of 2016, and those that end with a batch norm
-    (conv-bn, whose activation is the quantizer of the next layer) the unit of Bi-Real Net: in both the sum goes on as
-    it is.
+    out of the last block and stands behind the sum. So the order of the blocks says which unit this is: blocks that end
+    with an activation (conv-bn-act) give the unit of 2015. Blocks that end with a convolution (bn-act-conv) give the
+    pre-activation unit of 2016, and those that end with a batch norm (conv-bn, whose activation is the quantizer of the
+    next layer) the unit of Bi-Real Net: in both the sum goes on as it is.
 
     Args:
         branch: blocks of `lowbit.layers.blocks`, in order.

@@ -224,13 +224,8 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
             recipe = choose_recipe(made, config)[1]
             if calibrate is not None:
                 _check_observed(made)
-            elif config.diagnose and made.weight is None and made.activation is None:
-                raise UsageError(f"method '{method}' quantizes no layer: there is nothing to diagnose; leave it out")
-            for field, does in (("whiten", "start"), ("freeze_first", "keep")):
-                if getattr(recipe, field) and made.weight is not None and not made.skip_first:
-                    raise UsageError(
-                        f"method '{method}' quantizes the first layer, which {field} would {does}; leave it out"
-                    )
+            else:
+                _check_trained(made, recipe, config.diagnose)
         defaults = {key: option.default for key, option in methods.registry.options(method).items()}
         identity = (method, {**defaults, **chosen}, replace(recipe, source=""), starts, calibrate)
         label = _label(method, chosen) if name is None else _label(name, point)
@@ -242,6 +237,18 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
                 raise UsageError(f"{where}: '{row.name}' is the same as '{other.name}' above; leave one of them out")
         rows.append(row)
     return rows
+
+
+def _check_trained(method: Method, recipe: Recipe, diagnose: bool) -> None:
+    if diagnose and method.weight is None and method.activation is None:
+        raise UsageError(f"method '{method.name}' quantizes no layer: there is nothing to diagnose; leave it out")
+    if method.weight is None or method.skip_first:
+        return
+    for field, does in (("whiten", "start"), ("freeze_first", "keep")):
+        if getattr(recipe, field):
+            raise UsageError(
+                f"method '{method.name}' quantizes the first layer, which {field} would {does}; leave it out"
+            )
 
 
 def _check_observed(method: Method) -> None:

@@ -54,8 +54,8 @@ def whiten_first_layer_(
 ) -> None:
     """Give the first convolution whitening filters, each followed by its negative, as many as there are outputs.
 
-    Outputs beyond twice the numbers of a patch keep what they have. The filters are a start: training changes
-    them, unless `freeze_first_layer_` keeps them.
+    Outputs beyond twice the numbers of a patch keep what they have. The filters are a start: training changes them,
+    unless `freeze_first_layer_` keeps them.
 
     Args:
         model: whose first convolution reads the images in float.
