@@ -171,6 +171,17 @@ def test_decoded_codes_are_the_fake_quantized_values(key):
     assert quantizer.signed == bool((values_of_codes < 0).any())
 
 
+@pytest.mark.parametrize("key", [key for key in QUANTIZERS if not key.endswith("weight")])
+def test_layout_in_memory_is_kept(key):
+    """Another one would cost the next convolution a copy."""
+    quantizer = QUANTIZERS[key]()
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
+    q = quantizer(x)
+    codes, _ = quantizer.eval().encode(x.detach())
+    gradient = torch.autograd.grad(q, x, torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))[0]
+    assert {tensor.stride() for tensor in (q, codes, gradient)} == {x.stride()}
+
+
 @pytest.mark.parametrize("key", QUANTIZERS)
 def test_few_levels(key):
     """Over a tensor for activations, over each output filter for weights; both codes and values move with x."""

@@ -134,11 +134,18 @@ def test_other_layers_are_left_to_torch(conv, side, taken):
     assert taken == []
 
 
-def test_not_without_gradients_under_autocast_or_without_images(taken):
+def test_without_gradients_no_window_is_kept(taken):
+    conv, x = layer(), torch.randn(2, WIDE, 4, 4)
+    with FastConvolutions(), torch.no_grad():
+        y = conv(x)
+    assert taken == [x.shape]
+    assert y.grad_fn is None
+    torch.testing.assert_close(y, conv(x), rtol=1e-4, atol=1e-4)
+
+
+def test_not_under_autocast_or_without_images(taken):
     conv, x = layer(), torch.randn(2, WIDE, 4, 4)
     with FastConvolutions():
-        with torch.no_grad():
-            conv(x)
         with torch.autocast("cpu", torch.bfloat16):
             conv(x)
         assert conv(x[:0]).shape == (0, WIDE, 4, 4)

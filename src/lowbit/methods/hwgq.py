@@ -17,6 +17,9 @@ from lowbit.quantizers.binary import ScaledSign
 Levels = Literal["uniform", "lloyd_max"]
 Backward = Literal["clipped", "vanilla", "log_tailed"]
 
+# Up to here it takes less time to compare with each bound than to search among them.
+FEW_BITS = 3
+
 
 @registry.register
 def hwgq(bits_a: int = 2, levels: Levels = "uniform", backward: Backward = "clipped") -> Method:
@@ -122,11 +125,18 @@ class HalfWave(Quantizer):
         self.levels: list[float] = torch.as_tensor(exact, dtype=torch.float32).tolist()
 
     def encode(self, x: Tensor) -> tuple[Tensor, Grid]:
-        x = wide(x).nan_to_num(0.0, torch.inf, -torch.inf)
+        x = wide(x)
         levels = torch.tensor(self.levels, dtype=x.dtype, device=x.device)
-        # Searched by halves: code k where bounds[k - 1] < x <= bounds[k], the first bound being 0.
+        # Code k where bounds[k - 1] < x <= bounds[k], the first bound being 0; NaN lies above none.
         bounds = torch.cat([levels[:1], (levels[1:-1] + levels[2:]) / 2])
-        codes = torch.bucketize(x.contiguous(), bounds, out_int32=True).to(torch.uint8)
+        # In the layout of x, which the next convolution would otherwise have to restore.
+        codes = torch.zeros_like(x, dtype=torch.uint8)
+        if self.bits <= FEW_BITS:
+            for bound in bounds:
+                codes += (x > bound).view(torch.uint8)
+        else:
+            numbers = x.nan_to_num(0.0, torch.inf, -torch.inf).contiguous()
+            codes.copy_(torch.bucketize(numbers, bounds, out_int32=True))
         scale = torch.tensor(1.0 if self.step is None else self.step, device=x.device)
         return codes, Grid(self.bits, 1, 0, scale, levels.float() if self.step is None else None)
 

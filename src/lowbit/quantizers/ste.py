@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,11 +52,12 @@ def sign_polynomial(x: Tensor) -> Tensor:
     return result
 
 
-def window(gradient: Tensor, x: Tensor) -> Tensor:
-    r"""$g \cdot 1\{|x| \le 1\}$ in one pass over memory."""
-    # hardtanh's gradient is open at the ends, so the ends lie one step outside [-1, 1].
-    end = 1 + torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    return torch.ops.aten.hardtanh_backward(gradient, x, -end, end)  # type: ignore[no-any-return]
+def window(gradient: Tensor, x: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
+    r"""$g \cdot 1\{low \le x \le high\}$ in one pass over memory; both ends are numbers of float32."""
+    # hardtanh's gradient is open at the ends, so they lie one step outside.
+    number = np.float64 if x.dtype == torch.float64 else np.float32
+    outside = (float(np.nextafter(number(end), number(way * np.inf))) for end, way in ((low, -1), (high, 1)))
+    return torch.ops.aten.hardtanh_backward(gradient, x, *outside)  # type: ignore[no-any-return]
 
 
 class _Sign(torch.autograd.Function):
@@ -93,11 +95,25 @@ def signs(x: Tensor, threshold: Tensor | float = 0.0, scale: Tensor | None = Non
 
 
 def clip(x: Tensor, low: float, high: float) -> Tensor:
-    """``x`` within [low, high]; the gradient is 1 there, both ends included, and 0 outside.
+    """``x`` within [low, high], numbers of float32; the gradient is 1 there, both ends included, and 0 outside.
 
     Torch's own clamp has 1 at the ends in some versions and 0 in others.
     """
-    return torch.where(x < low, low, torch.where(x > high, high, x))
+    result: Tensor = _Clip.apply(x, low, high)
+    return result
+
+
+class _Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.ends = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return window(gradient, x, *ctx.ends), None, None
 
 
 def at_least(x: Tensor, low: float) -> Tensor:

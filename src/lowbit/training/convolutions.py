@@ -17,9 +17,10 @@ WAYS = (SmallMapConv2d, WinogradConv2d)
 class FastConvolutions(Conv2dMode):
     """While active, `torch.conv2d` on a CPU goes by the first of the ``WAYS`` that takes it.
 
-    Only plain convolutions are asked about (a batch of images, dilation 1, one group, gradients enabled, arguments as
-    `nn.Conv2d` passes them); everything else goes to torch as before. Results differ from torch's by rounding only, so
-    that sums of integers need not be integers any more; in ``eval()`` they are (`lowbit.layers.integer`).
+    Only plain convolutions are asked about (a batch of images, dilation 1, one group, arguments as `nn.Conv2d` passes
+    them); everything else goes to torch as before. Results differ from torch's by rounding only, so that sums of
+    integers need not be integers any more: it is for steps of a training, those of a teacher among them, and not for
+    measuring a network, whose sums are exact (`lowbit.layers.integer`).
     """
 
     def convolve(
@@ -31,7 +32,6 @@ class FastConvolutions(Conv2dMode):
             or x.dim() != 4
             or x.numel() == 0
             or x.shape[1] != weight.shape[1]
-            or not torch.is_grad_enabled()
             or dilation != (1, 1)
             or groups != 1
             or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in (stride, padding))

@@ -214,9 +214,10 @@ class TrainingModule(pl.LightningModule):
         images, labels = batch
         with FastConvolutions():
             logits = self.model(images).float()
+            lessons = [teach(teacher, images) for teacher in self.teachers]
         loss = loss_of(self.method.loss, logits, labels, self.recipe.label_smoothing)
-        for teacher in self.teachers:
-            distilled = distillation_loss(logits, teach(teacher, images), self.recipe.temperature)
+        for lesson in lessons:
+            distilled = distillation_loss(logits, lesson, self.recipe.temperature)
             loss = torch.lerp(loss, distilled, self.recipe.distill_weight)
         self.step_loss, self.step_batch = loss.detach(), batch
         self.tallies["train"].add(loss, (logits.detach().argmax(1) == labels).sum(), len(labels))
