@@ -132,12 +132,21 @@ def header_with(**changes) -> bytes:
         ({"ops": []}, "1 to 4096 ops"),
         ({"ops": {}}, "1 to 4096 ops"),
         ({"ops": [1]}, "op 0 is no JSON object"),
+        (
+            {"ops": [{"op": "hardtanh", "source": "0", "inputs": [0], "min": -1, "max": 10**400}]},
+            "must be a finite float32 number",
+        ),
         ({"classes": ["cat"]}, "1 class names"),
         ({"classes": [1, 2]}, "list of names"),
         ({"classes": ["cat", "\x1b[2Jdog"]}, "without control characters"),
         ({"provenance": {"run": "\ud800"}}, "no JSON.*surrogates not allowed"),
         ({"provenance": []}, "provenance"),
         ({"preprocessing": {"mode": "RGB"}}, "preprocessing is malformed"),
+        ({"preprocessing": {"mode": "\x1b[2J", "size": [4, 4], "pad": 0, "mean": [0], "std": [1]}}, r"'\\x1b\[2J'"),
+        (
+            {"preprocessing": {"mode": "L", "size": [4, 4], "pad": 0, "mean": [0], "std": [1], "\x1b]": 1}},
+            r"malformed \([^\x1b]*\\x1b",
+        ),
         ({"preprocessing": {"mode": "L", "size": [4, 4], "pad": 0, "mean": [0], "std": [1]}}, "preprocessing makes"),
         (
             {"preprocessing": {"mode": "RGB", "size": [10**9, 4], "pad": 0, "mean": [0] * 3, "std": [1] * 3}},

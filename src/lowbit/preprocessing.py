@@ -44,7 +44,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         channels = {"RGB": 3, "L": 1}.get(self.mode)
         if channels is None:
-            raise LowbitError(f"preprocessing mode is '{self.mode}', but must be RGB or L")
+            raise LowbitError(f"preprocessing mode is {self.mode!a:.40}, but must be RGB or L")
         if len(self.mean) != channels or len(self.std) != channels:
             raise LowbitError(f"preprocessing needs {channels} values of mean and of std for mode {self.mode}")
         if not all(1e-9 <= std <= 1e9 for std in self.std) or not all(abs(mean) <= 1e9 for mean in self.mean):
@@ -104,4 +104,5 @@ class Preprocessing:
                 }
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise LowbitError(f"preprocessing is malformed ({error}); write the file again") from None
+            why = ascii(str(error))[1:-1]
+            raise LowbitError(f"preprocessing is malformed ({why:.200}); write the file again") from None

@@ -77,9 +77,11 @@ def test_fashion_mnist_from_data_dir(tmp_path: Path) -> None:
     clothes = data.load("fashion_mnist", tmp_path)
     assert clothes.train_images[:, 2:-2, 2:-2].min() == 7
     assert clothes.train_labels[:3].tolist() == [0, 1, 2]
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x03short"))
-    with pytest.raises(LowbitError, match=r"train-images-idx3-ubyte.gz is damaged"):
-        data.load("fashion_mnist", tmp_path)
+    header = gzip.compress(b"")[:10]
+    for damaged in (gzip.compress(b"\0\0\x08\x03short"), header + b"\xff no deflate stream"):
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(damaged)
+        with pytest.raises(LowbitError, match=r"train-images-idx3-ubyte.gz is damaged"):
+            data.load("fashion_mnist", tmp_path)
 
 
 def test_cifar10_copy(tmp_path: Path) -> None:

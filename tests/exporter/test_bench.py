@@ -17,12 +17,13 @@ from rich.console import Console
 from torch import nn
 
 import lowbit
-from lowbit import models
+from lowbit import models, pretrained
 from lowbit.errors import UsageError
 from lowbit.exporter import bench as module
 from lowbit.exporter import peers
 from lowbit.exporter.bench import BenchResult, Row, bench, interleaved_medians, torch_runner
 from lowbit.methods.hwgq import HalfWave
+from lowbit.packed.container import read
 from lowbit.packed.graph import OPS
 from lowbit.runtime import Engine
 
@@ -101,6 +102,17 @@ def test_the_twin_has_the_shape_of_the_network() -> None:
     twin = peers.float_twin(packed)
     assert twin(IMAGES).shape == (2, 4)
     assert sum(isinstance(m, nn.Conv2d) for m in twin.modules()) == 4
+
+
+@pytest.mark.parametrize("name", pretrained.names())
+def test_networks_of_the_package_have_twins(name: str) -> None:
+    packed = read(pretrained.find(name))
+    twin = peers.float_twin(packed)
+    assert twin(torch.zeros(2, *packed.input_shape)).shape == (2, 10)
+    assert sum(isinstance(m, nn.PReLU) for m in twin.modules()) == sum(op["op"] == "prelu" for op in packed.ops)
+    if name == "cifar10-1bit":
+        assert {nn.PReLU, nn.BatchNorm2d} <= {type(m) for m in twin.modules()}
+        assert not any(isinstance(m, nn.ReLU) for m in twin.modules())
 
 
 def test_the_twin_of_a_net_with_k_maps_or_tables_is_the_plain_float_net() -> None:

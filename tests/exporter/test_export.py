@@ -248,6 +248,11 @@ class _AddWithFactor(nn.Module):
         return torch.add(x, 2, torch.relu(x))  # an overload that torch calls deprecated, and runs
 
 
+class _AddWithAlpha(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, torch.relu(x), alpha=0.5)
+
+
 class _MeanByName(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.mean(input=x, dim=(2, 3))
@@ -256,6 +261,12 @@ class _MeanByName(nn.Module):
 def hooked() -> nn.Module:
     model = chain(nn.ReLU())
     model[0].register_forward_hook(lambda module, given, result: 2 * result)
+    return model
+
+
+def hooked_dropout() -> nn.Module:
+    model = chain(nn.Dropout())
+    model[3].register_forward_hook(lambda module, given, result: 2 * result)
     return model
 
 
@@ -304,11 +315,13 @@ REFUSED = {
     "in place behind a dropout": (chain(_InPlaceBehind(nn.Dropout())), "'3.act' works in place on a tensor"),
     "in place behind a view": (chain(_InPlaceBehind(nn.Flatten(3))), "'3.act' works in place on a tensor"),
     "an addition with a factor": (chain(_AddWithFactor()), "the addition 'add', in '3' must be of two tensors"),
+    "an addition with alpha": (chain(_AddWithAlpha()), "the addition 'add', in '3' must be of two tensors"),
     "a mean by names alone": (
         nn.Sequential(nn.Conv2d(3, 2, 1), _MeanByName()),
         "call of 'mean' (node 'mean', in '1') cannot be lowered",
     ),
     "a hook": (hooked(), "'0' has a hook, which the packed network would not have"),
+    "a hook on dropout": (hooked_dropout(), "'3' has a hook, which the packed network would not have"),
     "a pruned layer": (pruned(), "prune.remove"),
     "a flattened map": (nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten()), "the model returns a flattened map"),
     "broadcast addition": (chain(_AddVector()), "the addition 'add', in '3' must be of two tensors of one shape"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
         if (zero, kind) != (0, 8):
             raise ValueError("not IDX of bytes")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise LowbitError(f"{path} is damaged or missing ({error}); install or download the data set again") from None
 
 

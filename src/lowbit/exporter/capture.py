@@ -105,7 +105,8 @@ def capture(model: nn.Module, example_input: Tensor) -> Graph:
     wide = next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
     if wide is not None:
         raise UsageError(f"parameter '{wide}' is not float32; export the model after model.float()")
-    hooked = next((n for n, m in model.named_modules() if type(m) in LOWERED and _has_hooks(m)), None)
+    leaves = {*LOWERED, *_NOTHING_IN_EVAL, *_VIEWS}
+    hooked = next((n for n, m in model.named_modules() if type(m) in leaves and _has_hooks(m)), None)
     if hooked is not None:
         raise UsageError(
             f"'{hooked}' has a hook, which the packed network would not have; take it off (torch's remove_weight_norm, "
@@ -272,8 +273,10 @@ class _Reader:
 
     def _add_step(self, node: fx.Node, tensors: list[fx.Node]) -> Step:
         shapes = {_tensor_shape(tensor) for tensor in tensors}
-        if len(tensors) != 2 or len(shapes) != 1 or len(node.args) != 2:
-            raise UsageError(f"the addition '{node.name}'{_owner(node)} must be of two tensors of one shape")
+        if len(tensors) != 2 or len(shapes) != 1 or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+            raise UsageError(
+                f"the addition '{node.name}'{_owner(node)} must be of two tensors of one shape, without alpha"
+            )
         inputs = [self.values[tensor] for tensor in tensors]
         return self._append(Step(_path(node) or node.name, inputs[0].shape, None, inputs))
 

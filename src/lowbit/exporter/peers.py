@@ -79,7 +79,7 @@ def float_twin(packed: PackedModel) -> nn.Module:
             match op["op"]:
                 case "affine":
                     result.append(frozenset({"affine"}))
-                case "relu":
+                case "relu" | "prelu":
                     result.append(before | {"relu"})
                 case "add":
                     result.append(before & result[op["inputs"][1]] - {"relu"})
@@ -111,6 +111,8 @@ def float_twin(packed: PackedModel) -> nn.Module:
                 )
             case "relu":
                 return nn.ReLU()
+            case "prelu":
+                return nn.PReLU(channels)
             case "hardtanh":
                 return nn.Hardtanh(op["min"], op["max"])
             case "add":

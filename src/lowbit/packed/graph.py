@@ -227,7 +227,7 @@ class _Checker:
         if (
             isinstance(number, bool)
             or not isinstance(number, int | float)
-            or not abs(number) <= np.finfo(np.float32).max
+            or not abs(number) <= float(np.finfo(np.float32).max)  # an int of any length
         ):
             raise LowbitError(f"{self.name}: '{name}' must be a finite float32 number")
         return float(number)
