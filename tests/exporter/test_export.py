@@ -258,15 +258,9 @@ class _MeanByName(nn.Module):
         return torch.mean(input=x, dim=(2, 3))
 
 
-def hooked() -> nn.Module:
-    model = chain(nn.ReLU())
-    model[0].register_forward_hook(lambda module, given, result: 2 * result)
-    return model
-
-
-def hooked_dropout() -> nn.Module:
-    model = chain(nn.Dropout())
-    model[3].register_forward_hook(lambda module, given, result: 2 * result)
+def hooked(module: nn.Module, position: int) -> nn.Module:
+    model = chain(module)
+    model[position].register_forward_hook(lambda module, given, result: 2 * result)
     return model
 
 
@@ -320,8 +314,8 @@ REFUSED = {
         nn.Sequential(nn.Conv2d(3, 2, 1), _MeanByName()),
         "call of 'mean' (node 'mean', in '1') cannot be lowered",
     ),
-    "a hook": (hooked(), "'0' has a hook, which the packed network would not have"),
-    "a hook on dropout": (hooked_dropout(), "'3' has a hook, which the packed network would not have"),
+    "a hook": (hooked(nn.ReLU(), 0), "'0' has a hook, which the packed network would not have"),
+    "a hook on dropout": (hooked(nn.Dropout(), 3), "'3' has a hook, which the packed network would not have"),
     "a pruned layer": (pruned(), "prune.remove"),
     "a flattened map": (nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten()), "the model returns a flattened map"),
     "broadcast addition": (chain(_AddVector()), "the addition 'add', in '3' must be of two tensors of one shape"),

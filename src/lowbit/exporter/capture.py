@@ -105,8 +105,8 @@ def capture(model: nn.Module, example_input: Tensor) -> Graph:
     wide = next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
     if wide is not None:
         raise UsageError(f"parameter '{wide}' is not float32; export the model after model.float()")
-    leaves = {*LOWERED, *_NOTHING_IN_EVAL, *_VIEWS}
-    hooked = next((n for n, m in model.named_modules() if type(m) in leaves and _has_hooks(m)), None)
+    is_leaf = _Tracer().is_leaf_module  # recorded as a whole, and without what its hooks do
+    hooked = next((n for n, m in model.named_modules() if is_leaf(m, n) and _has_hooks(m)), None)
     if hooked is not None:
         raise UsageError(
             f"'{hooked}' has a hook, which the packed network would not have; take it off (torch's remove_weight_norm, "

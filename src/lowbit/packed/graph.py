@@ -227,7 +227,8 @@ class _Checker:
         if (
             isinstance(number, bool)
             or not isinstance(number, int | float)
-            or not abs(number) <= float(np.finfo(np.float32).max)  # an int of any length
+            # Python's own numbers: NumPy overflows where it is given an int of hundreds of digits.
+            or not abs(number) <= float(np.finfo(np.float32).max)
         ):
             raise LowbitError(f"{self.name}: '{name}' must be a finite float32 number")
         return float(number)
