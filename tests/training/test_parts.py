@@ -17,6 +17,7 @@ from lowbit.errors import LowbitError, UsageError
 from lowbit.files import remove_partial_files, write_whole
 from lowbit.methods.base import Recipe
 from lowbit.preprocessing import Preprocessing
+from lowbit.training import environment
 from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
 from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.distillation import distillation_loss
@@ -130,6 +131,17 @@ def test_decay_spares_norms_biases_and_latent_weights() -> None:
     every = {name for name, _ in binary.named_parameters()}
     assert decayed_names(binary, recipe) == {n for n in matrices & every if n not in latent}
     assert decayed_names(binary, replace(recipe, decay_all=True)) == every
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [({"amx_bf16", "avx512f"}, "bf16"), ({"avx512_bf16"}, "bf16"), ({"avx512f"}, "float32"), (set(), "float32")],
+)
+def test_a_cpu_trains_in_bf16_where_it_multiplies_it(
+    flags: set[str], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "cpu_flags", lambda: frozenset(flags))
+    assert environment.auto_precision(torch.device("cpu")) == precision
 
 
 def test_squared_hinge() -> None:

@@ -16,10 +16,10 @@ MALLOC_OPTIONS = ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**25))
 
 
 def auto_precision(device: torch.device) -> str:
-    """``bf16`` where its matrix products are fast: a GPU that has it, or a CPU with AMX; else ``float32``."""
+    """``bf16`` where its products are fast: a GPU that has it, a CPU with AMX or AVX-512 BF16; else ``float32``."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bf16" if "amx_bf16" in cpu_flags() else "float32"
+    return "bf16" if {"amx_bf16", "avx512_bf16"} & cpu_flags() else "float32"
 
 
 def device_name(device: torch.device) -> str:
