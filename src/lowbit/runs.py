@@ -101,13 +101,22 @@ class Run:
     @property
     def evaluation(self) -> dict[str, Any] | None:
         """Contents of ``evaluation.json``, or None before the run was evaluated."""
-        return read_json(self.evaluation_path) if self.evaluation_path.is_file() else None
+        if not self.evaluation_path.is_file():
+            return None
+        evaluation = read_json(self.evaluation_path)
+        if not isinstance(evaluation, dict):
+            raise LowbitError(f"{self.evaluation_path} is damaged; write it again with `lowbit evaluate {self.path}`")
+        return evaluation
 
     @property
     def is_evaluated(self) -> bool:
         """Whether the run is finished and was evaluated after that."""
         config, evaluation = self.config, self.evaluation
-        return "finished" in config and evaluation is not None and evaluation.get("date", "") >= config["finished"]
+        return (
+            "finished" in config
+            and evaluation is not None
+            and str(evaluation.get("date", "")) >= str(config["finished"])
+        )
 
     def metrics(self) -> list[dict[str, float]]:
         """Rows of ``metrics.csv``, one per epoch; empty cells are left out."""
@@ -116,5 +125,5 @@ class Run:
                 return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]
         except FileNotFoundError:
             raise LowbitError(f"{self.path} has no metrics.csv: the run has not finished its first epoch") from None
-        except ValueError as error:
+        except (ValueError, TypeError, csv.Error) as error:
             raise LowbitError(f"{self.metrics_path} is damaged: {error}") from None

@@ -125,6 +125,11 @@ def test_folder_of_grey_images_stays_grey_until_one_has_colour(tmp_path: Path) -
     assert (mixed.train_images[0] == images.train_images[0]).all()
 
 
+def test_a_folder_takes_no_other_place(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--data-dir is for registered data sets; 'folder:.*' names its"):
+        data.load(f"folder:{folder}", data_dir=tmp_path)
+
+
 def test_folder_resizes_on_request(folder: Path) -> None:
     write_image(folder / "train" / "bee" / "9.png", (20, 30, 3))
     with pytest.raises(LowbitError, match=r"9\.png is 30x20 pixels, but the first image is 32x32; give --image-size"):

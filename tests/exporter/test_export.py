@@ -25,6 +25,7 @@ SMALL = {
     "vgg_small": {"width": 0.07},
     "patchnet": {"width": 0.05, "image_size": 10},
     "poolnet": {"width": 0.1, "image_size": 10},
+    "airbench": {"width": 0.1, "image_size": 10},
     "resnet18": {"width": 0.05, "image_size": 8},
     "resnet20": {"width": 0.2, "image_size": 9, "shortcut": "conv"},
     "resnet34": {"width": 0.03, "image_size": 8},

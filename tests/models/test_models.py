@@ -35,6 +35,11 @@ PARAMETERS: dict[str, tuple[dict[str, Any], int, int]] = {
         48 * 128 + 9 * (128**2 + 128 * 256 + 2 * 256**2 + 256 * 512 + 2 * 512**2) + 2 * (256 + 768 + 1536) + 5_130,
         9,
     ),
+    "airbench": (
+        {},
+        12 * 24 + 9 * (24 * 64 + 64**2 + 64 * 256 + 3 * 256**2) + 2 * (2 * 64 + 4 * 256) + 2 * 256 + 2_570,
+        8,
+    ),
     "poolnet": ({}, 27 * 54 + 54 * 64 + 9 * (64 * 256 + 3 * 256**2) + 2 * (64 + 4 * 256) + 2_570, 7),
     # torchvision's, for ImageNet.
     "resnet18": ({"num_classes": 1000, "image_size": 224}, 11_689_512, 21),
@@ -91,6 +96,7 @@ def test_shapes(name, classes, channels, side):
         ("lenet", 15, "lenet needs images of at least 16x16, not 15x15"),
         ("patchnet", 7, "patchnet needs images of at least 8x8, not 7x7"),
         ("poolnet", 7, "poolnet needs images of at least 8x8, not 7x7"),
+        ("airbench", 8, "airbench needs images of at least 9x9, not 8x8"),
         ("nin", 7, "nin needs images of at least 8x8, not 7x7"),
     ],
 )
@@ -111,6 +117,8 @@ def test_wrong_image_sizes(name, side, message):
         ("patchnet", 11),
         ("poolnet", 8),
         ("poolnet", 11),
+        ("airbench", 9),
+        ("airbench", 12),
     ],
 )
 def test_smallest_and_odd_image_sizes(name, side):
@@ -146,6 +154,19 @@ def test_nothing_behind_poolnets_frozen_first_layer_needs_a_gradient_but_what_le
     patches = model.stem[:3](images)
     assert not patches.requires_grad
     assert model.stem[3:](patches).requires_grad
+
+
+def test_convolutions_of_airbench_start_as_the_identity_on_what_they_read():
+    model = models.create("airbench")
+    images = torch.randn(2, 24, 7, 7)
+    assert torch.equal(model.pair1[0].conv(images)[:, :24], images)
+    assert model.pair1[0].conv.weight[24:].std() > 0
+
+
+@pytest.mark.parametrize(("method", "norms"), [("float", 1), ("xnor_net", 1), ("wage", 0)])
+def test_the_last_layer_of_airbench_reads_small_numbers_where_blocks_have_norms(method, norms):
+    found = [part for part in tiny("airbench", method=method).head.pool if isinstance(part, nn.BatchNorm2d)]
+    assert [float(norm.weight.detach().unique()) for norm in found] == pytest.approx([0.2] * norms)
 
 
 ERRORS: list[tuple[str, dict[str, Any], str]] = [

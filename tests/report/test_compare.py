@@ -98,6 +98,22 @@ def test_a_run_before_its_first_epoch(tmp_path):
     assert "has no curves" in page([make_run(tmp_path / "new", finished=0, evaluated=False)], tmp_path)
 
 
+@pytest.mark.parametrize(("date", "stale"), [("2026-11-02T12:00:00+00:00", False), ("2026-10-31", True), ("", True)])
+def test_an_evaluation_from_before_the_end_of_training_is_noted(tmp_path, date, stale):
+    run = make_run(tmp_path / "again")
+    write_json(run.config_path, {**run.config, "finished": "2026-11-01T12:00:00+00:00"})
+    write_json(run.evaluation_path, {**run.evaluation, "date": date})
+    assert ("was evaluated before its training ended" in page([run], tmp_path)) == stale
+
+
+@pytest.mark.parametrize("rows", ["1,2.0,3.0,4.0", "1,x", '1,"2\n\0'], ids=["too many", "no number", "no end"])
+def test_damaged_metrics_are_named(tmp_path, rows):
+    run = make_run(tmp_path / "a")
+    run.metrics_path.write_text(f"epoch,train_loss\n{rows}\n")
+    with pytest.raises(LowbitError, match=r"metrics\.csv is damaged"):
+        gather([run])
+
+
 def test_numbers_that_are_not_finite_are_left_out(tmp_path):
     run = make_run(tmp_path / "diverged", evaluated=False)
     run.metrics_path.write_text("epoch,train_loss,test_accuracy\n1,2.0,0.3\n2,nan,0.2\n3,inf,nan\n")
@@ -145,6 +161,13 @@ def test_a_damaged_evaluation_is_named(tmp_path, change):
     with pytest.raises(LowbitError, match=r"evaluation\.json is damaged"):
         compare([run], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_an_evaluation_that_is_no_object_is_named(tmp_path):
+    run = make_run(tmp_path / "a")
+    write_json(run.evaluation_path, [1])
+    with pytest.raises(LowbitError, match=r"evaluation\.json is damaged; write it again with `lowbit evaluate"):
+        compare([run], tmp_path / "report.html")
 
 
 def test_diagnostics_have_a_section_and_a_table(tmp_path):

@@ -42,6 +42,7 @@ def test_the_run_is_complete_and_says_where_it_comes_from(float_run: Path, int8_
     assert made["method"] == {"name": "affine", "options": {"fold": True}}
     assert made["calibration"]["source"] == str(float_run)
     assert made["calibration"]["images"] == 96
+    assert made["hardware"] == source["hardware"]
     assert made["calibration"]["source_epochs"] == made["epochs"] + 2 == 2
     assert len(made["calibration"]["weights_sha256"]) == 64
     model = models.load_run(int8_run)

@@ -28,6 +28,8 @@ def load(spec: str, data_dir: str | Path | None = None, image_size: int | None =
     if colon:
         if kind != "folder" or not path:
             raise UsageError(f"data '{spec}' is neither a data set's name nor folder:PATH")
+        if data_dir is not None:
+            raise UsageError(f"--data-dir is for registered data sets; '{spec}' names its folder itself: leave it out")
         from lowbit.data.folder import load_folder
 
         return load_folder(Path(path).expanduser(), image_size=image_size)

@@ -89,6 +89,8 @@ def _entry(run: Run, label: str) -> Entry:
         notes.append(f"has no evaluation.json: run `lowbit evaluate {run.path}` for its accuracy, matrix and scores")
     else:
         _check(evaluation, run)
+        if "finished" in config and not run.is_evaluated:
+            notes.append(f"was evaluated before its training ended: run `lowbit evaluate {run.path}` again")
     return Entry(label, config, rows, evaluation, read_diagnostics(run), read_costs(run), notes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -117,7 +118,7 @@ def calibrate_run(
             "epochs": 0,
             "seed": seed,
             "versions": versions("torch", "numpy"),
-            "hardware": {"cpu": cpu_name()},
+            "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "device": "cpu"},
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 3),
         }
