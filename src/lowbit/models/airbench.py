@@ -63,8 +63,9 @@ def airbench(
         channels = wide
     pool = nn.Sequential(nn.MaxPool2d(side))
     if any(isinstance(part, nn.BatchNorm2d) for part in parts["pair3"].modules()):
-        pool.append(nn.BatchNorm2d(channels))
-        nn.init.constant_(pool[-1].weight, SCALE)
+        norm = nn.BatchNorm2d(channels)
+        nn.init.constant_(norm.weight, SCALE)
+        pool.append(norm)
     parts["head"] = pooled_head(block, channels, num_classes, pool)
     parts["flatten"] = nn.Flatten()
     return nn.Sequential(parts)
