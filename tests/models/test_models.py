@@ -163,6 +163,11 @@ def test_convolutions_of_airbench_start_as_the_identity_on_what_they_read():
     assert model.pair1[0].conv.weight[24:].std() > 0
 
 
+@pytest.mark.parametrize(("method", "zeros"), [("float", True), ("twn", True), ("bwn", False), ("reactnet", False)])
+def test_binary_weights_start_with_signs(method, zeros):
+    assert bool((models.create("airbench", method=method).pair2[1].conv.weight == 0).any()) == zeros
+
+
 @pytest.mark.parametrize(("method", "norms"), [("float", 1), ("xnor_net", 1), ("wage", 0)])
 def test_the_last_layer_of_airbench_reads_small_numbers_where_blocks_have_norms(method, norms):
     found = [part for part in tiny("airbench", method=method).head.pool if isinstance(part, nn.BatchNorm2d)]

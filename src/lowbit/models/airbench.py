@@ -34,9 +34,10 @@ def airbench(
     Made for float training in minutes, such as that of a teacher. The stem's convolution has no border and twice as
     many channels as a patch has numbers, 24 for a coloured image, so that it can be a whitening and its negative
     (`lowbit.training.whitening`); ReLU and batch norm follow in every order of blocks. The 3x3 convolutions start as
-    the identity on as many channels as they read. Behind the first one of a pair stands a 2x2 max-pool. The dense layer
-    reads the largest value of each channel, where blocks have batch norms through another one, whose weights start at
-    0.2. ``width`` multiplies all widths but that of the first convolution.
+    the identity on as many channels as they read, unless their weights are binary (an identity has no signs). Behind
+    the first one of a pair stands a 2x2 max-pool. The dense layer reads the largest value of each channel, where blocks
+    have batch norms through another one, whose weights start at 0.2. ``width`` multiplies all widths but that of the
+    first convolution.
 
     Source: Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498. Differs in ReLU for GELU,
     in the batch norms, which there have no weights, and in the last one, where logits are divided by 9.

@@ -72,9 +72,12 @@ def create(
         BLOCKS[method.block], num_classes=num_classes, in_channels=in_channels, image_size=image_size, **options
     )
     quantize_(model, method)
-    if method.initialise is not None:
-        for layer in quantized_layers(model):
+    for layer in quantized_layers(model):
+        if method.initialise is not None:
             method.initialise(layer.weight)
+        elif getattr(layer.weight_quantizer, "bits", None) == 1 and not layer.weight.all():
+            # A start that is mostly zeros, such as the identity, has no signs.
+            layer.reset_parameters()  # type: ignore[operator]
     model.method = method  # type: ignore[assignment]
     return model
 
