@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,11 @@ def versions(*packages: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed as a package"
     return found
+
+
+def machine(device: str = "cpu") -> dict[str, str | int | None]:
+    """What a run records of where it was computed: CPU, processors, and the device's name."""
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "device": device}
 
 
 def _cpuinfo(key: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ def read_json(path: Path) -> Any:
         raise LowbitError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         raise LowbitError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def follows_training(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a run is finished and ``evaluation`` was made after that."""
+    return "finished" in config and str(evaluation.get("date", "")) >= str(config["finished"])
 
 
 @dataclass(frozen=True)
@@ -105,18 +111,18 @@ class Run:
             return None
         evaluation = read_json(self.evaluation_path)
         if not isinstance(evaluation, dict):
-            raise LowbitError(f"{self.evaluation_path} is damaged; write it again with `lowbit evaluate {self.path}`")
+            raise self.damaged_evaluation()
         return evaluation
+
+    def damaged_evaluation(self) -> LowbitError:
+        """What to raise where ``evaluation.json`` is not what `evaluate` writes."""
+        return LowbitError(f"{self.evaluation_path} is damaged; write it again with `lowbit evaluate {self.path}`")
 
     @property
     def is_evaluated(self) -> bool:
         """Whether the run is finished and was evaluated after that."""
-        config, evaluation = self.config, self.evaluation
-        return (
-            "finished" in config
-            and evaluation is not None
-            and str(evaluation.get("date", "")) >= str(config["finished"])
-        )
+        evaluation = self.evaluation
+        return evaluation is not None and follows_training(evaluation, self.config)
 
     def metrics(self) -> list[dict[str, float]]:
         """Rows of ``metrics.csv``, one per epoch; empty cells are left out."""

@@ -50,10 +50,8 @@ QUANTIZERS = {
     if getattr(method, side) is not None
 }
 SMALL = {"width": 1 / 16}
-SIDES = (
-    {"vgg_small": 16, "lenet": 16}
-    | dict.fromkeys(("nin", "resnet18", "resnet20", "resnet34", "patchnet", "poolnet"), 8)
-    | {"airbench": 9}
+SIDES = {"vgg_small": 16, "lenet": 16, "airbench": 9} | dict.fromkeys(
+    ("nin", "resnet18", "resnet20", "resnet34", "patchnet", "poolnet"), 8
 )
 
 

@@ -168,6 +168,11 @@ def test_binary_weights_start_with_signs(method, zeros):
     assert bool((models.create("airbench", method=method).pair2[1].conv.weight == 0).any()) == zeros
 
 
+def test_binary_models_can_be_made_without_values():
+    with torch.device("meta"):
+        assert models.create("airbench", method="bwn").pair2[1].conv.weight.is_meta
+
+
 @pytest.mark.parametrize(("method", "norms"), [("float", 1), ("xnor_net", 1), ("wage", 0)])
 def test_the_last_layer_of_airbench_reads_small_numbers_where_blocks_have_norms(method, norms):
     found = [part for part in tiny("airbench", method=method).head.pool if isinstance(part, nn.BatchNorm2d)]

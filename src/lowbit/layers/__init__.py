@@ -7,7 +7,7 @@ from lowbit.layers.phases import start_epoch
 from lowbit.layers.quantized import QuantConv1d, QuantConv2d, QuantConv3d, QuantizedLayer, QuantLinear, quantized_twin
 from lowbit.layers.residual import Repeat, Residual, Shortcut
 from lowbit.layers.rules import attach_rules, named_quantized_layers, project_, quantized_layers
-from lowbit.layers.stem import Stem
+from lowbit.layers.stem import Stem, patch_stem
 
 __all__ = [
     "PReLU",
@@ -26,6 +26,7 @@ __all__ = [
     "calibrate",
     "fold_batch_norms_",
     "named_quantized_layers",
+    "patch_stem",
     "project_",
     "quantized_layers",
     "quantized_twin",

@@ -55,6 +55,7 @@ class QuantizedLayer(nn.Module):
     projection: Callable[[Tensor], None] | None
     update: UpdateRule | None
     k_map: bool
+    reset_parameters: Callable[[], None]  # torch's
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

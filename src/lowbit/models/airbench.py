@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from lowbit.layers import Stem
+from lowbit.layers import patch_stem
 from lowbit.layers.blocks import Block, pooled_head
 from lowbit.models.base import check_image_size, registry
 
@@ -43,27 +43,15 @@ def airbench(
     in the batch norms, which there have no weights, and in the last one, where logits are divided by 9.
     """
     check_image_size("airbench", image_size, SMALLEST)
-    directions = 2 * in_channels * 2 * 2
-    parts: OrderedDict[str, nn.Module] = OrderedDict()
-    parts["stem"] = Stem(
-        OrderedDict(
-            patches=nn.Conv2d(in_channels, directions, 2, bias=False),
-            act=nn.ReLU(),
-            # So that the next layer, where it is quantized, reads numbers of both signs. The norm has no weights:
-            # behind a frozen first layer nothing up to here needs a gradient.
-            norm=nn.BatchNorm2d(directions, affine=False),
-        )
-    )
-    channels, side = directions, image_size - 1
+    stem, channels = patch_stem(in_channels, 2)
+    parts: OrderedDict[str, nn.Module] = OrderedDict(stem=stem)
+    side = image_size - 1
     for number, row in enumerate(ROWS, start=1):
         wide, side = max(1, round(row * width)), side // 2
-        parts[f"pair{number}"] = nn.Sequential(
-            block(_conv(channels, wide), pool=nn.MaxPool2d(2)),
-            block(_conv(wide, wide)),
-        )
-        channels = wide
+        pair = nn.Sequential(block(_conv(channels, wide), pool=nn.MaxPool2d(2)), block(_conv(wide, wide)))
+        parts[f"pair{number}"], channels = pair, wide
     pool = nn.Sequential(nn.MaxPool2d(side))
-    if any(isinstance(part, nn.BatchNorm2d) for part in parts["pair3"].modules()):
+    if any(isinstance(part, nn.BatchNorm2d) for part in pair.modules()):
         norm = nn.BatchNorm2d(channels)
         nn.init.constant_(norm.weight, SCALE)
         pool.append(norm)

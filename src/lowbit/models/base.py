@@ -8,7 +8,7 @@ from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit import methods
 from lowbit.convert import quantize_, resolve_method
@@ -75,11 +75,16 @@ def create(
     for layer in quantized_layers(model):
         if method.initialise is not None:
             method.initialise(layer.weight)
-        elif getattr(layer.weight_quantizer, "bits", None) == 1 and not layer.weight.all():
+        elif getattr(layer.weight_quantizer, "bits", None) == 1 and _has_zeros(layer.weight):
             # A start that is mostly zeros, such as the identity, has no signs.
-            layer.reset_parameters()  # type: ignore[operator]
+            layer.reset_parameters()
     model.method = method  # type: ignore[assignment]
     return model
+
+
+def _has_zeros(weight: Tensor) -> bool:
+    """Whether a number is 0; on the meta device there are none."""
+    return not (weight.is_meta or weight.all())
 
 
 def load_run(path: str | Path) -> nn.Module:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from lowbit.layers import Repeat, Residual, Shortcut, Stem
+from lowbit.layers import Repeat, Residual, Shortcut, patch_stem
 from lowbit.layers.blocks import Block, pooled_head
 from lowbit.models.base import check_image_size, registry
 
@@ -43,18 +43,10 @@ def poolnet(
     """
     check_image_size("poolnet", image_size, SMALLEST)
     channels = max(1, round(CHANNELS * width))
-    directions = 2 * in_channels * 3 * 3
-    parts: OrderedDict[str, nn.Module] = OrderedDict()
-    parts["stem"] = Stem(
-        OrderedDict(
-            patches=nn.Conv2d(in_channels, directions, 3, padding=1, bias=False),
-            act=nn.ReLU(),
-            # So that the next layer, where it is quantized too, reads numbers of both signs. The norm has no weights:
-            # behind a frozen first layer nothing up to here needs a gradient.
-            norm=nn.BatchNorm2d(directions, affine=False),
-            mix=block(nn.Conv2d(directions, channels, 1, bias=False), role="first", pool=nn.MaxPool2d(2)),
-        )
-    )
+    stem, directions = patch_stem(in_channels, 3, padding=1)
+    mix = nn.Conv2d(directions, channels, 1, bias=False)
+    stem.add_module("mix", block(mix, role="first", pool=nn.MaxPool2d(2)))
+    parts: OrderedDict[str, nn.Module] = OrderedDict(stem=stem)
     for number, (times, halved) in enumerate(ROWS, start=1):
         parts[f"unit{number}"] = _unit(block, channels, times, halved)
         channels *= times

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit.errors import LowbitError
 from lowbit.report.costs import Costs, read_costs
 from lowbit.report.diagnostics import Diagnostics, read_diagnostics
 from lowbit.report.statistics import McNemar, mcnemar
-from lowbit.runs import Run
+from lowbit.runs import Run, follows_training
 
 Config = dict[str, Any]
 Evaluation = dict[str, Any]
@@ -89,7 +88,7 @@ def _entry(run: Run, label: str) -> Entry:
         notes.append(f"has no evaluation.json: run `lowbit evaluate {run.path}` for its accuracy, matrix and scores")
     else:
         _check(evaluation, run)
-        if "finished" in config and not run.is_evaluated:
+        if "finished" in config and not follows_training(evaluation, config):
             notes.append(f"was evaluated before its training ended: run `lowbit evaluate {run.path}` again")
     return Entry(label, config, rows, evaluation, read_diagnostics(run), read_costs(run), notes)
 
@@ -124,7 +123,7 @@ def _check(evaluation: Any, run: Run) -> None:
     except (KeyError, TypeError):
         sound = False
     if not sound:
-        raise LowbitError(f"{run.evaluation_path} is damaged; write it again with `lowbit evaluate {run.path}`")
+        raise run.damaged_evaluation()
 
 
 def test_between(first: Entry, second: Entry) -> McNemar | str:

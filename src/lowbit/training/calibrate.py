@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from lowbit.data import ImageData
 from lowbit.data.base import Labels
 from lowbit.errors import LowbitError, UsageError
 from lowbit.files import remove_partial_files
-from lowbit.hardware import cpu_name, versions
+from lowbit.hardware import machine, versions
 from lowbit.layers import calibrate, fold_batch_norms_
 from lowbit.layers.quantized import is_quantizable
 from lowbit.preprocessing import Preprocessing
@@ -118,7 +117,7 @@ def calibrate_run(
             "epochs": 0,
             "seed": seed,
             "versions": versions("torch", "numpy"),
-            "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "device": "cpu"},
+            "hardware": machine(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 3),
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -25,7 +24,7 @@ from lowbit.data import ImageData
 from lowbit.data.base import Labels
 from lowbit.errors import UsageError
 from lowbit.files import remove_partial_files
-from lowbit.hardware import cpu_name, versions
+from lowbit.hardware import machine, versions
 from lowbit.layers import quantized_layers
 from lowbit.methods.base import Method, Recipe
 from lowbit.runs import Run, write_json
@@ -151,7 +150,7 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
             "lowbit": versions()["lowbit"],
             **settings,
             "versions": versions("torch", "numpy", "lightning"),
-            "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "device": device_name(device)},
+            "hardware": machine(device_name(device)),
             "started": _now(),
         }
         if report is not None:
