@@ -237,7 +237,7 @@ torch.set_num_threads(1)
 from lowbit.training import TrainConfig, train
 
 config = TrainConfig(**{**eval(sys.argv[1]), "resume": True})
-moments = random.Random(int(sys.argv[2]))
+moments, seconds = random.Random(int(sys.argv[2])), float(sys.argv[3])
 ends = []
 for attempt in range(60):
     child = os.fork()
@@ -248,7 +248,7 @@ for attempt in range(60):
             os._exit(130)
         os._exit(0)
     if attempt < 5:
-        time.sleep(moments.uniform(0.2, 1.2))
+        time.sleep(moments.uniform(0.1, 0.6) * seconds)
         try:
             os.kill(child, signal.SIGINT if attempt == 3 else signal.SIGKILL)
         except ProcessLookupError:
@@ -269,7 +269,10 @@ def test_killed_at_random_moments_gives_the_same_weights(config: TrainConfig, tm
     settings |= {"out": str(config.out), "threads": 1, "val_fraction": 0.1, "progress": False}
     seed = random.randrange(1000)
     ended = subprocess.run(
-        [sys.executable, "-c", KILLED, repr(settings), str(seed)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", KILLED, repr(settings), str(seed), str(whole.config["seconds"])],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stderr
     ends = json.loads(ended.stdout.splitlines()[-1])
