@@ -17,11 +17,11 @@ from lowbit.errors import LowbitError, UsageError
 from lowbit.files import remove_partial_files, write_whole
 from lowbit.methods.base import Recipe
 from lowbit.preprocessing import Preprocessing
-from lowbit.training import environment
+from lowbit.training import environment, train
 from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
 from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.distillation import distillation_loss
-from lowbit.training.module import find_not_finite, parameter_groups, squared_hinge
+from lowbit.training.module import find_not_finite, make_optimizer, parameter_groups, squared_hinge
 from lowbit.training.schedules import multiplier
 from lowbit.training.settings import TrainConfig, check_recipe, choose_recipe
 
@@ -59,7 +59,9 @@ def test_schedules_have_their_closed_forms(recipe: Recipe, epoch: float, expecte
     [
         {"learning_rate": 0.0},
         {"learning_rate": math.nan},
+        {"bias_rate": 0.0},
         {"momentum": 1.0},
+        {"nesterov": True, "momentum": 0.0},
         {"epochs": 0},
         {"batch_size": 1},
         {"schedule": "cosin"},
@@ -131,6 +133,36 @@ def test_decay_spares_norms_biases_and_latent_weights() -> None:
     every = {name for name, _ in binary.named_parameters()}
     assert decayed_names(binary, recipe) == {n for n in matrices & every if n not in latent}
     assert decayed_names(binary, replace(recipe, decay_all=True)) == every
+
+
+def test_biases_move_at_a_rate_of_their_own(stripes: Path, tmp_path: Path) -> None:
+    """One step of SGD without decay moves a parameter by its rate times its gradient: biases by 16 times as much."""
+
+    def step(bias_rate: float) -> dict[str, torch.Tensor]:
+        overrides = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "learning_rate": 1e-3}
+        more = {"bias_rate": bias_rate, "batch_size": 80, "epochs": 1, "augment": False, "warmup": 0.0}
+        out = tmp_path / str(bias_rate)
+        config = TrainConfig(
+            out, "float", "lenet", f"folder:{stripes}", overrides=overrides | more, precision="float32", progress=False
+        )
+        return dict(models.load_run(train(config).path).named_parameters())
+
+    torch.manual_seed(derived_seed(0, 0, 0))
+    start = dict(models.create("lenet", 2, "float", in_channels=1).named_parameters())
+    slow, fast = step(1.0), step(16.0)
+    biases = {name for name in start if name.endswith(".bias")}
+    moved = {name for name, before in start.items() if not torch.equal(slow[name], before)}
+    assert biases & moved
+    assert moved - biases
+    for name in start:
+        times = 16 if name in biases else 1
+        torch.testing.assert_close(fast[name] - start[name], times * (slow[name] - start[name]), rtol=1e-3, atol=1e-6)
+
+
+def test_nesterov_takes_the_gradient_ahead() -> None:
+    model = models.create("lenet", method="float", in_channels=1)
+    assert not make_optimizer(model, Recipe(optimizer="sgd")).defaults["nesterov"]
+    assert make_optimizer(model, Recipe(optimizer="sgd", nesterov=True)).defaults["nesterov"]
 
 
 @pytest.mark.parametrize(

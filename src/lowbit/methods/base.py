@@ -21,7 +21,9 @@ class Recipe:
 
     Attributes:
         optimizer: ``sgd`` (with ``momentum``), ``adam`` or ``adamw``.
+        nesterov: take the gradient at the point where momentum leads (with ``sgd``).
         learning_rate: the peak, after warm-up.
+        bias_rate: what it is multiplied by for biases, those of norms among them.
         weight_decay: reaches convolution and linear weights; norms, biases and latent binary weights only with
             ``decay_all`` (a latent weight's size has no meaning for its sign).
         schedule: ``step`` (times ``gamma`` at each of ``milestones``), ``cosine``, ``linear``, ``poly`` (power
@@ -46,7 +48,9 @@ class Recipe:
 
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     learning_rate: float = 1e-3
+    bias_rate: float = 1.0
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 0.0
     decay_all: bool = False
     schedule: Literal["step", "cosine", "linear", "poly", "exponential"] = "cosine"
@@ -68,7 +72,9 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """The fields that have an effect beside the others, for tables; without ``source``."""
         shown = {
+            "bias_rate": self.bias_rate != 1,
             "momentum": self.optimizer == "sgd",
+            "nesterov": self.optimizer == "sgd" and self.nesterov,
             "decay_all": self.weight_decay > 0,
             "milestones": self.schedule == "step",
             "gamma": self.schedule in ("step", "poly", "exponential"),

@@ -49,24 +49,29 @@ def loss_of(name: str, logits: Tensor, labels: Tensor, label_smoothing: float = 
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay, for an optimizer.
+    """Parameters by weight decay and learning rate, for an optimizer.
 
     Decay reaches the weights of convolutions and linear layers. It spares norms, biases and latent weights (those of
-    layers whose ``weight_quantizer`` is not None), unless the recipe says ``decay_all``.
+    layers whose ``weight_quantizer`` is not None), unless the recipe says ``decay_all``. A group's ``rate`` is what
+    its learning rate is multiplied by: the recipe's ``bias_rate`` for biases, those of norms among them, else 1.
     """
     decayed: set[Tensor] = set()
+    biases: set[Tensor] = set()
     for module in model.modules():
         latent = getattr(module, "weight_quantizer", None) is not None
         if isinstance(module, (_ConvNd, nn.Linear)) and not latent:
             decayed.add(module.weight)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with_decay = [parameter for parameter in trained if recipe.decay_all or parameter in decayed]
-    without = [parameter for parameter in trained if not (recipe.decay_all or parameter in decayed)]
-    groups = (
-        {"params": with_decay, "weight_decay": recipe.weight_decay},
-        {"params": without, "weight_decay": 0.0},
-    )
-    return [group for group in groups if group["params"]]
+        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+            biases.add(bias)
+    groups: dict[tuple[bool, float], list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            spared = not (recipe.decay_all or parameter in decayed)
+            groups.setdefault((spared, recipe.bias_rate if parameter in biases else 1.0), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": 0.0 if spared else recipe.weight_decay, "rate": rate}
+        for (spared, rate), params in sorted(groups.items())
+    ]
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -75,7 +80,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     rate = recipe.learning_rate
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
     elif recipe.optimizer == "adam":
         optimizer = torch.optim.Adam(groups, lr=rate, fused=True)
     else:
@@ -208,7 +213,8 @@ class TrainingModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self.learning_rate = self.recipe.learning_rate * multiplier(self.recipe, self.moment(batch_idx))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            # Checkpoints of earlier versions have no rates.
+            group["lr"] = self.learning_rate * group.get("rate", 1.0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch

@@ -142,7 +142,9 @@ def check_recipe(recipe: Recipe) -> None:
             raise UsageError(f"recipe field {name} is '{getattr(recipe, name)}', but must be {' or '.join(choices)}")
     ranges = {
         "learning_rate": (0 < recipe.learning_rate < math.inf, "above 0"),
+        "bias_rate": (0 < recipe.bias_rate < math.inf, "above 0"),
         "momentum": (0 <= recipe.momentum < 1, "at least 0 and below 1"),
+        "nesterov": (not recipe.nesterov or recipe.momentum > 0, "false where there is no momentum"),
         "weight_decay": (0 <= recipe.weight_decay < math.inf, "at least 0"),
         "gamma": (0 < recipe.gamma < math.inf, "above 0"),
         "warmup": (0 <= recipe.warmup < math.inf, "at least 0"),
