@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from command import called, lowbit
 from PIL import Image
 
+from lowbit.cli import app
 from lowbit.errors import LowbitError
 
 TRAIN = ("--model", "lenet", "--data", "digits", "--set", "model.width=0.25", "--threads", "1")
@@ -71,6 +77,61 @@ def test_predict_names_the_class_of_an_image_file(road: Path) -> None:
     evaluation = json.loads((road / "xnor_net" / "evaluation.json").read_text())
     assert row["class"] == digits.classes[evaluation["predictions"][0]]
     assert 0 < row["probability"] <= 1
+
+
+def test_predict_refuses_what_it_would_have_to_clip(road: Path) -> None:
+    path = road / "deep.png"
+    Image.new("I;16", (32, 32), 40_000).save(path)
+    refused = lowbit("predict", road / "model.lowbit", path, status=1)
+    assert refused.stderr == f"lowbit: {path} has more than 8 bits a pixel; convert it to 8 bits\n"
+
+
+@pytest.mark.parametrize("target", ["a folder", "a pipe"])
+def test_what_is_no_file_is_not_replaced_by_one(road: Path, tmp_path: Path, target: str) -> None:
+    """As root, a file would take the place even of /dev/null."""
+    output = tmp_path / "there"
+    if target == "a folder":
+        output.mkdir()
+    else:
+        os.mkfifo(output)
+    refused = called("export", road / "xnor_net", "-o", output, status=1)
+    assert f"{output} is {'a folder' if target == 'a folder' else 'no regular file'}; choose another" in refused.stderr
+    assert not output.is_file()
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def keys(settings: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys of a JSON object and of those in it, as paths."""
+    for key, value in settings.items():
+        yield (*prefix, key)
+        if isinstance(value, dict):
+            yield from keys(value, (*prefix, key))
+
+
+def test_a_config_that_lacks_a_key_is_taken_or_named(road: Path, tmp_path: Path) -> None:
+    """Never another exception; what names the key is the sentence."""
+    whole = json.loads((road / "xnor_net" / "config.json").read_text())
+    run, named = tmp_path / "run", set()
+    shutil.copytree(road / "xnor_net", run)
+    for path in (path for path in keys(whole) if path[0] not in ("versions", "hardware")):
+        config = copy.deepcopy(whole)
+        inner = config
+        for key in path[:-1]:
+            inner = inner[key]
+        del inner[path[-1]]
+        (run / "config.json").write_text(json.dumps(config))
+        for command in (
+            ("evaluate", run),
+            ("export", run, "-o", tmp_path / "model.lowbit"),
+            ("compare", run, road / "float", "-o", tmp_path / "report.html"),
+            ("train", "--resume", "--out", run),
+        ):
+            try:
+                app([str(argument) for argument in command], standalone_mode=False)
+            except LowbitError as error:
+                if f"it has no '{path[-1]}'" in str(error):
+                    named.add(path)
+    assert {("model",), ("method", "name"), ("preprocessing",), ("data", "hash"), ("classes",)} <= named
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,12 @@ def test_what_is_no_table_is_refused(data):
         Preprocessing.from_dict(data)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_images_are_refused_not_clipped(mode):
+    with pytest.raises(LowbitError, match="the image has more than 8 bits a pixel"):
+        Preprocessing.from_dict(GOOD)([Image.new(mode, (3, 5), 300)])
+
+
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3)

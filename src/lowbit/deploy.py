@@ -19,7 +19,7 @@ def export_run(path: str | Path) -> Export:
     Raises:
         LowbitError: there is no finished run, or its network has a part that the packed file cannot hold.
     """
-    run = Run.open(path)
+    run = Run.finished(path)
     config = run.config
     preprocessing = Preprocessing.from_dict(config["preprocessing"])
     return export_model(

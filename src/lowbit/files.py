@@ -21,9 +21,12 @@ def write_whole(path: Path) -> Iterator[IO[bytes]]:
     The bytes go to a temporary file beside it, are flushed to the disk, and take the name in one step.
 
     Raises:
-        LowbitError: the disk is full or the folder cannot be written; the old file, if any, is untouched.
+        LowbitError: the disk is full, the folder cannot be written, or ``path`` is a folder or a device; what was
+            there is untouched.
     """
     temporary = None
+    if path.exists() and not path.is_file():
+        raise LowbitError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; choose another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(

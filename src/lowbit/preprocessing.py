@@ -13,8 +13,21 @@ from PIL import Image
 
 from lowbit.errors import LowbitError
 
+DEEP_MODES = frozenset({"F", "I", "I;16", "I;16B", "I;16L", "I;16N"})
+"""Modes of Pillow with more than 8 bits a channel, which a conversion would clip."""
+
 Pixels = npt.NDArray[np.uint8]
 Inputs = npt.NDArray[np.float32]
+
+
+def check_depth(image: Image.Image, name: object) -> None:
+    """Refuse an image that a conversion to 8 bits would clip.
+
+    Raises:
+        LowbitError: it has more than 8 bits a channel; the message calls it ``name``.
+    """
+    if image.mode in DEEP_MODES:
+        raise LowbitError(f"{name} has more than 8 bits a pixel; convert it to 8 bits")
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,12 @@ class Preprocessing:
         return self.channels, self.size[0] + 2 * self.pad, self.size[1] + 2 * self.pad
 
     def pixels(self, image: Image.Image) -> Pixels:
-        """``image`` as uint8 of shape (height, width, channels), converted, resized and padded."""
+        """``image`` as uint8 of shape (height, width, channels), converted, resized and padded.
+
+        Raises:
+            LowbitError: it has more than 8 bits a channel.
+        """
+        check_depth(image, "the image")
         converted = image.convert(self.mode)
         if converted.size != (self.size[1], self.size[0]):
             converted = converted.resize((self.size[1], self.size[0]), Image.Resampling.BILINEAR)

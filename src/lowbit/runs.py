@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,29 @@ def write_json(path: Path, data: Any) -> None:
         file.write((json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """Read a JSON file; ``object_hook`` is `json.loads`'s.
 
     Raises:
         LowbitError: it is missing or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=object_hook)
     except FileNotFoundError:
         raise LowbitError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         raise LowbitError(f"{path} cannot be read as JSON: {error}") from None
+
+
+class _Settings(dict[str, Any]):
+    """An object of config.json, which says what it lacks."""
+
+    def __init__(self, path: Path, entries: dict[str, Any]) -> None:
+        super().__init__(entries)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise LowbitError(f"{self.path} is damaged: it has no '{key}'; train again with another --out")
 
 
 def follows_training(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
@@ -59,6 +71,18 @@ class Run:
         run = cls(Path(path))
         if not run.config_path.is_file():
             raise LowbitError(f"{path} is no run folder: it has no config.json; `lowbit train --out {path}` makes one")
+        return run
+
+    @classmethod
+    def finished(cls, path: str | Path) -> Run:
+        """The run at ``path``, if `is_finished`.
+
+        Raises:
+            LowbitError: there is no run folder there, or its training has not finished.
+        """
+        run = cls.open(path)
+        if not run.is_finished:
+            raise LowbitError(f"{path} has not finished its training; `lowbit train --resume --out {path}` goes on")
         return run
 
     @property
@@ -99,7 +123,7 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        config = read_json(self.config_path)
+        config = read_json(self.config_path, partial(_Settings, self.config_path))
         if not isinstance(config, dict):
             raise LowbitError(f"{self.config_path} does not hold a JSON object")
         return config
@@ -117,6 +141,11 @@ class Run:
     def damaged_evaluation(self) -> LowbitError:
         """What to raise where ``evaluation.json`` is not what `evaluate` writes."""
         return LowbitError(f"{self.evaluation_path} is damaged; write it again with `lowbit evaluate {self.path}`")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its training has come to its end, and the weights are there."""
+        return "finished" in self.config and self.weights_path.is_file()
 
     @property
     def is_evaluated(self) -> bool:

@@ -286,6 +286,13 @@ def test_a_prelu_that_falls_and_rises_is_computed_in_float() -> None:
     assert [check.exact for check in report.layers if check.layer == "5"] == [True, True]
 
 
+def test_a_change_in_place_shows_whatever_the_example_input_holds() -> None:
+    """Without a bias a convolution of zeros gives zeros, to which adding in place adds nothing."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), _AddInPlace())
+    with pytest.raises(UsageError, match="a tensor is changed in place"):
+        lowbit.export(model, torch.zeros(1, 3, 8, 8))
+
+
 def falling_and_rising() -> nn.Module:
     """|x| > 1, with a slope of -1 for what is below 0."""
     act, norm = nn.LeakyReLU(-1.0), nn.BatchNorm2d(7)

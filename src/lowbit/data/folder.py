@@ -14,11 +14,10 @@ from PIL import Image
 
 from lowbit.data.base import ImageData, Labels, channel_statistics, pad_pixels
 from lowbit.errors import LowbitError, UsageError
-from lowbit.preprocessing import Pixels, Preprocessing
+from lowbit.preprocessing import Pixels, Preprocessing, check_depth
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png"})
 GREY = frozenset({"1", "L", "LA"})
-DEEP = frozenset({"F", "I", "I;16", "I;16B", "I;16L", "I;16N"})
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,7 @@ def _decode(path: Path, image_size: int | None) -> Pixels:
     """One image as (H, W, 1) when it is grey, else (H, W, 3)."""
     try:
         with Image.open(path) as image:
-            if image.mode in DEEP:
-                raise LowbitError(f"{path} has more than 8 bits a pixel; convert it to 8 bits")
+            check_depth(image, path)
             mode = "L" if image.mode in GREY else "RGB"
             width, height = (image_size, image_size) if image_size else image.size
             channels = (0.0,) * len(mode)

@@ -92,7 +92,7 @@ def capture(model: nn.Module, example_input: Tensor) -> Graph:
 
     Args:
         model: takes one tensor and returns one.
-        example_input: float32, (N, C, H, W) or (N, features), N at least 1.
+        example_input: float32, (N, C, H, W) or (N, features), N at least 1; its shape alone matters.
 
     Raises:
         UsageError: the model's control flow depends on values, a hook changes what a layer does, a tensor is changed in
@@ -114,10 +114,11 @@ def capture(model: nn.Module, example_input: Tensor) -> Graph:
         )
     model = copy.deepcopy(model).cpu().eval()
     module = _trace(model)
-    example_input = example_input.detach().cpu()
+    # Numbers of both signs: of zeros, say, a ReLU in place changes none.
+    numbers = torch.randn(example_input.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = _Shapes(module).run(example_input.clone())
-        expected = model(example_input.clone())
+        found = _Shapes(module).run(numbers.clone())
+        expected = model(numbers.clone())
     if isinstance(found, Tensor) and not (isinstance(expected, Tensor) and _same(found, expected)):
         raise UsageError(
             "the model computes something else than its graph: a tensor is changed in place, as by `+=`, while "

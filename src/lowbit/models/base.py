@@ -107,7 +107,7 @@ def load_run(path: str | Path) -> nn.Module:
         )
         if "rest" in config:
             quantize_(model, methods.registry[config["rest"]["name"]](**config["rest"]["options"]))
-    except (KeyError, TypeError) as error:
+    except TypeError as error:
         raise LowbitError(f"{run.config_path} is damaged: {error!r}") from None
     load_weights(model, run.weights_path)
     return model.eval()

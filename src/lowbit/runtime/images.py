@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from lowbit.errors import LowbitError
+from lowbit.preprocessing import check_depth
 
 MAX_PIXELS = 1 << 26
 """Larger images are refused before they are decoded: a small file can claim any size."""
@@ -16,14 +17,15 @@ def load_image(path: str | Path) -> Image.Image:
     """The image at ``path``, decoded completely.
 
     Raises:
-        LowbitError: there is no file, it is no image, it is damaged or cut short, or it has more than `MAX_PIXELS`
-            pixels.
+        LowbitError: there is no file, it is no image, it is damaged or cut short, it has more than 8 bits a channel or
+            more than `MAX_PIXELS` pixels.
     """
     try:
         with Image.open(path) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise LowbitError(f"{path} has {width}x{height} pixels, more than {MAX_PIXELS}; scale it down first")
+            check_depth(image, path)
             image.load()
             return image.copy()
     except FileNotFoundError:

@@ -70,7 +70,7 @@ def calibrate_run(
         LowbitError: the source is not finished, or the data set is not the one that it was trained on.
     """
     started = time.monotonic()
-    run, made = Run.open(source), Run(Path(out))
+    run, made = Run.finished(source), Run(Path(out))
     if images < 1:
         raise UsageError(f"--images is {images}, but must be at least 1")
     if made.path.exists() and not made.path.is_dir():

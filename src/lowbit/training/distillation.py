@@ -55,10 +55,10 @@ def load_teacher(path: str | Path, settings: dict[str, Any]) -> nn.Module:
 
 def weights_hash(path: str | Path) -> str:
     """SHA-256 of a run's weights, in hexadecimal: so a resumed run knows its teacher again."""
-    weights = Run.open(path).weights_path
-    if not weights.is_file():
+    run = Run.open(path)
+    if not run.is_finished:
         raise UsageError(f"--distill-from {path}: the run has not finished; `lowbit train --resume` goes on with it")
-    return hashlib.sha256(weights.read_bytes()).hexdigest()
+    return hashlib.sha256(run.weights_path.read_bytes()).hexdigest()
 
 
 @torch.no_grad()

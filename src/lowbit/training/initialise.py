@@ -116,6 +116,6 @@ def _other_bits(model: nn.Module, weights: Path) -> bool:
     try:
         said = run.config["method"]
         theirs = methods.registry[said["name"]](**said["options"])
-    except (LowbitError, KeyError, TypeError):
+    except (LowbitError, TypeError):
         return True
     return (theirs.name, theirs.bits_w, theirs.bits_a) != (mine.name, mine.bits_w, mine.bits_a)

@@ -142,8 +142,8 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
         whiten_first_layer_(model, images.train_images, split[0], normalise)
     if recipe.freeze_first:
         freeze_first_layer_(model)
-    report = init_from(model, config.init_from) if config.init_from is not None else None
-    if report is not None and fresh:
+    report = init_from(model, config.init_from) if config.init_from is not None and fresh else None
+    if report is not None:
         say(str(report))
     if not started:
         recorded = {

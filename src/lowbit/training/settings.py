@@ -84,7 +84,7 @@ class TrainConfig:
                 image_size=config["data"]["image_size"],
                 method_options=config["method"]["options"],
                 model_options=config["model"]["options"],
-                recipe=Recipe(**{**recipe, "milestones": tuple(recipe["milestones"])}),
+                recipe=Recipe(**{**recipe, "milestones": tuple(config["recipe"]["milestones"])}),
                 seed=config["seed"],
                 precision=config["precision"],
                 val_fraction=config["data"]["val_fraction"],
@@ -95,7 +95,7 @@ class TrainConfig:
                 progress=progress,
                 diagnose=config.get("diagnose", False),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (TypeError, AttributeError) as error:
             raise LowbitError(f"{run.config_path} is damaged ({error!r}); train again with another --out") from None
 
 
