@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import lowbit
 from lowbit import methods
 from lowbit.convert import LayerReport, quantize_, resolve_method
 from lowbit.errors import UsageError
-from lowbit.layers import QuantConv2d, QuantizedLayer, QuantLinear, Stem
+from lowbit.layers import QuantConv2d, QuantizedLayer, QuantLinear, Stem, quantized_twin
 from lowbit.methods import Method
 from lowbit.methods.xnor_net import ScaledSign
 from lowbit.quantizers.binary import SignQuantizer
@@ -215,6 +217,71 @@ def test_subclasses_stay_and_are_reported():
     assert [report.name for report in others] == ["0", "2"]
     assert last == LayerReport("1", "OwnLinear", 32, 32, "a subclass of torch's layer, left as it is")
     assert type(model[1]) is OwnLinear
+
+
+def with_weight_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch recommends its parametrization, whose layers are subclasses
+        return nn.utils.weight_norm(layer)
+
+
+def with_a_forward_of_its_own(layer: nn.Module) -> nn.Module:
+    forward = layer.forward
+    layer.forward = lambda x: forward(x)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (with_weight_norm, "a hook computes its weight"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "a hook computes its weight"),
+        (with_a_forward_of_its_own, "its forward was replaced"),
+    ],
+    ids=["weight norm", "pruned", "own forward"],
+)
+def test_what_would_go_on_in_float_stays_and_is_reported(change, why):
+    model = nn.Sequential(nn.Linear(4, 4), change(nn.Linear(4, 4)), nn.Linear(4, 4))
+    *others, last = quantize_(model, "bnn")
+    assert [report.name for report in others] == ["0", "2"]
+    assert (last.name, last.bits_w) == ("1", 32)
+    assert last.note.startswith(why)
+    assert type(model[1]) is nn.Linear
+    with pytest.raises(UsageError, match=why):
+        quantized_twin(model[1], None, None)
+
+
+def test_a_compiled_layer_computes_with_its_quantizers():
+    layer = nn.Linear(4, 4)
+    layer.compile(backend="eager")
+    model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    before = model(x)
+    quantize_(model, "dorefa")
+    assert not torch.allclose(model(x), before)
+
+
+def test_transformers_compute_with_codes_in_evaluation_too():
+    """Torch has a fused kernel for `eval()` without gradients, which reads the weights past the layers."""
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 8), encoder, nn.Linear(8, 8))
+    reports = quantize_(model, "dorefa")
+    assert {report.name for report in reports if report.bits_w == 1} == {"1.linear1", "1.linear2"}
+    x = torch.randn(2, 5, 8)
+    trained = model(x)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_network_of_another_type_trains_and_evaluates(dtype):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model = model.to(dtype)
+    quantize_(model, "bireal")
+    x = torch.randn(6, 4, dtype=dtype)
+    model(x).sum().backward()
+    assert model.eval()(x).dtype == dtype
 
 
 ERRORS = {

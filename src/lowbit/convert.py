@@ -10,8 +10,8 @@ from torch import nn
 
 from lowbit import methods
 from lowbit.errors import UsageError
-from lowbit.layers import QuantizedLayer, Shortcut, Stem, project_, quantized_twin
-from lowbit.layers.quantized import is_quantizable, is_subclass
+from lowbit.layers import QuantizedLayer, Shortcut, Stem, project_, quantized_layers, quantized_twin
+from lowbit.layers.quantized import is_quantizable, obstacle
 from lowbit.methods import Method
 
 FLOAT = 32
@@ -44,12 +44,15 @@ def quantize_(
 ) -> list[LayerReport]:
     """Replace the convolution and linear layers of ``model`` by their quantized twins, in place.
 
-    Parameters, hooks and names stay, so an optimizer or a state dict made before still fits; the method's projection
-    is applied once to the latent weights. A layer that stands under several names stays one layer, reported under its
-    first name. The method says whether the first layer (with a `lowbit.layers.Stem`: all of its layers), the last one
-    and those of shortcuts (`lowbit.layers.Shortcut`) stay float. A first layer that does not reads its input through
-    the method's quantizer for inputs, or as it is where the method has none; one whose full name an override gives is a
-    layer like any other.
+    Parameters, hooks and names stay; the method's projection is applied once to the latent weights. An optimizer or a
+    state dict made before still fits where the method's quantizers hold nothing of their own; `lsq`, `pact` and
+    `adabin` learn parameters, for which the optimizer is made afterwards. A module that reads ``layer.weight`` itself,
+    or keeps its layers in a plain list beside their names, goes on with the float layer.
+
+    A layer that stands under several names stays one layer, reported under its first name. The method says whether the
+    first layer (with a `lowbit.layers.Stem`: all of its layers), the last one and those of shortcuts
+    (`lowbit.layers.Shortcut`) stay float. A first layer that does not reads its input through the method's quantizer
+    for inputs, or as it is where the method has none; one whose full name an override gives is a layer like any other.
 
     A dropout that stands in an `nn.Sequential` right in front of a layer whose activations are quantized (a flattening
     may stand between) moves into the layer, behind the quantizer, and an identity takes its place. In front of it the
@@ -63,14 +66,15 @@ def quantize_(
 
     Args:
         model: any module; its layers are visited in the order of ``named_modules()``, which is taken for the order of
-            the network. Subclasses of torch's layers, which may compute anything, stay as they are.
+            the network. Subclasses of torch's layers, which may compute anything, stay as they are, and so do layers
+            whose weight a hook computes or whose ``forward`` was replaced.
         method: registered name, or a `Method` made with options.
         overrides: from a layer's name, or a pattern such as ``"features.*"``, to another method, or to None for
             float. The last match wins.
 
     Returns:
-        One report per convolution and linear layer that was not quantized before, in order; at the end those of
-        subclasses.
+        One report per convolution and linear layer that was not quantized before, in order; at the end those that
+        could not be.
 
     Raises:
         UsageError: the method is unknown, an override matches no layer, or the model has no layer to quantize. The
@@ -109,6 +113,9 @@ def quantize_(
         of_weight = chosen.weight() if chosen.weight else None
         make = chosen.input if reads_input else chosen.activation
         of_activation = make() if make else None
+        for quantizer in (of_weight, of_activation):
+            if quantizer is not None and not (weight := layer.get_parameter("weight")).is_meta:
+                quantizer.to(weight.device)
         bits_w, bits_a = (FLOAT if quantizer is None else quantizer.bits for quantizer in (of_weight, of_activation))
         reports.append(LayerReport(aliases[0], type(layer).__name__, bits_w, bits_a, note))
         if of_weight is None and of_activation is None and chosen.gradient is None:
@@ -129,10 +136,14 @@ def quantize_(
             twin.dropout = _take_dropout(model, aliases[0])
         project_(twin)
     reports += [
-        LayerReport(name, type(module).__name__, FLOAT, FLOAT, "a subclass of torch's layer, left as it is")
+        LayerReport(name, type(module).__name__, FLOAT, FLOAT, why)
         for name, module in model.named_modules()
-        if is_subclass(module)
+        if (why := obstacle(module))
     ]
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and quantized_layers(module):
+            # In eval() torch's fused kernel would read the weights past the twins; this alone keeps it away.
+            module.activation_relu_or_gelu = 0
     return reports
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -136,3 +137,18 @@ def test_a_scale_for_each_channel_makes_folding_unnecessary(bits):
     assert (after.int() != expected)[1:].float().mean() < 0.01
     factor = norm.weight.abs() / (norm.running_var + norm.eps).sqrt()
     torch.testing.assert_close(folded_grid.scale.flatten()[1:], (grid.scale.flatten() * factor)[1:])
+
+
+def test_a_weight_that_is_not_the_layers_own_stays():
+    """A hook would put the weight before folding back; the other holder of a tied one would compute something else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch recommends its parametrization
+        normed = nn.utils.weight_norm(nn.Conv2d(3, 3, 1))
+    one, other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    other.weight = one.weight
+    parts = [part for layer in (normed, one, other) for part in (layer, awkward_(nn.BatchNorm2d(3)))]
+    model = nn.Sequential(*parts).eval()
+    x = torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    assert fold_batch_norms_(model) == []
+    torch.testing.assert_close(model(x), expected)

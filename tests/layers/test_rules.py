@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowbit.convert import quantize_
 from lowbit.layers import attach_rules, project_, quantized_twin
 from lowbit.methods.xnor_net import ScaledSign
 from lowbit.quantizers.binary import SignQuantizer
@@ -126,3 +127,13 @@ def test_a_weight_without_gradient_is_left_alone():
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     attach_rules(optimizer, layer)
     optimizer.step()
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_optimizer_without_what_quantizers_learn_is_warned_of():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    before = torch.optim.SGD(model.parameters(), lr=0.1)
+    quantize_(model, "lsq")
+    with pytest.warns(UserWarning, match="what the quantizers of '1' learn; make it after quantize_"):
+        attach_rules(before, model)
+    attach_rules(torch.optim.SGD(model.parameters(), lr=0.1), model)

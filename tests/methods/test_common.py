@@ -143,6 +143,14 @@ def test_recipes(key):
         assert after[0] > 0.95 * (1 - 1 / recipe.epochs)
 
 
+@pytest.mark.parametrize("key", METHODS)
+def test_a_network_can_be_saved_as_a_whole(key, tmp_path):
+    network = small("lenet", METHODS[key]).eval()
+    torch.save(network, tmp_path / "network.pt")
+    again = torch.load(tmp_path / "network.pt", weights_only=False)  # our own file
+    assert [type(module) for module in again.modules()] == [type(module) for module in network.modules()]
+
+
 @pytest.mark.parametrize("key", QUANTIZERS)
 def test_a_fresh_quantizer_for_each_layer(key):
     first, second = QUANTIZERS[key](), QUANTIZERS[key]()

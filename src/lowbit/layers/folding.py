@@ -22,8 +22,9 @@ def fold_batch_norms_(model: nn.Module) -> list[str]:
     from the running statistics, in float64 and rounded once; the norm's place is taken by `nn.Identity`. What the model
     computes in ``eval()`` stays the same up to rounding.
 
-    A pair is folded when the norm alone reads the layer, and the model calls either once. Other norms stay: those
-    without running statistics, those behind something else, such as pooling or an addition.
+    A pair is folded when the norm alone reads the layer, the model calls either once, and the layer's weight and bias
+    are its own. Other norms stay: those without running statistics, those behind something else, such as pooling or an
+    addition, and those behind a layer whose weight a hook computes or another layer shares.
 
     Args:
         model: before `quantize_`; torch.fx must be able to trace it. A linear layer that is followed by a norm gives
@@ -46,6 +47,7 @@ def fold_batch_norms_(model: nn.Module) -> list[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
     times = Counter(id(modules[node.target]) for node in calls)
+    holders = Counter(id(own) for module in model.modules() for own in module._parameters.values())
     folded = []
     for node in calls:
         source = node.args[0] if node.args else None
@@ -54,12 +56,18 @@ def fold_batch_norms_(model: nn.Module) -> list[str]:
         layer, norm = modules[str(source.target)], modules[node.target]
         if type(layer) not in _LAYERS or not _can_fold(norm) or times[id(layer)] > 1 or times[id(norm)] > 1:
             continue
+        if "weight" not in layer._parameters or max(holders[id(own)] for own in _parameters(layer)) > 1:
+            continue
         _fold(layer, norm)
         for name in [name for name, module in modules.items() if module is norm]:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, nn.Identity())
         folded.append(node.target)
     return folded
+
+
+def _parameters(layer: nn.Module) -> list[nn.Parameter]:
+    return [own for own in layer._parameters.values() if own is not None]
 
 
 def _can_fold(norm: nn.Module) -> bool:

@@ -26,7 +26,8 @@ class QuantizedLayer(nn.Module):
     In ``eval()``, when both sides are quantized: the exact integer sums ``acc`` of ``multiplier * code + offset`` over
     the taps inside the image, then ``float32(acc) * (scale_x * scale_w) + bias``, each step one float32 rounding. Sums
     that could pass 2^24 are taken in float64, which holds them exactly. This is the reference of the integer contract:
-    its result is float32, under autocast too, and has no gradient with respect to ``x`` or the weight.
+    its result is float32, under autocast too, and has no gradient with respect to ``x`` or the weight. (Of a latent
+    weight in another type it is rounded to that type.)
     A table of levels has no integer form: when either side has one, the decoded values are convolved in float64, and
     the sum is rounded once, before the bias. When one side alone is quantized, the fake-quantized values are convolved
     as in training.
@@ -123,7 +124,7 @@ class QuantizedLayer(nn.Module):
                 result = self.transform(*values, None).float()
             if self.k_map:
                 result = result * self.magnitudes(wide(x.detach()))
-        return self._biased(result)
+        return self._biased(result).to(self.weight.dtype)
 
     def _biased(self, result: Tensor) -> Tensor:
         return result if self.bias is None else result + self._shaped(self.bias)
@@ -189,13 +190,16 @@ def quantized_twin(
         k_map: scale the result by the size of what was read (see `QuantizedLayer.magnitudes`).
 
     Raises:
-        UsageError: ``layer`` is neither `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` nor `nn.Linear`, or is quantized already.
+        UsageError: ``layer`` is neither `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` nor `nn.Linear`, is quantized already, or
+            is no longer as torch made it (see `obstacle`).
     """
-    twin_type = _TWINS.get(type(layer))
-    if twin_type is None:
-        raise UsageError(f"a {type(layer).__name__} cannot be quantized; Conv1d, Conv2d, Conv3d and Linear can")
+    if not is_quantizable(layer):
+        why = obstacle(layer) if type(layer) in _TWINS else "Conv1d, Conv2d, Conv3d and Linear can"
+        raise UsageError(f"a {type(layer).__name__} cannot be quantized; {why}")
+    twin_type = _TWINS[type(layer)]
     twin = twin_type.__new__(twin_type)
     twin.__dict__.update(layer.__dict__)
+    twin._compiled_call_impl = None  # of torch's Module.compile, which would go on calling the layer
     twin._modules = dict(layer._modules)
     twin.weight_quantizer = weight_quantizer
     twin.activation_quantizer = activation_quantizer
@@ -209,9 +213,22 @@ def quantized_twin(
 
 def is_quantizable(module: nn.Module) -> bool:
     """Whether `quantized_twin` takes ``module``."""
-    return type(module) in _TWINS
+    return type(module) in _TWINS and not obstacle(module)
 
 
-def is_subclass(module: nn.Module) -> bool:
-    """Whether ``module`` would be taken by `quantized_twin` if it were of torch's own type."""
-    return isinstance(module, tuple(_TWINS)) and not isinstance(module, QuantizedLayer) and not is_quantizable(module)
+def obstacle(module: nn.Module) -> str:
+    """Why a convolution or linear layer, not quantized before, cannot be; empty where it can.
+
+    A subclass may compute anything. Where a hook computes the weight, as torch's ``weight_norm``, ``spectral_norm`` and
+    ``prune`` do, there is no latent weight to project, and a ``forward`` of the layer's own would go on computing in
+    float.
+    """
+    if not isinstance(module, tuple(_TWINS)) or isinstance(module, QuantizedLayer):
+        return ""
+    if type(module) not in _TWINS:
+        return "a subclass of torch's layer, left as it is"
+    if "weight" not in module._parameters:
+        return "a hook computes its weight: left as it is; torch's remove_weight_norm and prune.remove take it off"
+    if "forward" in vars(module):
+        return "its forward was replaced: left as it is"
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -40,7 +41,17 @@ def attach_rules(optimizer: Optimizer, model: nn.Module) -> None:
     Update rules stand in for the optimizer's own; projections follow it. A plain training loop needs this one line
     beside `quantize_`. Evaluation and export never do either: what they see is what the last step left. Where ``step``
     is given a closure, which computes the gradients only then, update rules act after it.
+    Warns where the optimizer trains a layer's weight, but not what its quantizers learn.
     """
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for name, module in named_quantized_layers(model).items():
+        learned = {parameter for parameter in module.parameters() if parameter.requires_grad} - {module.bias}
+        if module.weight in trained and not learned <= trained:
+            warnings.warn(
+                f"the optimizer does not have what the quantizers of '{name}' learn; make it after quantize_",
+                stacklevel=2,
+            )
+            break
 
     def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         me, closure = (*args, kwargs.get("closure"))[:2]

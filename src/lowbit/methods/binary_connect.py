@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lowbit.methods.base import Method, Recipe, registry
 from lowbit.quantizers.binary import SignQuantizer, clip_latent
 
@@ -34,7 +36,7 @@ def binary_connect(stochastic: bool = False) -> Method:
         bits_w=1,
         bits_a=32,
         block="conv_pool_bn_act",
-        weight=lambda: SignQuantizer(stochastic),
+        weight=partial(SignQuantizer, stochastic),
         skip_first=False,
         skip_last=False,
         skip_shortcuts=False,

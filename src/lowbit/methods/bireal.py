@@ -1,5 +1,7 @@
 """Bi-Real Net: scaled binary weights, signs whose gradient is a piecewise polynomial, a shortcut around each layer."""
 
+from functools import partial
+
 from lowbit.methods.base import Method, Recipe, registry
 from lowbit.quantizers.binary import PolynomialSign, ScaledSign
 
@@ -27,7 +29,7 @@ def bireal() -> Method:
         bits_w=1,
         bits_a=1,
         block="conv_bn",
-        weight=lambda: ScaledSign("constant"),
+        weight=partial(ScaledSign, "constant"),
         activation=PolynomialSign,
         recipe=Recipe(
             optimizer="adamw",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lowbit.methods.base import Method, Recipe, registry
 from lowbit.quantizers.binary import SignQuantizer, clip_latent
 
@@ -33,7 +35,7 @@ def bnn(stochastic: bool = False) -> Method:
         bits_a=1,
         block="conv_pool_bn",
         weight=SignQuantizer,
-        activation=lambda: SignQuantizer(stochastic),
+        activation=partial(SignQuantizer, stochastic),
         skip_first=False,
         skip_last=False,
         skip_shortcuts=False,

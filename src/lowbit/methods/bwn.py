@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from lowbit.methods.base import Method, Recipe, registry
@@ -35,7 +36,7 @@ def bwn(gradient: Literal["exact", "paper"] = "exact") -> Method:
         bits_w=1,
         bits_a=32,
         block="conv_bn_act",
-        weight=lambda: ScaledSign(gradient),
+        weight=partial(ScaledSign, gradient),
         projection=clip_latent,
         recipe=Recipe(
             optimizer="adamw",

@@ -98,7 +98,8 @@ class ClippedReLU(Quantizer):
 
     Gradient: $\partial L/\partial x = g \cdot 1\{0 \le x < \alpha\}$ and
     $\partial L/\partial\alpha = \sum g \cdot 1\{x \ge \alpha\} + \lambda\,\alpha$, the last term from the
-    regularisation. NaN becomes 0.
+    regularisation, added once for each backward pass, and as it is: a loss that is scaled (`torch.amp.GradScaler`) or
+    summed over several passes wants ``decay=0`` and the optimizer's own decay of $\alpha$. NaN becomes 0.
     Codes: $\mathrm{round}(y / s)$; grid ``s * code``.
 
     Args:

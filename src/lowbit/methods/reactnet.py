@@ -1,5 +1,7 @@
 """ReActNet: Bi-Real Net with learned shifts in front of the signs and around PReLUs."""
 
+from functools import partial
+
 from lowbit.methods.base import Method, Recipe, registry
 from lowbit.quantizers.binary import PolynomialSign, ScaledSign
 
@@ -34,7 +36,7 @@ def reactnet(shifts: bool = True) -> Method:
         bits_w=1,
         bits_a=1,
         block="shift_conv_bn_rprelu" if shifts else "shift_conv_bn_prelu",
-        weight=lambda: ScaledSign("constant"),
+        weight=partial(ScaledSign, "constant"),
         activation=PolynomialSign,
         recipe=Recipe(
             optimizer="adamw",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -40,7 +41,7 @@ def twn(per: Literal["layer", "filter"] = "layer") -> Method:
         bits_w=2,
         bits_a=32,
         block="conv_bn_act",
-        weight=lambda: Ternary(per),
+        weight=partial(Ternary, per),
         skip_first=False,
         recipe=Recipe(
             optimizer="adamw",

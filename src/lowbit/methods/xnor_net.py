@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
 from lowbit.methods.base import Method, Recipe, registry
 from lowbit.quantizers.binary import ScaledSign, SignQuantizer
+
+
+def project(weight: Tensor, center: bool, clamp: bool) -> None:
+    """Subtract from a latent weight its mean over the input channels and clip it to [-1, 1], as far as asked for."""
+    if center and weight.shape[1] > 1:
+        weight.sub_(weight.mean(dim=1, keepdim=True))
+    if clamp:
+        weight.clamp_(-1, 1)
 
 
 @registry.register
@@ -48,12 +57,6 @@ def xnor_net(
     what it is worth on page 12.
     """
 
-    def project(weight: Tensor) -> None:
-        if center and weight.shape[1] > 1:
-            weight.sub_(weight.mean(dim=1, keepdim=True))
-        if clamp:
-            weight.clamp_(-1, 1)
-
     return Method(
         name="xnor_net",
         title="XNOR-Net",
@@ -62,9 +65,9 @@ def xnor_net(
         bits_w=1,
         bits_a=1,
         block="bn_act_conv_relu" if relu else "bn_act_conv",
-        weight=lambda: ScaledSign(gradient),
+        weight=partial(ScaledSign, gradient),
         activation=SignQuantizer,
-        projection=project if center or clamp else None,
+        projection=partial(project, center=center, clamp=clamp) if center or clamp else None,
         k_map=k_map,
         recipe=Recipe(
             optimizer="adamw",
