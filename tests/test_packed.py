@@ -162,6 +162,8 @@ def test_hostile_headers_are_refused(changes, message):
 def test_numbers_that_are_no_json_are_refused():
     with pytest.raises(LowbitError, match="NaN is not allowed"):
         packed.parse(header_with(provenance={"x": float("nan")}))
+    with pytest.raises(LowbitError, match="no JSON"):
+        packed.parse(header_with(provenance={"x": 123456789}).replace(b"123456789", b"1e9999999"))
 
 
 def test_deep_nesting_is_refused():

@@ -64,8 +64,8 @@ def first_line(function: Callable[..., Any]) -> str:
 
 
 def short(value: Any) -> str:
-    """A value on one line: a list with commas, all else as JSON."""
-    return ", ".join(map(str, value)) if isinstance(value, list) else json.dumps(value, ensure_ascii=False)
+    """A value on one line: a list with commas, all else as JSON in ASCII, which no terminal obeys."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else json.dumps(value)
 
 
 def print_rows(title: str, rows: Sequence[dict[str, Any]], as_json: bool) -> None:

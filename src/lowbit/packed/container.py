@@ -210,7 +210,8 @@ def _parse(data: bytes | mmap.mmap) -> PackedModel:
     text, tensors = _open(data)
     try:
         header = json.loads(text, parse_constant=_refuse_constant)
-        json.dumps(header, ensure_ascii=False).encode()  # what a message or a table may print: no lone surrogates
+        # What a message or a table may print: neither lone surrogates nor numbers too large for a float.
+        json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
         raise LowbitError(f"the graph is no JSON ({error})") from None
     if not isinstance(header, dict):
