@@ -18,8 +18,8 @@ check: setup
 	$(BIN)/lint-imports
 
 # The engine beside its peers, XNOR-Net's headline, how cost grows, where time goes, what a second thread gains, how fast
-# training is; some twenty-five minutes, on an idle machine. Remakes the published figures, on the machine that they are
-# from: docs/engine.md, docs/results.md.
+# training is; some twenty-five minutes, on an idle machine. Writes over the published figures, which are from several
+# machines: docs/engine.md says how to measure beside them.
 bench: setup
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/xnor_headline.py

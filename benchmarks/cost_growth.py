@@ -124,11 +124,11 @@ def text(record: dict[str, Any]) -> str:
     return "\n".join(
         [
             table(record),
-            f"From the smallest to the largest, products grow {max(macs) / min(macs):,.0f} times and the time "
-            f"of an image {max(times) / min(times):,.0f} times; a straight line through all of them, on logarithmic "
-            f"axes, has the slope {slope(list(macs), list(times)):.2f} (1 is growth in proportion). Files grow "
-            f"{max(sizes) / min(sizes):,.0f} times and loading {max(loads) / min(loads):,.0f} times, slope "
-            f"{slope(list(sizes), list(loads)):.2f}.",
+            f"From the fewest products to the most, they grow {max(macs) / min(macs):,.0f} times and the time of an "
+            f"image {max(times) / min(times):,.0f} times; a straight line through all of them, on logarithmic axes, "
+            f"has the slope {slope(list(macs), list(times)):.2f} (1 is growth in proportion). The largest file is "
+            f"{max(sizes) / min(sizes):,.0f} times the smallest, the longest load {max(loads) / min(loads):,.0f} times "
+            f"the shortest, slope {slope(list(sizes), list(loads)):.2f}.",
             "",
             "![Time over products, and load time over bytes](../results/cost_growth/plot.svg)",
             "",

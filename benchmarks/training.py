@@ -7,7 +7,7 @@ and unfused optimizer, autocast where the precision is bf16, and the straight-th
 clip(x) + (sign(x) - clip(x)).detach(). Both loops train the same network by the same optimizer from the same batches,
 in one process, in turns. The layers are 3x3 convolutions with batch norm behind, all as lowbit trains them.
 
-Writes results.json and table.md, and its part of docs/results.md.
+Writes results.json and table.md, and the part of docs/results.md that belongs to the precision.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from lowbit.training.convolutions import FastConvolutions
 from lowbit.training.environment import PRECISIONS, auto_precision, keep_freed_memory
 from lowbit.training.module import TrainingModule
 
+# Of the folder in results/ and the part of the page, by precision.
+PARTS = {"float32": "training", "bf16": "training_bf16"}
 SECONDS = 24.0
 NETWORKS = (("vgg16", "float"), ("vgg16", "xnor_net"), ("patchnet", "float"), ("patchnet", "reactnet"))
 # Channels and side of the map, as in patchnet and VGG.
@@ -46,7 +48,7 @@ Step = Callable[[], Any]
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of what is written.")] = Path("results/training"),
+    out: Annotated[Path | None, typer.Option(help="Folder of what is written, else in results/.")] = None,
     page: Annotated[Path, typer.Option(help="Page that shows it.")] = Path("docs/results.md"),
     batch: Annotated[int, typer.Option(help="Images at a time.")] = 128,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
@@ -66,8 +68,8 @@ def main(
         "networks": [network(*pair, batch, dtype) for pair in NETWORKS],
         "layers": [layer(*shape, batch, dtype) for shape in LAYERS],
     }
-    publish(record, out, table)
-    into_page(page, "training", text(record))
+    publish(record, out or Path("results") / PARTS[chosen], table)
+    into_page(page, PARTS[chosen], text(record))
     print(table(record))
 
 

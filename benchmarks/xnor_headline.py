@@ -240,10 +240,11 @@ def text(record: dict[str, Any]) -> str:
         f"64 bit operations a clock. Against a float32 loop of one product after the other ({plain_rate:.1f} G a "
         f"second) the engine is {ratios['plain']:.0f} times as fast, for it works on more than 64 bits a clock. But no "
         f"library runs such a loop: against float32 as torch and OpenVINO compute it, it is {ratios['float32']:.1f} "
-        f"times as fast, and {ratios['int8']:.1f} times against int8. What the core itself allows, in registers, is "
-        f"{peaks['binary'] / peaks['float']:.0f} times float32 and {peaks['binary'] / peaks['integer']:.1f} times int8 "
-        f"({peaks['float']:,.0f}, {peaks['integer']:,.0f} and {peaks['binary']:,.0f} G products a second). The paper's "
-        "figure leaves memory out; these leave out the making of the first codes and, on our side, the call from "
+        f"times as fast, and {ratios['int8']:.1f} times against int8. In registers, without memory, this core reaches "
+        f"{peaks['float']:,.0f} G products a second in float32, {peaks['integer']:,.0f} in int8 and "
+        f"{peaks['binary']:,.0f} of bits: {peaks['binary'] / peaks['float']:.0f} times float32 and "
+        f"{peaks['binary'] / peaks['integer']:.1f} times int8. The paper's figure "
+        "leaves memory out; these leave out the making of the first codes and, on our side, the call from "
         "Python, some microseconds that the peers' times contain.",
         "",
         f"**32x.** The weights of this convolution take {stored['bits']:,} bytes as bits and {stored['float32']:,} as "

@@ -26,6 +26,7 @@ PARTS = {
     "where_time_goes": ("engine", "where_time_goes"),
     "two_threads": ("engine", "two_threads"),
     "training": ("results", "training"),
+    "training_bf16": ("results", "training"),
 }
 PAGE = "before\n\n" + "\n".join(f"<!-- begin {part} -->\n<!-- end {part} -->\n" for part in PARTS)
 

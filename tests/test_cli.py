@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 from command import called, lowbit
 from PIL import Image
 
+from lowbit import packed
 from lowbit.cli import app
 from lowbit.errors import LowbitError
 
@@ -65,6 +67,29 @@ def test_export_makes_the_rest_8_bit_and_says_both_accuracies(road: Path) -> Non
     assert differing <= 1
     assert {kind.split("x")[0] for kind in on_engine["profile"]["macs"]} == {"1", "8"}
     assert packed.stat().st_size < (road / "model.lowbit").stat().st_size
+
+
+def test_the_rest_of_the_run_in_this_folder_becomes_8_bit(road: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of "." the name is known only once it is resolved; what stands in the way must be such a run itself."""
+    monkeypatch.chdir(road / "xnor_net")
+    called("export", ".", "--rest", "int8", "-o", road / "here.lowbit")
+    config = json.loads((road / "xnor_net-int8" / "config.json").read_text())
+    assert config["rest"] == {"name": "affine", "options": {}}
+    shutil.copytree(road / "xnor_net", road / "other")
+    called("calibrate", road / "other", "--out", road / "other-int8", "--bits-w", "4", "--images", "16")
+    refused = called("export", road / "other", "--rest", "int8", "-o", road / "other.lowbit", status=2)
+    assert "other-int8 exists, but does not come of" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "data", [5, {"spec": 5}, {"spec": "digits", "data_dir": 5}, {"spec": "digits", "image_size": "a"}]
+)
+def test_a_packed_file_that_says_nonsense_of_its_data_is_refused(road: Path, tmp_path: Path, data: Any) -> None:
+    model = packed.read(road / "model.lowbit")
+    path = tmp_path / "model.lowbit"
+    packed.write(path, dataclasses.replace(model, provenance={"data": data}))
+    refused = called("evaluate", path, status=2)
+    assert "does not say what it was trained on; name a data set with --data" in refused.stderr
 
 
 def test_predict_names_the_class_of_an_image_file(road: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 import lowbit
+from lowbit import data, methods, models
 from lowbit.preprocessing import Preprocessing
 
 README = Path(__file__).parent.parent / "README.md"
@@ -20,17 +21,14 @@ CIFAR10 = README.parent / "results" / "cifar10"
 
 def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    first, *rest = block.splitlines()
     theirs = nn.Sequential()
     for name, layer in (("stem", nn.Linear(8, 8)), ("middle", nn.Linear(8, 8)), ("fc", nn.Linear(8, 2))):
         theirs.add_module(name, layer)
-    names = {"lowbit": lowbit, "torch": torch, "any_torch_model": theirs}
+    names: dict[str, Any] = {"any_torch_model": theirs}
     monkeypatch.chdir(tmp_path)
-    exec(first, names)
-    names["optimizer"] = torch.optim.Adam(names["model"].parameters())
-    names["images"] = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
-    exec("\n".join(rest), names)
+    exec(block.replace("\n# lowbit.quantize_", "\nlowbit.quantize_"), names)
     assert type(theirs.fc) is nn.Linear
+    assert type(theirs.middle) is not nn.Linear
     with torch.inference_mode():
         expected = names["model"].eval()(torch.from_numpy(names["images"])).numpy()
     np.testing.assert_allclose(names["logits"], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -61,6 +59,20 @@ def test_the_commands_of_the_readme_exist() -> None:
     shown = {name for block in blocks for name in re.findall(r"^lowbit ([a-z]+)", block, re.MULTILINE)}
     assert {"train", "export"} <= shown
     assert shown <= known
+
+
+def test_the_table_of_the_readme_names_all_that_is_registered() -> None:
+    rows = dict(re.findall(r"^\| ([\w -]+) \| (`.*) \|$", README.read_text(), re.MULTILINE))
+    named = {row: re.findall(r"`([\w:]+)`", text) for row, text in rows.items()}
+    assert sorted(named.pop("models")) == sorted(models.registry)
+    assert sorted(named.pop("data sets")) == sorted([*data.registry, "folder:PATH"])
+    made = {name: method() for name in methods.registry if (method := methods.registry[name])}
+    del made["float"]
+    assert sorted(name for names in named.values() for name in names) == sorted(made)
+    for name, method in made.items():
+        of_bits = {(1, 1): "1-bit weights and activations", (method.bits_w, 32): "low-bit weights alone"}
+        row = of_bits.get((method.bits_w, method.bits_a), "few bits")
+        assert name in named[row], row
 
 
 @pytest.mark.parametrize(("method", "name"), [("float", "float"), ("xnor_net", "XNOR-Net")])

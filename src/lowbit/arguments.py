@@ -34,9 +34,11 @@ def _data_of(source: Path) -> dict[str, Any] | None:
         from lowbit.packed import read
 
         found = (read(source).provenance or {}).get("data")
-        return found if isinstance(found, dict) and isinstance(found.get("spec"), str) else None
-    found = Run.open(source if source.is_dir() else source.parent).config.get("data")
-    return found if isinstance(found, dict) and isinstance(found.get("spec"), str) else None
+    else:
+        found = Run.open(source if source.is_dir() else source.parent).config.get("data")
+    kinds = {"spec": str, "data_dir": str | None, "image_size": int | None}
+    sound = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+    return found if sound else None
 
 
 def with_bits(settings: Sequence[str] | None, **bits: int | None) -> list[str]:
@@ -95,9 +97,6 @@ def train_config(
         if name not in given:
             raise UsageError(f"--{name} is missing; `lowbit {listing}` lists the choices")
     of_method, of_model, of_recipe = parse_settings(given["method"], given["model"], settings)
-    for name in ("distill_weight", "temperature"):
-        if name in of_recipe and "distill_from" not in given:
-            raise UsageError(f"recipe field '{name}' is for a teacher; name one with --distill-from, or leave it out")
     return TrainConfig(
         out=out,
         resume=resume,

@@ -425,7 +425,12 @@ def demo(
     """The whole road on the embedded digits: train float and XNOR-Net, compare, export, verify, run."""
     from lowbit.demo import run_demo
 
-    run_demo(out, threads, lambda arguments: app(arguments, standalone_mode=False))
+    def invoke(arguments: list[str]) -> None:
+        # Of an interrupted command Typer only returns the status.
+        if status := app(arguments, standalone_mode=False):
+            raise SystemExit(status)
+
+    run_demo(out, threads, invoke)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

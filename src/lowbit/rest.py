@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from lowbit import data
@@ -28,7 +27,9 @@ def int8_rest(source: str | Path, data_dir: str | Path | None = None) -> Run:
         LowbitError: the source is not finished, or the data set is not the one that it was trained on.
     """
     run = Run.open(source)
-    made = Run(run.path.with_name(f"{run.name}-int8"))
+    # Of "." and ".." the name is only known once they are resolved.
+    here = run.path if run.path.name == run.name else run.path.resolve()
+    made = Run(here.with_name(f"{run.name}-int8"))
     if run.config["method"]["name"] == "float":
         raise UsageError(
             f"{source} is a float run, of which all would be the rest; "
@@ -46,9 +47,9 @@ def int8_rest(source: str | Path, data_dir: str | Path | None = None) -> Run:
 
 
 def _comes_from(made: Run, run: Run) -> bool:
-    """Whether ``made`` is a run with an 8-bit rest and the weights that ``run`` has."""
+    """Whether ``made`` is ``run`` as `calibrate_run` makes it here, from the weights that it has now."""
     if not made.config_path.is_file() or not run.weights_path.is_file():
         return False
-    weights = hashlib.sha256(run.weights_path.read_bytes()).hexdigest()
     config = made.config
-    return "rest" in config and config["calibration"]["weights_sha256"] == weights
+    same = config.get("rest") == {"name": "affine", "options": {}}
+    return same and bool(config["calibration"]["weights_sha256"] == run.weights_sha256)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from typing import Any
 
 from lowbit.errors import LowbitError
 from lowbit.files import write_whole
+
+# What config.json holds of these is a JSON object.
+OBJECTS = ("model", "method", "recipe", "data", "preprocessing", "calibration", "rest")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -53,6 +57,12 @@ class _Settings(dict[str, Any]):
 def follows_training(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     """Whether a run is finished and ``evaluation`` was made after that."""
     return "finished" in config and str(evaluation.get("date", "")) >= str(config["finished"])
+
+
+def is_of_data(data_hash: str | None, config: Mapping[str, Any]) -> bool:
+    """Whether images with this hash are those of a run, as far as both say."""
+    own = config.get("data", {}).get("hash")
+    return data_hash is None or own is None or data_hash == own
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,11 @@ class Run:
         return self.path / "model.safetensors"
 
     @property
+    def weights_sha256(self) -> str:
+        """Of the weights' file, in hexadecimal: so what was made of a run knows it again."""
+        return hashlib.sha256(self.weights_path.read_bytes()).hexdigest()
+
+    @property
     def evaluation_path(self) -> Path:
         return self.path / "evaluation.json"
 
@@ -126,6 +141,9 @@ class Run:
         config = read_json(self.config_path, partial(_Settings, self.config_path))
         if not isinstance(config, dict):
             raise LowbitError(f"{self.config_path} does not hold a JSON object")
+        for key in OBJECTS:
+            if not isinstance(config.get(key, {}), dict):
+                raise LowbitError(f"{self.config_path} is damaged: its '{key}' is no object; train again")
         return config
 
     @property
@@ -149,9 +167,13 @@ class Run:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the run is finished and was evaluated after that."""
-        evaluation = self.evaluation
-        return evaluation is not None and follows_training(evaluation, self.config)
+        """Whether the run is finished and was evaluated after that, on its own test images."""
+        evaluation, config = self.evaluation, self.config
+        return (
+            evaluation is not None
+            and follows_training(evaluation, config)
+            and is_of_data(evaluation.get("data_hash"), config)
+        )
 
     def metrics(self) -> list[dict[str, float]]:
         """Rows of ``metrics.csv``, one per epoch; empty cells are left out."""

@@ -1,5 +1,6 @@
 """Evaluation changes no weight, is the same for every batch size, and counts what a network costs."""
 
+import dataclasses
 import json
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from lowbit.methods.xnor_net import ScaledSign
 from lowbit.models import create, load_run
 from lowbit.preprocessing import Preprocessing
 from lowbit.quantizers.binary import SignQuantizer
-from lowbit.runs import write_json
+from lowbit.runs import Run, write_json
 
 
 @dataclass
@@ -166,6 +167,27 @@ def test_a_run_is_evaluated_with_its_own_normalisation(run, large):
 def test_data_that_does_not_fit_the_run_is_refused(run, large, change, message):
     with pytest.raises(LowbitError, match=message):
         evaluate(run, replace(large, **change))
+
+
+def test_other_images_do_not_take_the_place_of_the_runs_own_evaluation(run, large):
+    @dataclass
+    class Hashed(Images):
+        hash: str = "own"
+
+    fields = [getattr(large, field.name) for field in dataclasses.fields(large)]
+    own, other = Hashed(*fields), Hashed(*fields, hash="other")
+    config = json.loads((run / "config.json").read_text())
+    write_json(run / "config.json", {**config, "data": {"hash": "own"}, "finished": "2026"})
+    assert evaluate(run, own)["data_hash"] == "own"
+    kept = (run / "evaluation.json").read_text()
+    with pytest.raises(UsageError, match="trained beside other images than these; name a file for the record with -o"):
+        evaluate(run, other)
+    assert (run / "evaluation.json").read_text() == kept
+    evaluate(run, other, output=run / "other.json")
+    assert json.loads((run / "other.json").read_text())["data_hash"] == "other"
+    assert Run(run).is_evaluated
+    (run / "other.json").replace(run / "evaluation.json")
+    assert not Run(run).is_evaluated
 
 
 def test_a_packed_file_predicts_what_its_run_predicts(run, large):

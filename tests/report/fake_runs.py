@@ -35,6 +35,7 @@ def make_run(
     test_seed: int = 0,
     packed_bytes: int | None = None,
     milliseconds: float | None = None,
+    evaluated_on: str | None = None,
     **settings: Any,
 ) -> Run:
     """Write a run folder.
@@ -46,6 +47,7 @@ def make_run(
         test_seed: runs with the same one share their test labels.
         packed_bytes: in ``export.json``; None leaves the file out.
         milliseconds: in ``latency.json``; None leaves the file out.
+        evaluated_on: hash of the images in ``evaluation.json``; None as in earlier versions, which did not say.
         settings: further keys of ``config.json``.
     """
     rng = np.random.default_rng([len(method), int(1e6 * accuracy)])
@@ -58,7 +60,9 @@ def make_run(
             writer.writeheader()
             writer.writerows(rows)
     if evaluated:
-        write_json(folder / "evaluation.json", _evaluation(rng, method, accuracy, labels, classes, folder.name))
+        evaluation = _evaluation(rng, method, accuracy, labels, classes, folder.name)
+        said = {} if evaluated_on is None else {"data_hash": evaluated_on}
+        write_json(folder / "evaluation.json", {**evaluation, **said})
     if layers:
         write_json(folder / "diagnostics.json", diagnostics(layers, len(rows)))
     run = Run.open(folder)

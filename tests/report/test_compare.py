@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from lowbit.errors import LowbitError, UsageError
 from lowbit.report import compare
-from lowbit.report.costs import common_machine, pareto_front
+from lowbit.report.costs import common_machine, compare_costs, pareto_front
 from lowbit.report.diagnostics import SHOWN_HISTOGRAMS
 from lowbit.report.gather import gather
-from lowbit.report.tables import EVERY_PAIR_UP_TO, significance
+from lowbit.report.tables import EVERY_PAIR_UP_TO, lead, significance
 from lowbit.runs import write_json
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;<!--"
@@ -60,6 +60,7 @@ def test_settings_that_differ_and_those_that_do_not(tmp_path):
         ({"classes": ["x", *CIFAR10[1:]]}, "the runs have different classes"),
         ({"test_seed": 1}, "the runs were evaluated on different data"),
         ({"data": {"name": "cifar10", "hash": "other"}}, "the runs were evaluated on different data"),
+        ({"evaluated_on": "other"}, "the runs were evaluated on different data"),
     ],
 )
 def test_runs_that_cannot_be_tested_against_each_other(tmp_path, settings, reason):
@@ -249,6 +250,28 @@ def test_times_are_of_the_machine_that_has_most_of_them(tmp_path):
     assert common_machine(costs) == MACHINE
     assert common_machine(costs[:1]) == "Newer"
     assert common_machine([]) == ""
+
+
+def test_runs_on_other_images_neither_beat_each_other_nor_are_compared(tmp_path):
+    """Two on easy images, two on hard ones: each pair has a front of its own, and the first sentence stays with one."""
+    easy, hard = ({"data": {"name": name, "hash": name}} for name in ("easy", "hard"))
+    runs = [
+        make_run(tmp_path / "a", accuracy=0.95, packed_bytes=100, **easy),
+        make_run(tmp_path / "b", accuracy=0.88, packed_bytes=50, **easy),
+        make_run(tmp_path / "c", accuracy=0.80, packed_bytes=120, **hard),
+        make_run(tmp_path / "d", accuracy=0.70, packed_bytes=60, **hard),
+    ]
+    entries = gather(runs)
+    found = compare_costs([(e.evaluation["accuracy"], e.costs, e.data_hash) for e in entries])
+    assert found.fronts["packed_bytes"] == [True] * 4
+    sentence = lead(entries)
+    assert "<bdi>b</bdi></strong> reaches" in sentence
+    assert "<bdi>c</bdi>" not in sentence
+
+
+def test_an_evaluation_on_other_images_is_noted(tmp_path):
+    runs = [make_run(tmp_path / "a", data={"name": "cifar10", "hash": "own"}, evaluated_on="other")]
+    assert "was evaluated on other images than its own" in page(runs, tmp_path)
 
 
 @pytest.mark.parametrize(

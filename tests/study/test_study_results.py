@@ -10,7 +10,7 @@ import math
 import pytest
 
 from lowbit.study import Result, read_results, summary_rows
-from lowbit.study.results import accuracy, markdown, summarise, traced
+from lowbit.study.results import accuracy, markdown, summarise, traced, without_paths
 
 ROW = Result(
     row="bnn",
@@ -91,6 +91,12 @@ def test_the_table() -> None:
     assert found["best test epoch, %"] == "91.00 (7), 91.00 (7), 91.00 (7)"
     assert dict(zip(head, other, strict=True))["test accuracy, %"] == "failed"
     assert "- `other`, seed 0: in epoch 1, step 2, the loss is not finite." in text
+
+
+def test_notes_hold_no_path_of_the_machine(tmp_path) -> None:
+    note = f"cannot write {tmp_path}/study/digits/float/config.json: no space"
+    assert without_paths(note, tmp_path / "study", None) == "cannot write study/digits/float/config.json: no space"
+    assert without_paths("no space in study", "study") == "no space in study"
 
 
 def test_figures_can_be_traced() -> None:

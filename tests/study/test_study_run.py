@@ -204,16 +204,45 @@ def test_a_dry_run_lists_what_is_left(
     assert states == {"float": "done", "xnor_net": "done", **left, "int8": "done"}
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("epochs = 1\n", "epochs = 2\n", "xnor_net was started with epochs 1, not 2"),
+        ("calibrate = 64", "calibrate = 65", "int8 was started with calibration.asked 64, not 65"),
+    ],
+)
 def test_other_settings_are_not_mixed_in(
-    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    old: str,
+    new: str,
+    sentence: str,
 ) -> None:
     monkeypatch.chdir(finished[0])
-    Path("changed.toml").write_text(STUDY.replace("epochs = 1\n", "epochs = 2\n"))
+    Path("changed.toml").write_text(STUDY.replace(old, new))
     with pytest.raises(SystemExit) as end:
         main(["study", "changed.toml", "--dry-run"])
     assert end.value.code == 2
-    sentence = f"lowbit: changed.toml: {CELL}/xnor_net was started with epochs 1, not 2"
-    assert capsys.readouterr().err.startswith(sentence)
+    assert capsys.readouterr().err.startswith(f"lowbit: changed.toml: {CELL}/{sentence}")
+
+
+def test_a_row_calibrated_from_other_weights_is_named(
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished[0])
+    path = Path(CELL, "int8", "config.json")
+    now = path.read_text()
+    config = json.loads(now)
+    config["calibration"]["weights_sha256"] = "another"
+    path.write_text(json.dumps(config))
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(["study", "s.toml", "--dry-run"])
+    finally:
+        path.write_text(now)
+    assert end.value.code == 2
+    assert f"{CELL}/int8 was started with calibration.weights_sha256" in capsys.readouterr().err
 
 
 def test_a_row_whose_teacher_is_gone_is_named(

@@ -58,7 +58,9 @@ def saved_run(folder: Path, method: str, **options: Any) -> nn.Module:
     model = models.create("lenet", method=method, width=0.2, method_options=options)
     model.train()(torch.randn(4, 3, 32, 32))
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"method": {"name": method, "options": options}}))
+    (folder / "config.json").write_text(
+        json.dumps({"method": {"name": method, "options": options}, "finished": "2026"})
+    )
     save_weights(model, folder / "model.safetensors")
     return model
 

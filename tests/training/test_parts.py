@@ -79,6 +79,44 @@ def test_recipes_out_of_range_are_refused_by_field(change: dict[str, object]) ->
         check_recipe(replace(Recipe(), **change))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "teacher", "sentence"),
+    [
+        ({"momentum": 0.5}, None, "recipe field momentum has no effect beside optimizer adamw and schedule cosine"),
+        ({"nesterov": True}, None, "recipe field nesterov has no effect"),
+        ({"gamma": 0.5}, None, "recipe field gamma has no effect"),
+        ({"milestones": (0.5,)}, None, "recipe field milestones has no effect"),
+        ({"augment": False, "crop": 2}, None, "recipe field crop has no effect"),
+        ({"temperature": 2.0}, None, "recipe field 'temperature' is for a teacher"),
+        ({"distill_weight": 0.5}, None, "recipe field 'distill_weight' is for a teacher"),
+        ({"label_smoothing": 0.1}, "teacher", "label_smoothing is of the labels, and a teacher's logits are the only"),
+    ],
+)
+def test_fields_that_would_change_nothing_are_refused(
+    overrides: dict[str, object], teacher: str | None, sentence: str
+) -> None:
+    config = TrainConfig("x", method="xnor_net", overrides=overrides, distill_from=teacher)
+    with pytest.raises(UsageError, match=sentence):
+        choose_recipe(methods.registry["xnor_net"](), config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "teacher"),
+    [
+        ({"optimizer": "sgd", "momentum": 0.5, "nesterov": True}, None),
+        ({"schedule": "exponential", "gamma": 0.5}, None),
+        ({"crop": 4, "momentum": 0.9, "average": 0.0}, None),
+        ({"distill_weight": 0.5, "label_smoothing": 0.1, "temperature": 2.0}, "teacher"),
+    ],
+)
+def test_fields_that_have_an_effect_or_are_as_always_are_taken(
+    overrides: dict[str, object], teacher: str | None
+) -> None:
+    config = TrainConfig("x", method="xnor_net", overrides=overrides, distill_from=teacher)
+    _, recipe = choose_recipe(methods.registry["xnor_net"](), config)
+    assert all(getattr(recipe, name) == value for name, value in overrides.items())
+
+
 @pytest.mark.parametrize("method", ["bnn", "wage"])
 def test_smoothed_labels_are_refused_by_losses_that_would_ignore_them(method: str) -> None:
     config = TrainConfig("x", method=method, overrides={"label_smoothing": 0.1})

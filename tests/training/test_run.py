@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lowbit import data, models
 from lowbit.errors import LowbitError, UsageError
 from lowbit.evaluation import evaluate
-from lowbit.runs import Run
+from lowbit.runs import Run, write_json
 from lowbit.training import TrainConfig, train
 from lowbit.training.batches import TrainBatches
 from lowbit.training.callbacks import COLUMNS, Recorder
@@ -340,8 +340,14 @@ def test_init_from_another_run(config: TrainConfig, tmp_path: Path, capfd: pytes
     report = run.config["init_report"]
     assert report["loaded"]
     assert "tensors taken from" in capfd.readouterr().err
+    assert report["sha256"] == source.weights_sha256
     with pytest.raises(UsageError, match="--init-from"):
         train(replace(config, out=tmp_path / "third", init_from=tmp_path / "nowhere"))
+    unfinished = {key: value for key, value in source.config.items() if key != "finished"}
+    write_json(source.config_path, unfinished)
+    for option in ("init_from", "distill_from"):
+        with pytest.raises(UsageError, match=rf"--{option.replace('_', '-')} .*: the run has not finished"):
+            train(replace(config, out=tmp_path / "third", **{option: source.path}))
     assert not (tmp_path / "third").exists()
 
 
@@ -379,6 +385,39 @@ def test_a_teacher_is_recorded_and_resuming_with_it_gives_the_same_bits(
     with pytest.raises(UsageError, match="the run has not finished"):
         train(replace(taught, out=tmp_path / "other"))
     assert not (tmp_path / "other").exists()
+
+
+def test_an_epoch_is_not_chosen_by_images_that_the_source_has_seen(config: TrainConfig, tmp_path: Path) -> None:
+    source = train(replace(config, method="float", epochs=1, out=tmp_path / "float")).path
+    for option in ("init_from", "distill_from"):
+        with pytest.raises(UsageError, match=r"trained on some of the images that are to validate this run"):
+            train(replace(config, epochs=1, val_fraction=0.25, **{option: source}))
+    same = train(replace(config, method="float", epochs=1, val_fraction=0.25, out=tmp_path / "same")).path
+    assert "best" in train(replace(config, epochs=1, val_fraction=0.25, init_from=same)).config
+
+
+def test_a_run_says_where_it_was_resumed(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    step = TrainingModule.training_step
+
+    def stopping(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingModule, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    began = Run(Path(config.out)).config
+    assert "resumed" not in train(TrainConfig.resuming(config.out, progress=False)).config
+    elsewhere = {key: value for key, value in began.items() if key != "finished"}
+    write_json(Run(Path(config.out)).config_path, {**elsewhere, "hardware": {"cpu": "another"}})
+    resumed = train(TrainConfig.resuming(config.out)).config
+    assert "resuming with other versions or on another machine" in capfd.readouterr().err
+    assert resumed["hardware"] == {"cpu": "another"}
+    assert [entry["hardware"] for entry in resumed["resumed"]] == [began["hardware"]]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from lowbit.hardware import versions
 from lowbit.layers.integer import IntegerConvolutions
 from lowbit.models.base import load_run, load_weights
 from lowbit.preprocessing import Inputs, Pixels, Preprocessing
-from lowbit.runs import Run, write_json
+from lowbit.runs import Run, is_of_data, write_json
 
 LogitsOf = Callable[[Inputs], npt.NDArray[np.float32]]
 Progress = Callable[[int, int], None]
@@ -60,21 +60,28 @@ def evaluate(
         batch_size: images at a time; it changes no prediction, save where the two largest logits are within 1e-4.
         threads: of the engine, for a packed file.
         output: where to write the record; by default ``evaluation.json`` in the run folder, or ``FILE.evaluation.json``
-            beside a file.
+            beside a file. A run's own ``evaluation.json`` is of the images that it was trained beside.
         progress: called with (images done, images in all) after each batch.
 
     Returns:
         The record, as written: `lowbit.evaluation.metrics.scores`, with ``run``, ``source`` (``run``, ``weights`` or
-        ``packed``), ``profile``, ``date`` and ``versions``.
+        ``packed``), ``data_hash`` (`lowbit.data.ImageData.hash`, or None), ``profile``, ``date`` and ``versions``.
 
     Raises:
-        UsageError: ``source`` is none of the three, or ``batch_size`` is below 1.
+        UsageError: ``source`` is none of the three, ``batch_size`` is below 1, or the data set is not that of a run and
+            there is no ``output``.
         LowbitError: the model and the data set do not fit each other.
     """
     if batch_size < 1:
         raise UsageError(f"the batch size is {batch_size}, but must be at least 1")
     path = Path(source)
     kind = _kind(path)
+    data_hash = getattr(data, "hash", None)
+    if kind == "run" and output is None and not is_of_data(data_hash, Run.open(path).config):
+        raise UsageError(
+            f"{path} was trained beside other images than these; name a file for the record with -o, so that "
+            "evaluation.json stays what it is"
+        )
     if kind == "packed":
         from lowbit.runtime import Engine
 
@@ -89,6 +96,7 @@ def evaluate(
     record = {
         "run": Run(path).name if kind == "run" else path.name,
         "source": kind,
+        "data_hash": data_hash,
         **result,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions("torch", "numpy", "scikit-learn"),

@@ -70,7 +70,7 @@ class Recipe:
     source: str = ""
 
     def settings(self) -> dict[str, Any]:
-        """The fields that have an effect beside the others, for tables; without ``source``."""
+        """The fields that have an effect beside the others; without ``source``."""
         shown = {
             "bias_rate": self.bias_rate != 1,
             "momentum": self.optimizer == "sgd",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,23 +149,31 @@ class Comparison:
         return {"accuracy": self.accuracies[run], **found} if found else None
 
 
-def compare_costs(runs: Sequence[tuple[float | None, Costs]]) -> Comparison:
-    """Find the Pareto fronts of runs, each given by its accuracy, None before it is evaluated, and its costs."""
-    machine = common_machine([costs for _, costs in runs])
+def compare_costs(runs: Sequence[tuple[float | None, Costs, Hashable]]) -> Comparison:
+    """Find the Pareto fronts of runs.
+
+    Args:
+        runs: the accuracy of each, None before it is evaluated, its costs, and what it was evaluated on: only runs on
+            the same images can beat each other.
+    """
+    machine = common_machine([costs for _, costs, _ in runs])
     values: dict[str, list[float | None]] = {name: [] for name in COSTS}
-    for accuracy, costs in runs:
+    for accuracy, costs, _ in runs:
         latency = costs.latencies.get(machine)
         values["packed_bytes"].append(None if accuracy is None else costs.packed_bytes)
         values["milliseconds"].append(None if accuracy is None or latency is None else latency.milliseconds)
-    accuracies = [accuracy for accuracy, _ in runs]
+    accuracies, data = [accuracy for accuracy, _, _ in runs], [of_data for _, _, of_data in runs]
     fronts = {}
     for name, of_runs in values.items():
-        points = [
-            (cost, accuracy)
-            for cost, accuracy in zip(of_runs, accuracies, strict=True)
-            if cost is not None and accuracy is not None
-        ]
-        best = {point for point, front in zip(points, pareto_front(points), strict=True) if front}
-        fronts[name] = [point in best for point in zip(of_runs, accuracies, strict=True)]
+        placed = list(zip(data, of_runs, accuracies, strict=True))
+        best: set[tuple[Hashable, float | None, float | None]] = set()
+        for where in set(data):
+            points = [
+                (cost, accuracy)
+                for of_data, cost, accuracy in placed
+                if of_data == where and cost is not None and accuracy is not None
+            ]
+            best |= {(where, *point) for point, front in zip(points, pareto_front(points), strict=True) if front}
+        fronts[name] = [place in best for place in placed]
     charts = [name for name in COSTS if sum(value is not None for value in values[name]) > 1]
     return Comparison(machine, accuracies, values, fronts, charts)

@@ -13,7 +13,7 @@ from typing import Any
 from lowbit.report.costs import Costs, read_costs
 from lowbit.report.diagnostics import Diagnostics, read_diagnostics
 from lowbit.report.statistics import McNemar, mcnemar
-from lowbit.runs import Run, follows_training
+from lowbit.runs import Run, follows_training, is_of_data
 
 Config = dict[str, Any]
 Evaluation = dict[str, Any]
@@ -42,6 +42,12 @@ class Entry:
     diagnostics: Diagnostics | None
     costs: Costs
     notes: list[str]
+
+    @property
+    def data_hash(self) -> Any:
+        """Of the images that the run was evaluated on: its own ones, unless the evaluation says otherwise."""
+        own = self.config.get("data", {}).get("hash")
+        return (self.evaluation or {}).get("data_hash") or own
 
     def curves(self) -> dict[str, list[float | None]]:
         """``epoch`` and each of `CURVES` by epoch; None where there is no finite number."""
@@ -90,6 +96,8 @@ def _entry(run: Run, label: str) -> Entry:
         _check(evaluation, run)
         if "finished" in config and not follows_training(evaluation, config):
             notes.append(f"was evaluated before its training ended: run `lowbit evaluate {run.path}` again")
+        if not is_of_data(evaluation.get("data_hash"), config):
+            notes.append(f"was evaluated on other images than its own: run `lowbit evaluate {run.path}` again")
     return Entry(label, config, rows, evaluation, read_diagnostics(run), read_costs(run), notes)
 
 
@@ -133,14 +141,9 @@ def test_between(first: Entry, second: Entry) -> McNemar | str:
         return f"{(second if a else first).label} is not evaluated"
     if a["classes"] != b["classes"]:
         return "the runs have different classes"
-    if a["labels"] != b["labels"] or _data_hash(first) != _data_hash(second):
+    if a["labels"] != b["labels"] or first.data_hash != second.data_hash:
         return "the runs were evaluated on different data"
     return mcnemar(a["labels"], a["predictions"], b["predictions"])
-
-
-def _data_hash(entry: Entry) -> Any:
-    data = entry.config.get("data")
-    return data.get("hash") if isinstance(data, dict) else None
 
 
 def settings(entries: Sequence[Entry]) -> dict[str, list[str | None]]:

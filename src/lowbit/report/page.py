@@ -49,7 +49,10 @@ def render(entries: Sequence[Entry], title: str) -> str:
     """The page as HTML."""
     diagnosed = any(entry.diagnostics for entry in entries)
     costs = compare_costs(
-        [(entry.evaluation["accuracy"] if entry.evaluation else None, entry.costs) for entry in entries]
+        [
+            (entry.evaluation["accuracy"] if entry.evaluation else None, entry.costs, entry.data_hash)
+            for entry in entries
+        ]
     )
     plotly, script = _plotly(), _asset("page.js")
     script += _asset("costs.js") * bool(costs.charts) + _asset("diagnostics.js") * diagnosed

@@ -56,7 +56,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> 
 
 
 def lead(entries: Sequence[Entry]) -> str:
-    """The result in a sentence or a few: each evaluated run against the first."""
+    """The result in a sentence or a few: each run that was evaluated on the same images against the first."""
     evaluated = [entry for entry in entries if entry.evaluation]
     if not evaluated:
         return "No run has been evaluated yet: the page shows what their training has written so far."
@@ -66,7 +66,7 @@ def lead(entries: Sequence[Entry]) -> str:
         f"<strong>{name(first.label)}</strong> classifies {percent(first.evaluation['accuracy'])} of "
         f"{first.evaluation['total']:,} test images correctly."
     ]
-    for entry in others[:3]:
+    for entry in [entry for entry in others if entry.data_hash == first.data_hash][:3]:
         assert entry.evaluation is not None
         points = 100 * (entry.evaluation["accuracy"] - first.evaluation["accuracy"])
         direction = "above" if points >= 0 else "below"

@@ -194,7 +194,7 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
     grid = table.take("grid", dict, {})
     starts = {key: table.take(key, str, None) for key in ("init_from", "distill_from")}
     calibrate = table.take("calibrate", int, None)
-    config = replace(common, method=method, diagnose=table.take("diagnose", bool, False))
+    config = replace(common, method=method, diagnose=table.take("diagnose", bool, False), overrides={})
     if calibrate is None:
         recipe_name, fields = _recipe(table.take("recipe", str | dict, {}), f"{where}: recipe")
         overrides = {**common.overrides, **fields}
@@ -221,7 +221,8 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
             chosen = _options(methods.registry, method, {**options, **point})
             made = methods.registry[method](**chosen)
             config = replace(config, method_options=chosen)
-            recipe = choose_recipe(made, config)[1]
+            # The teacher's name; where its run lies is said once all rows are known.
+            recipe = choose_recipe(made, replace(config, distill_from=starts["distill_from"]))[1]
             if calibrate is not None:
                 _check_observed(made)
             else:

@@ -109,7 +109,7 @@ def collect(study: Study, failed: Mapping[Row, str] | None = None) -> list[Resul
             start="" if row.source is None else row.source.name,
             epochs=row.epochs,
             state="failed" if row in failed else row.state,
-            note=failed.get(row, ""),
+            note=without_paths(failed.get(row, ""), study.out, config.data_dir),
             teacher="" if row.teacher is None else row.teacher.name,
         )
         if row in entries:
@@ -294,6 +294,14 @@ COLUMNS = {
     "seconds": "r",
     "best test epoch, %": "r",
 }
+
+
+def without_paths(note: str, *folders: str | Path | None) -> str:
+    """A note in which folders of this machine have only their names."""
+    for folder in folders:
+        if folder is not None and Path(folder).is_absolute():
+            note = note.replace(str(folder), Path(folder).name)
+    return note
 
 
 def markdown(results: Sequence[Result], about: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lowbit import data, models
+from lowbit import data, methods, models
 from lowbit.errors import UsageError
 from lowbit.study.folder import DONE
 from lowbit.study.latency import time_rows
@@ -95,19 +95,22 @@ def check(study: Study, load: bool = True) -> None:
                     made.add(row.model)
                     _try_model(config, settings)
             if row.run.config_path.is_file():
-                if row.teacher is not None and not row.teacher.run.weights_path.is_file():
-                    raise UsageError(
-                        f"{study.path}: {row.label} was taught by '{row.teacher.name}', whose weights are gone; "
-                        f"delete {row.run.path} too, so that it is taught anew"
-                    )
+                for of, how, anew in ((row.teacher, "was taught by", "taught"), (row.source, "starts from", "made")):
+                    if of is not None and not of.run.weights_path.is_file():
+                        raise UsageError(
+                            f"{study.path}: {row.label} {how} '{of.name}', whose weights are gone; "
+                            f"delete {row.run.path} too, so that it is {anew} anew"
+                        )
                 settings |= describe_request(config, *choose_recipe(row.method, config))
                 if config.precision != "auto":
                     settings["precision"] = config.precision
                 recorded = row.run.config
                 if row.calibrate is not None:
-                    settings = _of_calibration(settings, recorded)
+                    settings = _of_calibration(row, settings, recorded)
                 else:
                     recorded = with_later_settings(recorded)
+                    if row.source is not None and "sha256" in (report := recorded.get("init_report", {})):
+                        settings["init_report"] = {**report, "sha256": row.source.run.weights_sha256}
                 try:
                     # What a calibrated run does not know was added by a later version.
                     refuse_changes(row.run, recorded, {key: settings[key] for key in settings if key in recorded})
@@ -121,11 +124,21 @@ def _without_machine(path: Path) -> str:
     return str(path.resolve().relative_to(here)) if path.resolve().is_relative_to(here) else path.name
 
 
-def _of_calibration(settings: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a calibrated run has: there is no recipe, and options that were not given are filled in."""
+def _of_calibration(row: Row, settings: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a calibrated run has: there is no recipe, and batch norms are folded unless it says otherwise.
+
+    Runs of earlier versions do not say how many images they were asked for.
+    """
     kept: dict[str, Any] = {key: settings[key] for key in ("model", "seed", "data") if key in settings}
-    options = {**recorded["method"]["options"], **settings["method"]["options"]}
-    return {**kept, "method": {"name": settings["method"]["name"], "options": options}}
+    name, options = settings["method"]["name"], settings["method"]["options"]
+    if "fold" in methods.registry.options(name):
+        options = {"fold": True, **options}
+    calibration = dict(recorded["calibration"])
+    if "asked" in calibration:
+        calibration["asked"] = row.calibrate
+    if row.source is not None:
+        calibration["weights_sha256"] = row.source.run.weights_sha256
+    return {**kept, "method": {"name": name, "options": options}, "calibration": calibration}
 
 
 def _try_model(config: TrainConfig, settings: dict[str, Any]) -> None:

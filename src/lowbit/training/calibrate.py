@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -109,10 +108,11 @@ def calibrate_run(
             **({"method": quantized} if whole else {"method": config["method"], "rest": quantized}),
             "calibration": {
                 "source": str(run.path),
-                "weights_sha256": hashlib.sha256(run.weights_path.read_bytes()).hexdigest(),
+                "weights_sha256": run.weights_sha256,
                 "source_epochs": config["epochs"],
                 "source_seed": config["seed"],
                 "images": len(chosen),
+                "asked": images,
             },
             "epochs": 0,
             "seed": seed,

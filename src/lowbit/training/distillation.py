@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def weights_hash(path: str | Path) -> str:
     run = Run.open(path)
     if not run.is_finished:
         raise UsageError(f"--distill-from {path}: the run has not finished; `lowbit train --resume` goes on with it")
-    return hashlib.sha256(run.weights_path.read_bytes()).hexdigest()
+    return run.weights_sha256
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class InitReport:
 
     Attributes:
         source: the file that was read.
+        sha256: of its bytes, in hexadecimal.
         loaded: taken over.
         reshaped: in both, with different shapes; left as the model was made.
         missing: in the model only; left as the model was made.
@@ -33,6 +35,7 @@ class InitReport:
     """
 
     source: str
+    sha256: str
     loaded: tuple[str, ...]
     reshaped: tuple[str, ...]
     missing: tuple[str, ...]
@@ -69,12 +72,15 @@ def init_from(model: nn.Module, source: str | Path) -> InitReport:
         source: a run folder or a safetensors file.
 
     Raises:
-        UsageError: there is no such run or file.
+        UsageError: there is no such run or file, or the run has not finished.
         LowbitError: the file is malformed, or nothing in it fits.
     """
     path = Path(source)
     if path.is_dir():
-        path = Run.open(path).weights_path
+        run = Run.open(path)
+        if "finished" not in run.config:
+            raise UsageError(f"--init-from {source}: the run has not finished; `lowbit train --resume` goes on with it")
+        path = run.weights_path
     try:
         found = safetensors.torch.load_file(path)
     except FileNotFoundError:
@@ -98,6 +104,7 @@ def init_from(model: nn.Module, source: str | Path) -> InitReport:
             own[name].copy_(found[name])
     return InitReport(
         source=str(path),
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         loaded=tuple(loaded),
         reshaped=tuple(name for name in own if name in found and name not in fitting),
         missing=tuple(name for name in own if name not in found),

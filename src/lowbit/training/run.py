@@ -119,6 +119,10 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
     if started:
         refuse_changes(run, recorded, settings)
     split = images.split(config.val_fraction, config.seed)
+    if config.val_fraction:
+        for option, source in (("--init-from", config.init_from), ("--distill-from", config.distill_from)):
+            if source is not None:
+                refuse_other_split(option, Path(source), config, images)
     torch.manual_seed(derived_seed(config.seed, 0, 0))
     model = models.create(
         config.model,
@@ -145,14 +149,13 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
     report = init_from(model, config.init_from) if config.init_from is not None and fresh else None
     if report is not None:
         say(str(report))
+    environment = {"versions": versions("torch", "numpy", "lightning"), "hardware": machine(device_name(device))}
+    if started and environment != {key: recorded.get(key) for key in environment}:
+        say("resuming with other versions or on another machine, which config.json records; last bits may differ")
+        recorded["resumed"] = [*recorded.get("resumed", []), {"date": _now(), **environment}]
+        write_json(run.config_path, recorded)
     if not started:
-        recorded = {
-            "lowbit": versions()["lowbit"],
-            **settings,
-            "versions": versions("torch", "numpy", "lightning"),
-            "hardware": machine(device_name(device)),
-            "started": _now(),
-        }
+        recorded = {"lowbit": versions()["lowbit"], **settings, **environment, "started": _now()}
         if report is not None:
             recorded["init_report"] = asdict(report)
         write_json(run.config_path, recorded)
@@ -166,6 +169,24 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
     seconds = round(sum(row["seconds"] for row in rows), 3)
     write_json(run.config_path, {**recorded, **summary, "finished": _now(), "seconds": seconds})
     return run
+
+
+def refuse_other_split(option: str, source: Path, config: TrainConfig, images: ImageData) -> None:
+    """Refuse to choose an epoch by images that ``source``, a run on the same data, was trained on.
+
+    Raises:
+        UsageError: it was trained with another validation split.
+    """
+    if not Run(source).config_path.is_file():
+        return
+    theirs = Run(source).config
+    if "calibration" in theirs or theirs["data"]["hash"] != images.hash:
+        return
+    if (theirs["data"]["val_fraction"], theirs["seed"]) != (config.val_fraction, config.seed):
+        raise UsageError(
+            f"{option} {source}: it was trained on some of the images that are to validate this run; train it with the "
+            "same --val-fraction and --seed, or leave --val-fraction out"
+        )
 
 
 def fit(
@@ -249,7 +270,10 @@ def fit(
 
 
 def choose_probe(batches: TrainBatches, module: TrainingModule) -> Probe:
-    """Some train images, as they are without augmentation, drawn by the run's seed; with the run's own loss."""
+    """Some train images, as they are without augmentation, drawn by the run's seed, with the method's loss.
+
+    That is a loss of the labels, also where a teacher's logits are the target.
+    """
     generator = torch.Generator().manual_seed(derived_seed(batches.seed, 0, 3))
     chosen = torch.randperm(len(batches.images), generator=generator)[:PROBE_IMAGES].to(batches.images.device)
     loss = partial(loss_of, module.method.loss, label_smoothing=module.recipe.label_smoothing)

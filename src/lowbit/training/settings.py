@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def choose_recipe(method: Method, config: TrainConfig) -> tuple[str, Recipe]:
     """The recipe's name and the recipe with all overrides, checked.
 
     Raises:
-        UsageError: an unknown recipe or field, a value out of range, or one that the method cannot heed.
+        UsageError: an unknown recipe or field, a value out of range, or one that has no effect.
     """
     if isinstance(config.recipe, Recipe):
         name, recipe = "custom", config.recipe
@@ -121,12 +121,39 @@ def choose_recipe(method: Method, config: TrainConfig) -> tuple[str, Recipe]:
     if config.epochs is not None:
         recipe = replace(recipe, epochs=config.epochs)
     check_recipe(recipe)
+    check_effect(recipe, [*config.overrides], taught=config.distill_from is not None)
     if recipe.label_smoothing and method.loss != "cross_entropy":
         raise UsageError(
             f"recipe field label_smoothing is for cross entropy, and the loss of '{method.name}' is {method.loss}; "
             "leave it out"
         )
     return name, recipe
+
+
+def check_effect(recipe: Recipe, asked: Sequence[str], taught: bool) -> None:
+    """Refuse fields that were asked for and change nothing beside the others.
+
+    Raises:
+        UsageError: there is one; the message names it.
+    """
+    effective = recipe.settings()
+    for name in asked:
+        if name in ("distill_weight", "temperature"):
+            if not taught:
+                raise UsageError(
+                    f"recipe field '{name}' is for a teacher; name one with --distill-from (distill_from in a study), "
+                    "or leave it out"
+                )
+        elif name not in effective and getattr(recipe, name) != getattr(Recipe(), name):
+            raise UsageError(
+                f"recipe field {name} has no effect beside optimizer {recipe.optimizer} and schedule "
+                f"{recipe.schedule}; leave it out"
+            )
+    if taught and recipe.distill_weight == 1 and recipe.label_smoothing:
+        raise UsageError(
+            "recipe field label_smoothing is of the labels, and a teacher's logits are the only target; "
+            "set distill_weight below 1, or leave it out"
+        )
 
 
 def check_recipe(recipe: Recipe) -> None:

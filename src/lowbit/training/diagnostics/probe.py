@@ -26,7 +26,7 @@ class Probe:
 
     Attributes:
         images, labels: (N, ...) and (N,), on the model's device.
-        loss: the training loss of logits (n, classes) and labels (n,): a mean over n.
+        loss: the method's loss of logits (n, classes) and labels (n,): a mean over n.
         directions: random directions per image and layer, K below.
         width: standard deviation of a step along a direction, as a share of that of what the layer reads.
         seed: of the directions, which are the same in every epoch.
