@@ -135,8 +135,8 @@ class Product {
 
   // Calls emit(tile, first pixel, places, group, panel) for every tile: pixels are numbered as they lie in memory, and
   // places[p] is what place(number within its image) says of pixel p. An item of work covers some channels of some
-  // pixels; before its tiles, begin(first pixel, count, first channel, end channel) is called. Where `step` is 2, only
-  // even panels are named, and emit sees to the next one too.
+  // pixels; before its tiles, begin(first pixel, count, first channel, end channel) is called. A tile has `step` panels,
+  // of which the one that is named is the first, or what is left of the item's.
   template <class Begin, class Place, class Emit>
   void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit, int64_t step = 1) const {
     const Span span = this->span(call);
@@ -155,15 +155,25 @@ class Product {
         const T* plane = static_cast<const T*>(call.scratch) + group * (set_planes_ / groups_) * plane_size();
         for (int64_t p = 0; p < count; p += kTilePixels)
           gather(plane, offsets + p, static_cast<int>(std::min<int64_t>(kTilePixels, count - p)), gathered + p * depth);
-        for (int64_t number = item.panel; number < item.end; number += step)
+        for (int64_t number = item.panel; number < item.end; number += step) {
+          const int size_panels = static_cast<int>(std::min(step, item.end - number));
           for (int64_t p = 0; p < count; p += kTilePixels) {
             const int size = static_cast<int>(std::min<int64_t>(kTilePixels, count - p));
-            emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size, 1}, first + p, places + p, group,
+            emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size, size_panels}, first + p, places + p, group,
                  number);
           }
+        }
       }
       call.done({first, count, channel, end_channel});
     });
+  }
+
+  // Calls compute(tile, panel) for all panels of a tile at once if they are full, else for one after the other.
+  template <class Compute>
+  void whole_panels(Tile<T> tile, int64_t panel, const Compute& compute) const {
+    if ((panel + tile.panels) * kTileChannels <= group_channels()) return compute(tile, panel);
+    const int64_t end = panel + tile.panels;
+    for (tile.panels = 1; panel < end; ++panel, tile.weights += tile.depth * kTileChannels) compute(tile, panel);
   }
 
   const T* panel(int64_t group, int64_t number) const { return weights_.data() + panel_start(group, number); }
@@ -317,10 +327,7 @@ class FloatEpilogue {
     return {scale_.panel(group, panel), bias_.panel(group, panel), values, kTileChannels};
   }
 
-  // Whether this panel and the next are full, so that emit may be called for both at once.
-  bool is_pair(int64_t panel) const { return (panel + 2) * kTileChannels <= group_channels_; }
-
-  // Calls compute(FloatOutput) for the tile at (pixel, group, panel); a panel that is not full goes by way of a copy.
+  // Calls compute(FloatOutput) for the tile at (pixel, group, panel), see Product::whole_panels; a panel that is not full goes by way of a copy.
   template <class Compute>
   void emit(float* output, int64_t pixel, int count, int64_t group, int64_t panel, const Compute& compute) const {
     const int64_t inside = panel * kTileChannels, wanted = std::min<int64_t>(kTileChannels, group_channels_ - inside);

@@ -131,9 +131,12 @@ void store_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t f
 
 template <int P>
 void store_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
-  const Counts<P> sums(tile);
-  for (int p = 0; p < P; ++p)
-    for (int first = 0; first < kTileChannels; first += 8) store_dots(sums.eight(p, first), bases[p], out, p, first);
+  for (int c = 0; c < tile.panels * kTileChannels; c += kTileChannels) {
+    const Counts<P> sums({tile.pixels, tile.weights + c * tile.depth, tile.depth, P});
+    for (int p = 0; p < P; ++p)
+      for (int first = 0; first < kTileChannels; first += 8)
+        store_dots(sums.eight(p, first), bases[p], out, p, c + first);
+  }
 }
 
 void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileChannels]) {

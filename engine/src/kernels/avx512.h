@@ -42,13 +42,16 @@ void store_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t f
 
 template <int P>
 void store_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
-  const Counts<P> sums(tile);
-  const __m512 scale = _mm512_loadu_ps(out.scale), bias = _mm512_loadu_ps(out.bias);
+  for (int c = 0; c < tile.panels * kTileChannels; c += kTileChannels) {
+    const Counts<P> sums({tile.pixels, tile.weights + c * tile.depth, tile.depth, P});
+    const __m512 scale = _mm512_loadu_ps(out.scale + c), bias = _mm512_loadu_ps(out.bias + c);
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) {
-    const __m512i counts = narrow(sums, p);
-    const __m512i dots = _mm512_sub_epi32(_mm512_loadu_si512(bases[p]), _mm512_add_epi32(counts, counts));
-    _mm512_storeu_ps(out.output + p * out.stride, _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale), bias));
+    for (int p = 0; p < P; ++p) {
+      const __m512i counts = narrow(sums, p);
+      const __m512i dots = _mm512_sub_epi32(_mm512_loadu_si512(bases[p] + c), _mm512_add_epi32(counts, counts));
+      _mm512_storeu_ps(out.output + p * out.stride + c,
+                       _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale), bias));
+    }
   }
 }
 

@@ -19,7 +19,7 @@ struct Tile {
   const T* weights;
   size_t depth;
   int count;       // pixels in this tile, 1 to 8
-  int panels = 1;  // of 16 channels, one after the other; 2 where Kernels::float_panels allows it
+  int panels = 1;  // of 16 channels, one after the other: any number for binary_floats, see Kernels::float_panels
 };
 
 using BinaryTile = Tile<uint64_t>;  // depth in 64-bit words
@@ -165,7 +165,7 @@ struct Kernels {
   // Bit c of bits[p] = (count <= limits[p][c]) xor bit c of falling.
   void (*binary_bits)(const BinaryTile&, const int32_t* const* limits, uint16_t falling, uint16_t* bits);
 
-  // sum = bases[p][c] - 2 * count.
+  // sum = bases[p][c] - 2 * count, for the channels of all panels of the tile.
   void (*binary_floats)(const BinaryTile&, const int32_t* const* bases, const FloatOutput&);
 
   // sum = sum of products, in the order of depth: the same bits wherever the pixel lies in its tile. Every instruction

@@ -76,14 +76,15 @@ void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t 
 }
 
 void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
-  for (int p = 0; p < tile.count; ++p) {
-    const Counts sums(tile, p);
+  for (int c = 0; c < tile.panels * kTileChannels; c += kTileChannels)
+    for (int p = 0; p < tile.count; ++p) {
+      const Counts sums({tile.pixels, tile.weights + c * tile.depth, tile.depth, tile.count}, p);
 #pragma GCC unroll 4
-    for (int first = 0; first < kTileChannels; first += 4) {
-      const int32x4_t dots = vsubq_s32(vld1q_s32(bases[p] + first), vshlq_n_s32(sums.four(first), 1));
-      vst1q_f32(out.output + p * out.stride + first, scaled(vcvtq_f32_s32(dots), out, first));
+      for (int first = 0; first < kTileChannels; first += 4) {
+        const int32x4_t dots = vsubq_s32(vld1q_s32(bases[p] + c + first), vshlq_n_s32(sums.four(first), 1));
+        vst1q_f32(out.output + p * out.stride + c + first, scaled(vcvtq_f32_s32(dots), out, c + first));
+      }
     }
-  }
 }
 
 template <int P>

@@ -9,9 +9,10 @@ namespace {
 constexpr size_t kRegisterFloats = 4;
 
 int32_t count(const BinaryTile& tile, int pixel, int channel) {
+  const uint64_t* weights = tile.weights + channel / kTileChannels * tile.depth * kTileChannels;
   int32_t differing = 0;
   for (size_t k = 0; k < tile.depth; ++k)
-    differing += std::popcount(tile.pixels[k * tile.count + pixel] ^ tile.weights[k * kTileChannels + channel]);
+    differing += std::popcount(tile.pixels[k * tile.count + pixel] ^ weights[k * kTileChannels + channel % kTileChannels]);
   return differing;
 }
 
@@ -32,7 +33,7 @@ void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t 
 
 void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
   for (int p = 0; p < tile.count; ++p)
-    for (int c = 0; c < kTileChannels; ++c) {
+    for (int c = 0; c < tile.panels * kTileChannels; ++c) {
       const auto sum = static_cast<float>(bases[p][c] - 2 * count(tile, p, c));
       out.output[p * out.stride + c] = sum * out.scale[c] + out.bias[c];
     }
