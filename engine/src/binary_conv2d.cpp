@@ -179,7 +179,7 @@ class BinaryConv2dFloat final : public BinaryConv2d {
     product_.run(
         call, kNoBegin, row_of(bases_),
         [&](const BinaryTile& tiles, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
-          product_.whole_panels(tiles, panel, [&](const BinaryTile& tile, int64_t number) {
+          product_.for_full_panels(tiles, panel, [&](const BinaryTile& tile, int64_t number) {
             store(call, tile.count, pixel, places, group, number,
                   [&](const int32_t* const* bases, const FloatOutput& output) {
                     kernels_.binary_floats(tile, bases, output);

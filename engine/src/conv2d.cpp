@@ -30,7 +30,7 @@ class Conv2d final : public Op {
     product_.run(
         call, kNoBegin, kNoPlace,
         [&](const FloatTile& tiles, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
-          product_.whole_panels(tiles, panel, [&](const FloatTile& tile, int64_t number) {
+          product_.for_full_panels(tiles, panel, [&](const FloatTile& tile, int64_t number) {
             epilogue_.emit(call.result<float>(), pixel, tile.count, group, number,
                            [&](const FloatOutput& output) { kernels_.float_tile(tile, output); });
           });
@@ -47,7 +47,7 @@ class Conv2d final : public Op {
     product_.run(
         call, clearing(call, next.output()), kNoPlace,
         [&](const FloatTile& tiles, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
-          product_.whole_panels(tiles, panel, [&](const FloatTile& tile, int64_t number) {
+          product_.for_full_panels(tiles, panel, [&](const FloatTile& tile, int64_t number) {
             const int64_t inside = number * kTileChannels, first = group * group_channels + inside;
             const int64_t width = std::min<int64_t>(tile.panels * kTileChannels, group_channels - inside);
             const auto wanted = static_cast<uint32_t>((uint64_t{1} << width) - 1);

@@ -27,6 +27,12 @@ inline int64_t panels_at_once(int64_t panels, int64_t blocks, int threads) {
   return blocks < 2 * threads && threads > 1 ? kPanelsPerChunk : panels;
 }
 
+// How many panels from `panel` on, of at most `most`, take all of a tile's channels: a kernel can write these at once.
+// One if it is not full itself.
+inline int64_t full_panels(int64_t group_channels, int64_t panel, int64_t most) {
+  return std::clamp<int64_t>(group_channels / kTileChannels - panel, 1, most);
+}
+
 // Where the input of output pixels first..first+count-1 starts in padded images, `down` elements from a row of them to
 // the next, `right` to the next pixel and `image_size` to the next image, and their numbers within their images.
 inline void locate(const Window& window, int64_t down, int64_t right, int64_t image_size, int64_t first, int64_t count,
@@ -168,12 +174,14 @@ class Product {
     });
   }
 
-  // Calls compute(tile, panel) for all panels of a tile at once if they are full, else for one after the other.
+  // Calls compute(tile, panel) for those panels of a tile that are full, and for one that is not.
   template <class Compute>
-  void whole_panels(Tile<T> tile, int64_t panel, const Compute& compute) const {
-    if ((panel + tile.panels) * kTileChannels <= group_channels()) return compute(tile, panel);
-    const int64_t end = panel + tile.panels;
-    for (tile.panels = 1; panel < end; ++panel, tile.weights += tile.depth * kTileChannels) compute(tile, panel);
+  void for_full_panels(const Tile<T>& tile, int64_t panel, const Compute& compute) const {
+    for (int64_t done = 0, size; done < tile.panels; done += size) {
+      size = full_panels(group_channels(), panel + done, tile.panels - done);
+      const T* weights = tile.weights + done * tile.depth * kTileChannels;
+      compute(Tile<T>{tile.pixels, weights, tile.depth, tile.count, static_cast<int>(size)}, panel + done);
+    }
   }
 
   const T* panel(int64_t group, int64_t number) const { return weights_.data() + panel_start(group, number); }
@@ -195,11 +203,19 @@ class Product {
     int starts[kTilePixels], runs = 0;
     for (int p = 0; p < count; ++p)
       if (p == 0 || pixels[p] != pixels[p - 1] + 1) starts[runs++] = p;
-    for (const int64_t tap : taps_) {
-      for (int run = 0; run < runs; ++run)
-        std::memcpy(tile + starts[run], plane + tap + pixels[starts[run]], kRowBytes);
-      tile += count;
-    }
+    const auto copy = [&](const auto& of_tap) {
+      for (const int64_t tap : taps_) {
+        of_tap(plane + tap);
+        tile += count;
+      }
+    };
+    if (const int64_t first = pixels[0]; runs == 1)  // as mostly, without a loop in the loop
+      copy([&](const T* from) { std::memcpy(tile, from + first, kRowBytes); });
+    else
+      copy([&](const T* from) {
+        for (int run = 0; run < runs; ++run)
+          std::memcpy(tile + starts[run], from + pixels[starts[run]], kRowBytes);
+      });
   }
 
  private:
@@ -327,7 +343,7 @@ class FloatEpilogue {
     return {scale_.panel(group, panel), bias_.panel(group, panel), values, kTileChannels};
   }
 
-  // Calls compute(FloatOutput) for the tile at (pixel, group, panel), see Product::whole_panels; a panel that is not full goes by way of a copy.
+  // Calls compute(FloatOutput) for the tile at (pixel, group, panel), or for full_panels from that on; a panel that is not full goes by way of a copy.
   template <class Compute>
   void emit(float* output, int64_t pixel, int count, int64_t group, int64_t panel, const Compute& compute) const {
     const int64_t inside = panel * kTileChannels, wanted = std::min<int64_t>(kTileChannels, group_channels_ - inside);

@@ -102,15 +102,16 @@ class CodeConv2d final : public Op {
         for (int i = 0; i < count; ++i)
           bases[i] =
               bases_->panel(block.group, block.first_panel, cases_ ? cases_->of_position(block.positions[p + i]) : 0);
-        for (int64_t number = 0; number < block.panels; ++number) {
+        for (int64_t number = 0, size; number < block.panels; number += size) {
           const int64_t panel = block.first_panel + number;
-          const IntegerSums sums{block.sums[number] + p, count, multiplier, bases};
+          size = epilogue_ ? full_panels(group_channels_, panel, block.panels - number) : 1;
+          const IntegerSums sums{block.sums[number] + p, count, multiplier, bases, static_cast<int>(size)};
           if (epilogue_)
             epilogue_->emit(call.result<float>(), pixel, count, block.group, panel,
                             [&](const FloatOutput& out) { kernels_.floats(sums, out); });
           else
             put_codes(call, sums, pixel, block.group, panel);
-          for (int i = 0; i < count; ++i) bases[i] += kTileChannels;
+          for (int i = 0; i < count; ++i) bases[i] += size * kTileChannels;
         }
       }
     });

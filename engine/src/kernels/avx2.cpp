@@ -330,9 +330,10 @@ void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int c
     LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
 }
 
-// Eight channels from `first` on.
+// Eight channels from `first` on, which may be those of a panel behind the first.
 __m256i completed(const IntegerSums& sums, int p, int first) {
-  const __m256i product = _mm256_mullo_epi32(load(sums.sums[p] + first), _mm256_set1_epi32(sums.multiplier));
+  const int32_t* row = sums.sums[first / kTileChannels * kBlockPixels + p] + first % kTileChannels;
+  const __m256i product = _mm256_mullo_epi32(load(row), _mm256_set1_epi32(sums.multiplier));
   return _mm256_add_epi32(product, load(sums.bases[p] + first));
 }
 
@@ -357,7 +358,7 @@ void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t
 
 void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
   for (int p = 0; p < sums.count; ++p)
-    for (int i = 0; i < kTileChannels; i += 8)
+    for (int i = 0; i < sums.panels * kTileChannels; i += 8)
       _mm256_storeu_ps(out.output + p * out.stride + i, scaled(_mm256_cvtepi32_ps(completed(sums, p, i)), out, i));
 }
 

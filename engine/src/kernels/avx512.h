@@ -156,15 +156,15 @@ __m512i four_codes(const uint8_t* codes) {
   return _mm512_set1_epi32(four);
 }
 
-__m512i completed(const IntegerSums& sums, int p) {
-  return _mm512_add_epi32(_mm512_mullo_epi32(_mm512_loadu_si512(sums.sums[p]), _mm512_set1_epi32(sums.multiplier)),
-                          _mm512_loadu_si512(sums.bases[p]));
+__m512i completed(const int32_t* sums, __m512i factor, const int32_t* bases) {
+  return _mm512_add_epi32(_mm512_mullo_epi32(_mm512_loadu_si512(sums), factor), _mm512_loadu_si512(bases));
 }
 
 void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t* codes, ptrdiff_t stride) {
   const __m512i flips = _mm512_loadu_si512(limits.flips), one = _mm512_set1_epi32(1);
+  const __m512i factor = _mm512_set1_epi32(sums.multiplier);
   for (int p = 0; p < sums.count; ++p) {
-    const __m512i flipped = _mm512_xor_si512(completed(sums, p), flips);
+    const __m512i flipped = _mm512_xor_si512(completed(sums.sums[p], factor, sums.bases[p]), flips);
     __m512i passed = _mm512_setzero_si512();
     for (int level = 0; level < limits.levels; ++level) {
       const __m512i limit = _mm512_loadu_si512(limits.thresholds + level * kTileChannels);
@@ -175,8 +175,19 @@ void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t
 }
 
 void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
-  for (int p = 0; p < sums.count; ++p)
-    _mm512_storeu_ps(out.output + p * out.stride, scaled(_mm512_cvtepi32_ps(completed(sums, p)), out));
+  const int count = sums.count;  // in registers, where no float can be written over them
+  const ptrdiff_t stride = out.stride;
+  const int32_t* const* bases = sums.bases;
+  const __m512i factor = _mm512_set1_epi32(sums.multiplier);
+  for (int c = 0; c < sums.panels * kTileChannels; c += kTileChannels) {
+    const __m512 scale = _mm512_loadu_ps(out.scale + c), bias = _mm512_loadu_ps(out.bias + c);
+    const int32_t (*of)[kTileChannels] = sums.sums + c / kTileChannels * kBlockPixels;
+    float* output = out.output + c;
+    for (int p = 0; p < count; ++p, output += stride) {
+      const __m512 dots = _mm512_cvtepi32_ps(completed(of[p], factor, bases[p] + c));
+      _mm512_storeu_ps(output, _mm512_add_ps(_mm512_mul_ps(dots, scale), bias));
+    }
+  }
 }
 
 void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileChannels]) {
