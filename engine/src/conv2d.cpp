@@ -38,9 +38,9 @@ class Conv2d final : public Op {
         kernels_.float_panels);
   }
 
-  bool joins(const Op& next) const override { return dynamic_cast<const ThresholdBits*>(&next) != nullptr; }
+  bool joins(const PixelwiseOp& next) const override { return dynamic_cast<const ThresholdBits*>(&next) != nullptr; }
 
-  void run_joined(const Op& next, const Call& call) const override {
+  void run_joined(const PixelwiseOp& next, const Call& call) const override {
     const auto& threshold = dynamic_cast<const ThresholdBits&>(next);
     fill_planes(call);
     const int64_t words = next.output().words(), group_channels = product_.group_channels();

@@ -345,14 +345,20 @@ class FloatEpilogue {
 
   // Calls compute(FloatOutput) for the tile at (pixel, group, panel), or for full_panels from that on; a panel that is not full goes by way of a copy.
   template <class Compute>
-  void emit(float* output, int64_t pixel, int count, int64_t group, int64_t panel, const Compute& compute) const {
+  void emit(float* output, int64_t pixel, int count, int64_t group, int64_t panel, const Compute& compute,
+            const float* added = nullptr) const {
     const int64_t inside = panel * kTileChannels, wanted = std::min<int64_t>(kTileChannels, group_channels_ - inside);
-    float* target = output + pixel * channels_ + group * group_channels_ + inside;
+    const int64_t at = pixel * channels_ + group * group_channels_ + inside;
     const float *scale = scale_.panel(group, panel), *bias = bias_.panel(group, panel);
-    if (wanted == kTileChannels) return compute(FloatOutput{scale, bias, target, channels_});
+    if (added != nullptr) added += at;
+    if (wanted == kTileChannels) return compute(FloatOutput{scale, bias, output + at, channels_, added});
     float values[kTilePixels * kTileChannels];
     compute(tile(values, group, panel));
-    for (int p = 0; p < count; ++p) std::copy_n(values + p * kTileChannels, wanted, target + p * channels_);
+    for (int p = 0; p < count; ++p)
+      for (int64_t c = 0; c < wanted; ++c) {
+        const float value = values[p * kTileChannels + c];
+        output[at + p * channels_ + c] = added == nullptr ? value : value + added[p * channels_ + c];
+      }
   }
 
  private:

@@ -96,10 +96,17 @@ __m256 scaled(__m256 sums, const FloatOutput& out, int first) {
   return _mm256_add_ps(_mm256_mul_ps(sums, _mm256_loadu_ps(out.scale + first)), _mm256_loadu_ps(out.bias + first));
 }
 
-// The same of pixel p whose sums are bases - 2 * counts.
+// Writes what sums of pixel p become.
+void store_sums(__m256i sums, const FloatOutput& out, int p, int first) {
+  const ptrdiff_t at = p * out.stride + first;
+  __m256 y = scaled(_mm256_cvtepi32_ps(sums), out, first);
+  if (out.added != nullptr) y = _mm256_add_ps(y, _mm256_loadu_ps(out.added + at));
+  _mm256_storeu_ps(out.output + at, y);
+}
+
+// The same of bases - 2 * counts.
 void store_dots(__m256i counts, const int32_t* bases, const FloatOutput& out, int p, int first) {
-  const __m256i dots = _mm256_sub_epi32(load(bases + first), _mm256_add_epi32(counts, counts));
-  _mm256_storeu_ps(out.output + p * out.stride + first, scaled(_mm256_cvtepi32_ps(dots), out, first));
+  store_sums(_mm256_sub_epi32(load(bases + first), _mm256_add_epi32(counts, counts)), out, p, first);
 }
 
 // A bit for each of eight counts that is at most its limit.
@@ -358,8 +365,7 @@ void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t
 
 void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
   for (int p = 0; p < sums.count; ++p)
-    for (int i = 0; i < sums.panels * kTileChannels; i += 8)
-      _mm256_storeu_ps(out.output + p * out.stride + i, scaled(_mm256_cvtepi32_ps(completed(sums, p, i)), out, i));
+    for (int i = 0; i < sums.panels * kTileChannels; i += 8) store_sums(completed(sums, p, i), out, p, i);
 }
 
 constexpr ByteKernels kBytes{4, 8, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};

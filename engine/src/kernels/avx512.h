@@ -15,6 +15,14 @@ __m512 scaled(__m512 sums, const FloatOutput& out) {
   return _mm512_add_ps(_mm512_mul_ps(sums, _mm512_loadu_ps(out.scale)), _mm512_loadu_ps(out.bias));
 }
 
+// Writes what 16 sums of pixel p become, of the channels from `c` on.
+void store_sums(__m512i sums, __m512 scale, __m512 bias, const FloatOutput& out, int p, int c) {
+  const ptrdiff_t at = p * out.stride + c;
+  __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale), bias);
+  if (out.added != nullptr) y = _mm512_add_ps(y, _mm512_loadu_ps(out.added + at));
+  _mm512_storeu_ps(out.output + at, y);
+}
+
 // The counts of a pixel for all 16 channels, as 32 bits.
 template <int P>
 __m512i narrow(const Counts<P>& sums, int p) {
@@ -49,8 +57,7 @@ void store_floats(const BinaryTile& tile, const int32_t* const* bases, const Flo
     for (int p = 0; p < P; ++p) {
       const __m512i counts = narrow(sums, p);
       const __m512i dots = _mm512_sub_epi32(_mm512_loadu_si512(bases[p] + c), _mm512_add_epi32(counts, counts));
-      _mm512_storeu_ps(out.output + p * out.stride + c,
-                       _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale), bias));
+      store_sums(dots, scale, bias, out, p, c);
     }
   }
 }
@@ -176,17 +183,13 @@ void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t
 
 void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
   const int count = sums.count;  // in registers, where no float can be written over them
-  const ptrdiff_t stride = out.stride;
   const int32_t* const* bases = sums.bases;
   const __m512i factor = _mm512_set1_epi32(sums.multiplier);
   for (int c = 0; c < sums.panels * kTileChannels; c += kTileChannels) {
     const __m512 scale = _mm512_loadu_ps(out.scale + c), bias = _mm512_loadu_ps(out.bias + c);
     const int32_t (*of)[kTileChannels] = sums.sums + c / kTileChannels * kBlockPixels;
-    float* output = out.output + c;
-    for (int p = 0; p < count; ++p, output += stride) {
-      const __m512 dots = _mm512_cvtepi32_ps(completed(of[p], factor, bases[p] + c));
-      _mm512_storeu_ps(output, _mm512_add_ps(_mm512_mul_ps(dots, scale), bias));
-    }
+    for (int p = 0; p < count; ++p)
+      store_sums(completed(of[p], factor, bases[p] + c), scale, bias, out, p, c);
   }
 }
 

@@ -27,11 +27,14 @@ using FloatTile = Tile<float>;
 using IntegerTile = Tile<int16_t>;  // what codes stand for: multiplier * code + offset, and 0 outside the image
 
 // Where a tile's floats go: y = sum * scale + bias, each one rounding; pixel p's channels start at output + p * stride.
+// What sums of integers become may be added to other floats, one more rounding, which lie as the output does, or in its
+// place.
 struct FloatOutput {
   const float* scale;
   const float* bias;
   float* output;
   ptrdiff_t stride;
+  const float* added = nullptr;  // for binary_floats, BlockKernels::floats and ByteKernels::floats
 };
 
 // A binary product by blocks: pixels and channels meet 32 by 32, too many for the tiles above. Weights are laid out for

@@ -82,7 +82,10 @@ void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const Fl
 #pragma GCC unroll 4
       for (int first = 0; first < kTileChannels; first += 4) {
         const int32x4_t dots = vsubq_s32(vld1q_s32(bases[p] + c + first), vshlq_n_s32(sums.four(first), 1));
-        vst1q_f32(out.output + p * out.stride + c + first, scaled(vcvtq_f32_s32(dots), out, c + first));
+        const ptrdiff_t at = p * out.stride + c + first;
+        float32x4_t y = scaled(vcvtq_f32_s32(dots), out, c + first);
+        if (out.added != nullptr) y = vaddq_f32(y, vld1q_f32(out.added + at));
+        vst1q_f32(out.output + at, y);
       }
     }
 }

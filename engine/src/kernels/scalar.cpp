@@ -35,7 +35,8 @@ void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const Fl
   for (int p = 0; p < tile.count; ++p)
     for (int c = 0; c < tile.panels * kTileChannels; ++c) {
       const auto sum = static_cast<float>(bases[p][c] - 2 * count(tile, p, c));
-      out.output[p * out.stride + c] = sum * out.scale[c] + out.bias[c];
+      const float y = sum * out.scale[c] + out.bias[c];
+      out.output[p * out.stride + c] = out.added == nullptr ? y : y + out.added[p * out.stride + c];
     }
 }
 
