@@ -37,15 +37,15 @@ inline int64_t full_panels(int64_t group_channels, int64_t panel, int64_t most) 
 // the next, `right` to the next pixel and `image_size` to the next image, and their numbers within their images.
 inline void locate(const Window& window, int64_t down, int64_t right, int64_t image_size, int64_t first, int64_t count,
                    int64_t* offsets, int64_t* positions) {
-  const int64_t image_pixels = window.height * window.width;
-  int64_t image = first / image_pixels, y = first % image_pixels / window.width,
-          x = first % image_pixels % window.width;
-  for (int64_t p = 0; p < count; ++p) {
-    positions[p] = y * window.width + x;
-    offsets[p] = image * image_size + y * down + x * right;
-    if (++x < window.width) continue;
-    x = 0;
-    if (++y < window.height) continue;
+  const int64_t width = window.width, height = window.height;
+  int64_t image = first / (height * width), y = first / width % height, x = first % width;
+  for (int64_t p = 0; p < count; x = 0) {  // a row of pixels at a time
+    const int64_t offset = image * image_size + y * down, position = y * width, end = std::min(count, p + width - x);
+    for (; p < end; ++p, ++x) {
+      offsets[p] = offset + x * right;
+      positions[p] = position + x;
+    }
+    if (++y < height) continue;
     y = 0;
     ++image;
   }
