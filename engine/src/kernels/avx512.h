@@ -50,14 +50,15 @@ void store_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t f
 
 template <int P>
 void store_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
+  const FloatOutput to = out;  // in registers, as nothing can be written over it
   for (int c = 0; c < tile.panels * kTileChannels; c += kTileChannels) {
     const Counts<P> sums({tile.pixels, tile.weights + c * tile.depth, tile.depth, P});
-    const __m512 scale = _mm512_loadu_ps(out.scale + c), bias = _mm512_loadu_ps(out.bias + c);
+    const __m512 scale = _mm512_loadu_ps(to.scale + c), bias = _mm512_loadu_ps(to.bias + c);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
       const __m512i counts = narrow(sums, p);
       const __m512i dots = _mm512_sub_epi32(_mm512_loadu_si512(bases[p] + c), _mm512_add_epi32(counts, counts));
-      store_sums(dots, scale, bias, out, p, c);
+      store_sums(dots, scale, bias, to, p, c);
     }
   }
 }
@@ -182,14 +183,14 @@ void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t
 }
 
 void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
-  const int count = sums.count;  // in registers, where no float can be written over them
-  const int32_t* const* bases = sums.bases;
-  const __m512i factor = _mm512_set1_epi32(sums.multiplier);
-  for (int c = 0; c < sums.panels * kTileChannels; c += kTileChannels) {
-    const __m512 scale = _mm512_loadu_ps(out.scale + c), bias = _mm512_loadu_ps(out.bias + c);
-    const int32_t (*of)[kTileChannels] = sums.sums + c / kTileChannels * kBlockPixels;
-    for (int p = 0; p < count; ++p)
-      store_sums(completed(of[p], factor, bases[p] + c), scale, bias, out, p, c);
+  const IntegerSums from = sums;  // as above
+  const FloatOutput to = out;
+  const __m512i factor = _mm512_set1_epi32(from.multiplier);
+  for (int c = 0; c < from.panels * kTileChannels; c += kTileChannels) {
+    const __m512 scale = _mm512_loadu_ps(to.scale + c), bias = _mm512_loadu_ps(to.bias + c);
+    const int32_t(*of)[kTileChannels] = from.sums + c / kTileChannels * kBlockPixels;
+    for (int p = 0; p < from.count; ++p)
+      store_sums(completed(of[p], factor, from.bases[p] + c), scale, bias, to, p, c);
   }
 }
 
