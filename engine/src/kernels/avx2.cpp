@@ -284,14 +284,14 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
 // 16 bits wide. Pixels are split once for all panels, so many fours at a time as stay in the L1 cache.
 constexpr size_t kSplitFours = 128;
 
-// Adds the products of some fours to the sums of P pixels.
+// Adds the products of some fours to the sums of P pixels, or writes them if they are the first.
 template <int P>
 void multiply_split(const int32_t (*even)[kSplitFours], const int32_t (*odd)[kSplitFours], const int8_t* weights,
-                    size_t fours, int32_t (*sums)[kTileChannels]) {
+                    size_t fours, bool is_first, int32_t (*sums)[kTileChannels]) {
   for (int half = 0; half < kTileChannels; half += 8, weights += 32) {
     __m256i of[P];
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) of[p] = load(sums[p] + half);
+    for (int p = 0; p < P; ++p) of[p] = is_first ? _mm256_setzero_si256() : load(sums[p] + half);
     for (size_t k = 0; k < fours; ++k) {
       const __m256i row = load(weights + 4 * k * kTileChannels);
       const __m256i w_even = _mm256_srai_epi16(_mm256_slli_epi16(row, 8), 8), w_odd = _mm256_srai_epi16(row, 8);
@@ -311,7 +311,6 @@ template <int P>
 void multiply_wide(const uint8_t* pixels, const int8_t* weights, size_t depth, int panels, int first, BlockSums* sums) {
   constexpr uint32_t kAlternate = 0x00ff00ff;
   int32_t even[P][kSplitFours], odd[P][kSplitFours];
-  for (int panel = 0; panel < panels; ++panel) __builtin_memset(sums[panel][first], 0, P * sizeof(sums[panel][first]));
   for (size_t start = 0; start < depth; start += 4 * kSplitFours) {
     const size_t left = (depth - start) / 4, fours = left < kSplitFours ? left : kSplitFours;
     for (int p = 0; p < P; ++p)
@@ -322,7 +321,8 @@ void multiply_wide(const uint8_t* pixels, const int8_t* weights, size_t depth, i
         odd[p][k] = static_cast<int32_t>(four >> 8 & kAlternate);
       }
     for (int panel = 0; panel < panels; ++panel)
-      multiply_split<P>(even, odd, weights + (panel * depth + start) * kTileChannels, fours, sums[panel] + first);
+      multiply_split<P>(even, odd, weights + (panel * depth + start) * kTileChannels, fours, start == 0,
+                        sums[panel] + first);
   }
 }
 
