@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "op.h"
 
@@ -159,14 +160,18 @@ class Product {
       locate(item.first, count, offsets, places, place);
       for (int64_t group = 0; group < groups_; ++group) {
         const T* plane = static_cast<const T*>(call.scratch) + group * (set_planes_ / groups_) * plane_size();
-        for (int64_t p = 0; p < count; p += kTilePixels)
-          gather(plane, offsets + p, static_cast<int>(std::min<int64_t>(kTilePixels, count - p)), gathered + p * depth);
+        for (int64_t p = 0; p < count; p += kTilePixels) {
+          const int size = static_cast<int>(std::min<int64_t>(kTilePixels, count - p));
+          if (!in_place(offsets + p, size)) gather(plane, offsets + p, size, gathered + p * depth);
+        }
         for (int64_t number = item.panel; number < item.end; number += step) {
           const int size_panels = static_cast<int>(std::min(step, item.end - number));
           for (int64_t p = 0; p < count; p += kTilePixels) {
             const int size = static_cast<int>(std::min<int64_t>(kTilePixels, count - p));
-            emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size, size_panels}, first + p, places + p, group,
-                 number);
+            const bool whole = in_place(offsets + p, size);
+            const T* pixels = whole ? plane + offsets[p] : gathered + p * depth;
+            emit(Tile<T>{pixels, panel(group, number), depth, size, size_panels, whole ? taps_.data() : nullptr},
+                 first + p, places + p, group, number);
           }
         }
       }
@@ -180,7 +185,7 @@ class Product {
     for (int64_t done = 0, size; done < tile.panels; done += size) {
       size = full_panels(group_channels(), panel + done, tile.panels - done);
       const T* weights = tile.weights + done * tile.depth * kTileChannels;
-      compute(Tile<T>{tile.pixels, weights, tile.depth, tile.count, static_cast<int>(size)}, panel + done);
+      compute(Tile<T>{tile.pixels, weights, tile.depth, tile.count, static_cast<int>(size), tile.taps}, panel + done);
     }
   }
 
@@ -195,6 +200,11 @@ class Product {
     lowbit::locate(window_, window_.stride[0] * padded_width_, 1, planes_bytes() / sizeof(T), first, count, offsets,
                    places);
     for (int64_t p = 0; p < count; ++p) places[p] = place(places[p]);
+  }
+
+  // Whether up to 8 pixels, or what they see, need not be gathered: they are neighbours, and floats.
+  static bool in_place(const int64_t* pixels, int count) {
+    return std::is_same_v<T, float> && pixels[count - 1] == pixels[0] + count - 1;
   }
 
   // What up to 8 pixels see, as a tile has it. Runs of neighbours are copied whole, with what lies behind them: the

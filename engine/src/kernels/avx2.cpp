@@ -165,9 +165,9 @@ struct FloatSums {
   FloatSums(const FloatTile& tile, int first) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) low[p] = high[p] = _mm256_setzero_ps();
-    const float* x = tile.pixels + first;
     const float* w = tile.weights;
-    for (size_t k = 0; k < tile.depth; ++k, x += tile.count, w += kTileChannels) {
+    for (size_t k = 0; k < tile.depth; ++k, w += kTileChannels) {
+      const float* x = tile.at(k) + first;
       const __m256 w_low = _mm256_loadu_ps(w), w_high = _mm256_loadu_ps(w + 8);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {

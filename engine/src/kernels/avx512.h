@@ -74,10 +74,10 @@ struct FloatSums {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) of[n][p] = _mm512_setzero_ps();
     }
-    const float* x = tile.pixels;
     const float* w = tile.weights;
     const size_t next = tile.depth * kTileChannels;
-    for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
+    for (size_t k = 0; k < tile.depth; ++k, w += kTileChannels) {
+      const float* x = tile.at(k);
       __m512 weights[N];
 #pragma GCC unroll 2
       for (int n = 0; n < N; ++n) weights[n] = _mm512_loadu_ps(w + n * next);

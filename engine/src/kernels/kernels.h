@@ -20,6 +20,12 @@ struct Tile {
   size_t depth;
   int count;       // pixels in this tile, 1 to 8
   int panels = 1;  // of 16 channels, one after the other: any number for binary_floats, see Kernels::float_panels
+
+  // Where each of `depth` inputs of the first pixel lies behind `pixels`, and those of the others next to it; or null,
+  // where they are gathered. For floats only.
+  const int64_t* taps = nullptr;
+
+  const T* at(size_t k) const { return pixels + (taps != nullptr ? taps[k] : static_cast<int64_t>(k) * count); }
 };
 
 using BinaryTile = Tile<uint64_t>;  // depth in 64-bit words

@@ -98,9 +98,9 @@ struct FloatSums {
 #pragma GCC unroll 4
     for (auto& of_pixel : of)
       for (float32x4_t& four : of_pixel) four = vdupq_n_f32(0);
-    const float* x = tile.pixels + first;
     const float* w = tile.weights;
-    for (size_t k = 0; k < tile.depth; ++k, x += tile.count, w += kTileChannels) {
+    for (size_t k = 0; k < tile.depth; ++k, w += kTileChannels) {
+      const float* x = tile.at(k) + first;
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const float32x4_t weights = vld1q_f32(w + 4 * i);

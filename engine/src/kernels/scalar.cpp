@@ -44,7 +44,7 @@ void float_tile(const FloatTile& tile, const FloatOutput& out) {
   for (int p = 0; p < tile.count; ++p) {
     float sums[kTileChannels] = {};
     for (size_t k = 0; k < tile.depth; ++k) {
-      const float x = tile.pixels[k * tile.count + p];
+      const float x = tile.at(k)[p];
       for (int c = 0; c < kTileChannels; ++c) sums[c] += x * tile.weights[k * kTileChannels + c];
     }
     for (int c = 0; c < kTileChannels; ++c) out.output[p * out.stride + c] = sums[c] * out.scale[c] + out.bias[c];
