@@ -1,4 +1,4 @@
-// What the convolutions share: a product of gathered pixels with repacked weights, and what comes before and after it.
+// What the convolutions share: a product of pixels with repacked weights, and what comes before and after it.
 //
 // The input is first copied into planes: one per channel (floats, integers) or per 64-bit word of channels (bits), with
 // a border of zeros. There, the input of output pixel p under tap k lies at taps[k] + pixels[p], for every stride,
@@ -142,8 +142,8 @@ class Product {
 
   // Calls emit(tile, first pixel, places, group, panel) for every tile: pixels are numbered as they lie in memory, and
   // places[p] is what place(number within its image) says of pixel p. An item of work covers some channels of some
-  // pixels; before its tiles, begin(first pixel, count, first channel, end channel) is called. A tile has `step` panels,
-  // of which the one that is named is the first, or what is left of the item's.
+  // pixels; before its tiles, begin(first pixel, count, first channel, end channel) is called. A tile has `step` panels
+  // from the one that is named on, or what is left of the item's.
   template <class Begin, class Place, class Emit>
   void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit, int64_t step = 1) const {
     const Span span = this->span(call);
@@ -223,8 +223,7 @@ class Product {
       copy([&](const T* from) { std::memcpy(tile, from + first, kRowBytes); });
     else
       copy([&](const T* from) {
-        for (int run = 0; run < runs; ++run)
-          std::memcpy(tile + starts[run], from + pixels[starts[run]], kRowBytes);
+        for (int run = 0; run < runs; ++run) std::memcpy(tile + starts[run], from + pixels[starts[run]], kRowBytes);
       });
   }
 
@@ -353,7 +352,9 @@ class FloatEpilogue {
     return {scale_.panel(group, panel), bias_.panel(group, panel), values, kTileChannels};
   }
 
-  // Calls compute(FloatOutput) for the tile at (pixel, group, panel), or for full_panels from that on; a panel that is not full goes by way of a copy.
+  // Calls compute(FloatOutput) for the tile at (pixel, group, panel), or for full_panels from that one on; a panel that
+  // is not full goes by way of a copy. What compute writes comes to `added`, if that is given, which lies as the output
+  // does.
   template <class Compute>
   void emit(float* output, int64_t pixel, int count, int64_t group, int64_t panel, const Compute& compute,
             const float* added = nullptr) const {

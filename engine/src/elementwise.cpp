@@ -35,9 +35,9 @@ class Sum final : public PixelwiseOp {
 
   void apply(const Operands& operands, const Part& part) const override {
     const int64_t channels = output().channels, start = part.first * channels + part.channel;
-    rows_.add(operands.input<float>(0) + start, operands.input<float>(1) + start, operands.result<float>() + start,
-              {static_cast<size_t>(part.count), static_cast<size_t>(part.end - part.channel),
-               static_cast<size_t>(channels)});
+    rows_.add(
+        operands.input<float>(0) + start, operands.input<float>(1) + start, operands.result<float>() + start,
+        {static_cast<size_t>(part.count), static_cast<size_t>(part.end - part.channel), static_cast<size_t>(channels)});
   }
 
  private:

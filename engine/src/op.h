@@ -121,8 +121,8 @@ class Op {
   // Whether it can make its output strip by strip, in order, from an input that is there as a whole.
   virtual bool makes_strips() const { return false; }
 
-  // Whether this op can write what `next` makes of its output, at once, without that output being anywhere. If `next` has
-  // another input, that is the second of the call.
+  // Whether this op can write what `next` makes of its output, at once, without that output being anywhere. What else
+  // `next` reads is the second input of the call.
   virtual bool joins(const PixelwiseOp&) const { return false; }
   virtual void run_joined(const PixelwiseOp&, const Call&) const {}
 

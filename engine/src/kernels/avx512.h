@@ -188,9 +188,8 @@ void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
   const __m512i factor = _mm512_set1_epi32(from.multiplier);
   for (int c = 0; c < from.panels * kTileChannels; c += kTileChannels) {
     const __m512 scale = _mm512_loadu_ps(to.scale + c), bias = _mm512_loadu_ps(to.bias + c);
-    const int32_t(*of)[kTileChannels] = from.sums + c / kTileChannels * kBlockPixels;
-    for (int p = 0; p < from.count; ++p)
-      store_sums(completed(of[p], factor, from.bases[p] + c), scale, bias, to, p, c);
+    const int32_t (*of)[kTileChannels] = from.sums + c / kTileChannels * kBlockPixels;
+    for (int p = 0; p < from.count; ++p) store_sums(completed(of[p], factor, from.bases[p] + c), scale, bias, to, p, c);
   }
 }
 

@@ -2,7 +2,7 @@
 //
 // All of them work on tiles: up to 8 pixels times 16 output channels. The pixels' inputs are gathered as
 // pixels[depth][count], the weights as weights[depth][16], so that every kernel reads memory straight through, whatever
-// the convolution's stride, dilation or border.
+// the convolution's stride, dilation or border. Floats may stay where they are.
 #pragma once
 
 #include <cstddef>
@@ -80,13 +80,13 @@ struct BlockKernels {
 // [panel][depth / 4][16][4].
 using BlockSums = int32_t[kBlockPixels][kTileChannels];
 
-// Sums of up to 8 pixels of a panel on their way out: multiplier * sums[p][c] + bases[p][c], modulo 2^32.
+// Sums of up to 8 pixels on their way out: multiplier * sums[p][c] + bases[p][c], modulo 2^32.
 struct IntegerSums {
   const int32_t (*sums)[kTileChannels];
   int count;
   int32_t multiplier;
   const int32_t* const* bases;
-  int panels = 1;  // any number for ByteKernels::floats; their sums are kBlockPixels rows apart
+  int panels = 1;  // any number for ByteKernels::floats: their sums are kBlockPixels rows apart, bases side by side
 };
 
 // What the integers of 16 channels are held against, [levels][16]: x >= thresholds, both with their bits flipped where

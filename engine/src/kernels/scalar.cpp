@@ -11,8 +11,10 @@ constexpr size_t kRegisterFloats = 4;
 int32_t count(const BinaryTile& tile, int pixel, int channel) {
   const uint64_t* weights = tile.weights + channel / kTileChannels * tile.depth * kTileChannels;
   int32_t differing = 0;
-  for (size_t k = 0; k < tile.depth; ++k)
-    differing += std::popcount(tile.pixels[k * tile.count + pixel] ^ weights[k * kTileChannels + channel % kTileChannels]);
+  for (size_t k = 0; k < tile.depth; ++k) {
+    const uint64_t weight = weights[k * kTileChannels + channel % kTileChannels];
+    differing += std::popcount(tile.pixels[k * tile.count + pixel] ^ weight);
+  }
   return differing;
 }
 
