@@ -166,33 +166,43 @@ class BinaryConv2dFloat final : public BinaryConv2d {
 
   const char* kernel(bool) const override { return shown_by_blocks() ? "blocks.floats" : "binary_floats"; }
 
-  void run(const Call& call) const override {
+  void run(const Call& call) const override { run(call, nullptr); }
+  bool joins(const PixelwiseOp& next) const override { return next.is_sum(); }
+  void run_joined(const PixelwiseOp&, const Call& call) const override { run(call, call.input<float>(1)); }
+
+ private:
+  void run(const Call& call, const float* added) const {
     fill_planes(call);
     if (by_blocks(call))
       return blocks_->run(call, row_of(bases_), [&](const CountBlock& block) {
         for_tiles(block, [&](auto counts, int count, int64_t pixel, const int64_t* places, int64_t panel) {
-          store(call, count, pixel, places, 0, panel, [&](const int32_t* const* bases, const FloatOutput& output) {
-            kernels_.blocks->floats(counts, count, bases, output);
-          });
+          store(call, added, count, pixel, places, 0, panel,
+                [&](const int32_t* const* bases, const FloatOutput& output) {
+                  kernels_.blocks->floats(counts, count, bases, output);
+                });
         });
       });
-    product_.run(call, kNoBegin, row_of(bases_),
-                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
-                   store(call, tile.count, pixel, places, group, panel,
-                         [&](const int32_t* const* bases, const FloatOutput& output) {
-                           kernels_.binary_floats(tile, bases, output);
-                         });
-                 });
+    product_.run(
+        call, kNoBegin, row_of(bases_),
+        [&](const BinaryTile& tiles, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
+          product_.for_full_panels(tiles, panel, [&](const BinaryTile& tile, int64_t number) {
+            store(call, added, tile.count, pixel, places, group, number,
+                  [&](const int32_t* const* bases, const FloatOutput& output) {
+                    kernels_.binary_floats(tile, bases, output);
+                  });
+          });
+        },
+        kPanelsPerChunk);
   }
 
- private:
   // Calls compute(bases, FloatOutput) for a tile.
   template <class Compute>
-  void store(const Call& call, int count, int64_t pixel, const int64_t* places, int64_t group, int64_t panel,
-             const Compute& compute) const {
+  void store(const Call& call, const float* added, int count, int64_t pixel, const int64_t* places, int64_t group,
+             int64_t panel, const Compute& compute) const {
     const auto bases = rows_at(bases_, count, places, group, panel);
-    epilogue_.emit(call.result<float>(), pixel, count, group, panel,
-                   [&](const FloatOutput& output) { compute(bases.data(), output); });
+    epilogue_.emit(
+        call.result<float>(), pixel, count, group, panel,
+        [&](const FloatOutput& output) { compute(bases.data(), output); }, added);
   }
 
   PerChannel<int32_t> bases_;

@@ -29,8 +29,8 @@ class Conv2d final : public Op {
     fill_planes(call);
     product_.run(
         call, kNoBegin, kNoPlace,
-        [&](FloatTile tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
-          for_panels(tile, group, panel, [&](int64_t number) {
+        [&](const FloatTile& tiles, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
+          product_.for_full_panels(tiles, panel, [&](const FloatTile& tile, int64_t number) {
             epilogue_.emit(call.result<float>(), pixel, tile.count, group, number,
                            [&](const FloatOutput& output) { kernels_.float_tile(tile, output); });
           });
@@ -38,16 +38,16 @@ class Conv2d final : public Op {
         kernels_.float_panels);
   }
 
-  bool joins(const Op& next) const override { return dynamic_cast<const ThresholdBits*>(&next) != nullptr; }
+  bool joins(const PixelwiseOp& next) const override { return dynamic_cast<const ThresholdBits*>(&next) != nullptr; }
 
-  void run_joined(const Op& next, const Call& call) const override {
+  void run_joined(const PixelwiseOp& next, const Call& call) const override {
     const auto& threshold = dynamic_cast<const ThresholdBits&>(next);
     fill_planes(call);
     const int64_t words = next.output().words(), group_channels = product_.group_channels();
     product_.run(
         call, clearing(call, next.output()), kNoPlace,
-        [&](FloatTile tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
-          for_panels(tile, group, panel, [&](int64_t number) {
+        [&](const FloatTile& tiles, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
+          product_.for_full_panels(tiles, panel, [&](const FloatTile& tile, int64_t number) {
             const int64_t inside = number * kTileChannels, first = group * group_channels + inside;
             const int64_t width = std::min<int64_t>(tile.panels * kTileChannels, group_channels - inside);
             const auto wanted = static_cast<uint32_t>((uint64_t{1} << width) - 1);
@@ -61,19 +61,6 @@ class Conv2d final : public Op {
   }
 
  private:
-  // Calls compute(panel) for one full pair of panels, or for one or two panels one by one; `tile` is set for each.
-  template <class Compute>
-  void for_panels(FloatTile& tile, int64_t group, int64_t panel, const Compute& compute) const {
-    if (kernels_.float_panels == 2 && epilogue_.is_pair(panel)) {
-      tile.panels = 2;
-      return compute(panel);
-    }
-    for (int64_t number = panel; number < std::min(panel + kernels_.float_panels, product_.panels()); ++number) {
-      tile.weights = product_.panel(group, number);
-      compute(number);
-    }
-  }
-
   void fill_planes(const Call& call) const {
     product_.fill_planes(call, input_, [&](int64_t row, float* line, const int64_t* columns) {
       const int64_t first = row * input_.width, plane_size = product_.plane_size();

@@ -1,4 +1,4 @@
-// What the convolutions share: a product of gathered pixels with repacked weights, and what comes before and after it.
+// What the convolutions share: a product of pixels with repacked weights, and what comes before and after it.
 //
 // The input is first copied into planes: one per channel (floats, integers) or per 64-bit word of channels (bits), with
 // a border of zeros. There, the input of output pixel p under tap k lies at taps[k] + pixels[p], for every stride,
@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "op.h"
 
@@ -27,19 +28,25 @@ inline int64_t panels_at_once(int64_t panels, int64_t blocks, int threads) {
   return blocks < 2 * threads && threads > 1 ? kPanelsPerChunk : panels;
 }
 
+// How many panels from `panel` on, of at most `most`, take all of a tile's channels: a kernel can write these at once.
+// One if it is not full itself.
+inline int64_t full_panels(int64_t group_channels, int64_t panel, int64_t most) {
+  return std::clamp<int64_t>(group_channels / kTileChannels - panel, 1, most);
+}
+
 // Where the input of output pixels first..first+count-1 starts in padded images, `down` elements from a row of them to
 // the next, `right` to the next pixel and `image_size` to the next image, and their numbers within their images.
 inline void locate(const Window& window, int64_t down, int64_t right, int64_t image_size, int64_t first, int64_t count,
                    int64_t* offsets, int64_t* positions) {
-  const int64_t image_pixels = window.height * window.width;
-  int64_t image = first / image_pixels, y = first % image_pixels / window.width,
-          x = first % image_pixels % window.width;
-  for (int64_t p = 0; p < count; ++p) {
-    positions[p] = y * window.width + x;
-    offsets[p] = image * image_size + y * down + x * right;
-    if (++x < window.width) continue;
-    x = 0;
-    if (++y < window.height) continue;
+  const int64_t width = window.width, height = window.height;
+  int64_t image = first / (height * width), y = first / width % height, x = first % width;
+  for (int64_t p = 0; p < count; x = 0) {  // a row of pixels at a time
+    const int64_t offset = image * image_size + y * down, position = y * width, end = std::min(count, p + width - x);
+    for (; p < end; ++p, ++x) {
+      offsets[p] = offset + x * right;
+      positions[p] = position + x;
+    }
+    if (++y < height) continue;
     y = 0;
     ++image;
   }
@@ -135,8 +142,8 @@ class Product {
 
   // Calls emit(tile, first pixel, places, group, panel) for every tile: pixels are numbered as they lie in memory, and
   // places[p] is what place(number within its image) says of pixel p. An item of work covers some channels of some
-  // pixels; before its tiles, begin(first pixel, count, first channel, end channel) is called. Where `step` is 2, only
-  // even panels are named, and emit sees to the next one too.
+  // pixels; before its tiles, begin(first pixel, count, first channel, end channel) is called. A tile has `step` panels
+  // from the one that is named on, or what is left of the item's.
   template <class Begin, class Place, class Emit>
   void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit, int64_t step = 1) const {
     const Span span = this->span(call);
@@ -153,17 +160,33 @@ class Product {
       locate(item.first, count, offsets, places, place);
       for (int64_t group = 0; group < groups_; ++group) {
         const T* plane = static_cast<const T*>(call.scratch) + group * (set_planes_ / groups_) * plane_size();
-        for (int64_t p = 0; p < count; p += kTilePixels)
-          gather(plane, offsets + p, static_cast<int>(std::min<int64_t>(kTilePixels, count - p)), gathered + p * depth);
-        for (int64_t number = item.panel; number < item.end; number += step)
+        for (int64_t p = 0; p < count; p += kTilePixels) {
+          const int size = static_cast<int>(std::min<int64_t>(kTilePixels, count - p));
+          if (!in_place(offsets + p, size)) gather(plane, offsets + p, size, gathered + p * depth);
+        }
+        for (int64_t number = item.panel; number < item.end; number += step) {
+          const int size_panels = static_cast<int>(std::min(step, item.end - number));
           for (int64_t p = 0; p < count; p += kTilePixels) {
             const int size = static_cast<int>(std::min<int64_t>(kTilePixels, count - p));
-            emit(Tile<T>{gathered + p * depth, panel(group, number), depth, size, 1}, first + p, places + p, group,
-                 number);
+            const bool whole = in_place(offsets + p, size);
+            const T* pixels = whole ? plane + offsets[p] : gathered + p * depth;
+            emit(Tile<T>{pixels, panel(group, number), depth, size, size_panels, whole ? taps_.data() : nullptr},
+                 first + p, places + p, group, number);
           }
+        }
       }
       call.done({first, count, channel, end_channel});
     });
+  }
+
+  // Calls compute(tile, panel) for those panels of a tile that are full, and for one that is not.
+  template <class Compute>
+  void for_full_panels(const Tile<T>& tile, int64_t panel, const Compute& compute) const {
+    for (int64_t done = 0, size; done < tile.panels; done += size) {
+      size = full_panels(group_channels(), panel + done, tile.panels - done);
+      const T* weights = tile.weights + done * tile.depth * kTileChannels;
+      compute(Tile<T>{tile.pixels, weights, tile.depth, tile.count, static_cast<int>(size), tile.taps}, panel + done);
+    }
   }
 
   const T* panel(int64_t group, int64_t number) const { return weights_.data() + panel_start(group, number); }
@@ -179,17 +202,29 @@ class Product {
     for (int64_t p = 0; p < count; ++p) places[p] = place(places[p]);
   }
 
+  // Whether up to 8 pixels, or what they see, need not be gathered: they are neighbours, and floats.
+  static bool in_place(const int64_t* pixels, int count) {
+    return std::is_same_v<T, float> && pixels[count - 1] == pixels[0] + count - 1;
+  }
+
   // What up to 8 pixels see, as a tile has it. Runs of neighbours are copied whole, with what lies behind them: the
   // next copy writes over that, and behind the last tap, as behind the last plane, there are kRowBytes for it.
   void gather(const T* plane, const int64_t* pixels, int count, T* tile) const {
     int starts[kTilePixels], runs = 0;
     for (int p = 0; p < count; ++p)
       if (p == 0 || pixels[p] != pixels[p - 1] + 1) starts[runs++] = p;
-    for (const int64_t tap : taps_) {
-      for (int run = 0; run < runs; ++run)
-        std::memcpy(tile + starts[run], plane + tap + pixels[starts[run]], kRowBytes);
-      tile += count;
-    }
+    const auto copy = [&](const auto& of_tap) {
+      for (const int64_t tap : taps_) {
+        of_tap(plane + tap);
+        tile += count;
+      }
+    };
+    if (const int64_t first = pixels[0]; runs == 1)  // as mostly, without a loop in the loop
+      copy([&](const T* from) { std::memcpy(tile, from + first, kRowBytes); });
+    else
+      copy([&](const T* from) {
+        for (int run = 0; run < runs; ++run) std::memcpy(tile + starts[run], from + pixels[starts[run]], kRowBytes);
+      });
   }
 
  private:
@@ -317,19 +352,24 @@ class FloatEpilogue {
     return {scale_.panel(group, panel), bias_.panel(group, panel), values, kTileChannels};
   }
 
-  // Whether this panel and the next are full, so that emit may be called for both at once.
-  bool is_pair(int64_t panel) const { return (panel + 2) * kTileChannels <= group_channels_; }
-
-  // Calls compute(FloatOutput) for the tile at (pixel, group, panel); a panel that is not full goes by way of a copy.
+  // Calls compute(FloatOutput) for the tile at (pixel, group, panel), or for full_panels from that one on; a panel that
+  // is not full goes by way of a copy. What compute writes comes to `added`, if that is given, which lies as the output
+  // does.
   template <class Compute>
-  void emit(float* output, int64_t pixel, int count, int64_t group, int64_t panel, const Compute& compute) const {
+  void emit(float* output, int64_t pixel, int count, int64_t group, int64_t panel, const Compute& compute,
+            const float* added = nullptr) const {
     const int64_t inside = panel * kTileChannels, wanted = std::min<int64_t>(kTileChannels, group_channels_ - inside);
-    float* target = output + pixel * channels_ + group * group_channels_ + inside;
+    const int64_t at = pixel * channels_ + group * group_channels_ + inside;
     const float *scale = scale_.panel(group, panel), *bias = bias_.panel(group, panel);
-    if (wanted == kTileChannels) return compute(FloatOutput{scale, bias, target, channels_});
+    if (added != nullptr) added += at;
+    if (wanted == kTileChannels) return compute(FloatOutput{scale, bias, output + at, channels_, added});
     float values[kTilePixels * kTileChannels];
     compute(tile(values, group, panel));
-    for (int p = 0; p < count; ++p) std::copy_n(values + p * kTileChannels, wanted, target + p * channels_);
+    for (int p = 0; p < count; ++p)
+      for (int64_t c = 0; c < wanted; ++c) {
+        const float value = values[p * kTileChannels + c];
+        output[at + p * channels_ + c] = added == nullptr ? value : value + added[p * channels_ + c];
+      }
   }
 
  private:

@@ -27,6 +27,23 @@ std::unique_ptr<Op> make(const Shape& shape, Function function) {
   return std::make_unique<Elementwise<Function>>(shape, std::move(function));
 }
 
+class Sum final : public PixelwiseOp {
+ public:
+  Sum(const Shape& shape, const Kernels& kernels) : PixelwiseOp(shape), rows_(*kernels.rows) {}
+
+  bool is_sum() const override { return true; }
+
+  void apply(const Operands& operands, const Part& part) const override {
+    const int64_t channels = output().channels, start = part.first * channels + part.channel;
+    rows_.add(
+        operands.input<float>(0) + start, operands.input<float>(1) + start, operands.result<float>() + start,
+        {static_cast<size_t>(part.count), static_cast<size_t>(part.end - part.channel), static_cast<size_t>(channels)});
+  }
+
+ private:
+  const RowKernels& rows_;
+};
+
 }  // namespace
 
 std::unique_ptr<Op> make_multiply(const OpSpec& spec, Inputs inputs) {
@@ -51,11 +68,7 @@ std::unique_ptr<Op> make_multiply(const OpSpec& spec, Inputs inputs) {
 std::unique_ptr<Op> make_elementwise(const OpSpec& spec, Inputs inputs, const Kernels& kernels) {
   const Shape& shape = inputs[0];
   for (const Shape& input : inputs) require(input.is_float() && input == shape, "inputs must be float32 of one shape");
-  if (spec.op == "add")
-    return make(shape, [add = kernels.rows->add](const Operands& operands, const Part&, int64_t start,
-                                                 const Rows& rows) {
-      add(operands.input<float>(0) + start, operands.input<float>(1) + start, operands.result<float>() + start, rows);
-    });
+  if (spec.op == "add") return std::make_unique<Sum>(shape, kernels);
   if (spec.op == "affine") {
     const auto scale = tensor<float>(spec, "scale", {shape.channels});
     const auto shift = tensor<float>(spec, "shift", {shape.channels});

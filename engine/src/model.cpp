@@ -209,8 +209,12 @@ void Engine::State::run(const Lane& lane, const float* images, float* outputs, d
 void Engine::State::run_group(const Lane& lane, const Group& group, Call& call) const {
   const Op& head = *ops[group.head];
   if (group.joined) {
-    call.output = lane.followers[0].operands.output;
-    head.run_joined(*lane.followers[0].op, call);
+    const Follower& next = lane.followers[0];
+    const std::vector<size_t>& read = inputs[group.followers[0]];
+    if (read.size() > 1) call.inputs[1] = next.operands.inputs[read[0] == group.head + 1 ? 1 : 0];
+    call.output = next.operands.output;
+    call.followers = std::span(lane.followers).subspan(1);
+    head.run_joined(*next.op, call);
   } else {
     call.followers = lane.followers;
     head.run(call);
@@ -332,8 +336,8 @@ size_t Engine::op_count() const { return state_->ops.size(); }
 const std::vector<size_t>& Engine::op_inputs(size_t index) const { return state_->inputs.at(index); }
 std::string_view Engine::op_kernel(size_t index) const {
   const Group& group = state_->plan.group_of(index);
-  if (group.joined && group.head != index) return "";
-  return state_->ops[index]->kernel(group.joined);
+  if (group.joined && group.followers[0] == index) return "";
+  return state_->ops[index]->kernel(group.joined && group.head == index);
 }
 const Shape& Engine::value(size_t number) const { return state_->shapes.at(number); }
 std::string_view Engine::isa() const { return state_->kernels.isa; }

@@ -121,9 +121,10 @@ class Op {
   // Whether it can make its output strip by strip, in order, from an input that is there as a whole.
   virtual bool makes_strips() const { return false; }
 
-  // Whether this op can write what `next` makes of its output, at once, without that output being anywhere.
-  virtual bool joins(const Op&) const { return false; }
-  virtual void run_joined(const Op&, const Call&) const {}
+  // Whether this op can write what `next` makes of its output, at once, without that output being anywhere. What else
+  // `next` reads is the second input of the call.
+  virtual bool joins(const PixelwiseOp&) const { return false; }
+  virtual void run_joined(const PixelwiseOp&, const Call&) const {}
 
  private:
   Shape output_;
@@ -135,6 +136,8 @@ class PixelwiseOp : public Op {
  public:
   using Op::Op;
   virtual void apply(const Operands& operands, const Part& part) const = 0;
+
+  virtual bool is_sum() const { return false; }  // of its two inputs, nothing else
 
   void run(const Call& call) const final {
     const int64_t width = output().width, channels = output().channels;

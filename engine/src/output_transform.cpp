@@ -1,5 +1,7 @@
 #include "output_transform.h"
 
+#include <numeric>
+
 #include "ramp_table.h"
 
 namespace lowbit {
@@ -15,7 +17,8 @@ class ThresholdCodes final : public PixelwiseOp {
   ThresholdCodes(const OpSpec& spec, const Shape& input, const Kernels& kernels)
       : PixelwiseOp(codes_like(input, spec.bits)), kernels_(kernels), thresholds_(spec, input.channels) {
     if (spec.bits > kMostCounted) {
-      std::vector<int64_t> row(round_up(kRampValues, input.channels));
+      const int64_t whole = std::lcm(kRampValues, input.channels);
+      std::vector<int64_t> row(whole <= kMostRampValues ? whole : round_up(kRampValues, input.channels));
       for (size_t i = 0; i < row.size(); ++i) row[i] = static_cast<int64_t>(i) % input.channels;
       ramp_ = RampTable<float>::fit(thresholds_, row);
       return;
@@ -53,7 +56,8 @@ class ThresholdCodes final : public PixelwiseOp {
   }
 
  private:
-  static constexpr int64_t kRampValues = 128;  // at least, so that pixels of few channels are not done one by one
+  // So many at least, that pixels of few channels are not done one by one, and a multiple of it where that is not much.
+  static constexpr int64_t kRampValues = 128, kMostRampValues = 1024;
 
   const Kernels& kernels_;
   Thresholds<float> thresholds_;

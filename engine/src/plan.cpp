@@ -66,8 +66,9 @@ void Plan::make_groups(const Graph& graph) {
   for (Group& group : groups) {
     int64_t readers = 0;
     for (const auto& read : graph.inputs) readers += std::count(read.begin(), read.end(), group.head + 1);
+    // One that follows reads something of its group, so the first reads the head's.
     group.joined =
-        group.followers.size() == 1 && readers == 1 && graph.ops[group.head]->joins(*graph.ops[group.followers[0]]);
+        !group.followers.empty() && readers == 1 && graph.ops[group.head]->joins(*pixelwise_[group.followers[0]]);
   }
 }
 
@@ -115,7 +116,8 @@ void Plan::find_homes(const Graph& graph) {
       std::vector<size_t> newest = graph.inputs[i];
       std::sort(newest.rbegin(), newest.rend());
       for (const size_t value : newest)
-        if (graph.shapes[value] == graph.shapes[i + 1] && last_reader(value, group, i)) {
+        if (graph.shapes[value] == graph.shapes[i + 1] && last_reader(value, group, i) &&
+            !(groups[group].joined && value == groups[group].head + 1)) {
           home_[i + 1] = home_[value];
           break;
         }

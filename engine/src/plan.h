@@ -19,7 +19,7 @@ struct Group {
   std::vector<size_t> pools = {};
   std::vector<size_t> pooled = {};  // values, each in a block of its own, that hold what the pools read
   int64_t strip_rows = 0;
-  bool joined = false;  // the head writes what its one follower makes of its output, and the output itself is nowhere
+  bool joined = false;  // the head writes what its first follower makes of its output, and the output itself is nowhere
 };
 
 // A block of memory that is in use from group `first` to group `last`, both included; sizes and offsets are per image.

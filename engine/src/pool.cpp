@@ -29,19 +29,23 @@ class SlidingWindow : public PoolOp {
       const T* image = call.input<T>() + row / window.height * input_.pixels() * step_;
       T* y = call.result<T>() + first * step_;
       const auto [top, bottom] = covered(0, row % window.height, input_.height);
+      const int64_t step = step_, row_step = input_.width * step;  // in registers: a code may be written over members
       const T* taps[kMostTaps];
-      for (int64_t column = 0; column < window.width; ++column, y += step_) {
+      for (int64_t column = 0; column < window.width; ++column, y += step) {
         const auto [left, right] = covered(1, column, input_.width);
+        const T* line = image + (top - strip.input_first) * row_step;
         size_t count = 0;
-        for (int64_t iy = top; iy < bottom; ++iy)
-          for (int64_t ix = left; ix < right; ++ix) {
+        for (int64_t iy = top; iy < bottom; ++iy, line += row_step) {
+          const T* end = line + right * step;
+          for (const T* tap = line + left * step; tap != end; tap += step) {
             if (count == kMostTaps) {
               combine(taps, count, y);
               taps[0] = y;
               count = 1;
             }
-            taps[count++] = image + ((iy - strip.input_first) * input_.width + ix) * step_;
+            taps[count++] = tap;
           }
+        }
         combine(taps, count, y);
         finish(y, (bottom - top) * (right - left));
       }

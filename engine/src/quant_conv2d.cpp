@@ -82,17 +82,21 @@ class CodeConv2d final : public Op {
     choose(measure.first_is_faster(*this, input_, shape_, 1, choose));
   }
 
-  void run(const Call& call) const override {
-    if (by_planes_)
-      run_by(*planes_, static_cast<int32_t>(static_cast<uint32_t>(multiplier_) * planes_->unit()), call);
-    else
-      run_by(bytes_, multiplier_, call);
-  }
+  void run(const Call& call) const override { run(call, nullptr); }
+  bool joins(const PixelwiseOp& next) const override { return epilogue_ && next.is_sum(); }
+  void run_joined(const PixelwiseOp&, const Call& call) const override { run(call, call.input<float>(1)); }
 
  private:
+  void run(const Call& call, const float* added) const {
+    if (by_planes_)
+      run_by(*planes_, static_cast<int32_t>(static_cast<uint32_t>(multiplier_) * planes_->unit()), call, added);
+    else
+      run_by(bytes_, multiplier_, call, added);
+  }
+
   // `multiplier`: of the sums, which are of codes.
   template <class Blocks>
-  void run_by(const Blocks& blocks, int32_t multiplier, const Call& call) const {
+  void run_by(const Blocks& blocks, int32_t multiplier, const Call& call, const float* added) const {
     blocks.fill(call);
     blocks.run(call, clearing(call, output()), [&](const SumBlock& block) {
       for (int64_t p = 0; p < block.count; p += kTilePixels) {
@@ -102,15 +106,17 @@ class CodeConv2d final : public Op {
         for (int i = 0; i < count; ++i)
           bases[i] =
               bases_->panel(block.group, block.first_panel, cases_ ? cases_->of_position(block.positions[p + i]) : 0);
-        for (int64_t number = 0; number < block.panels; ++number) {
+        for (int64_t number = 0, size; number < block.panels; number += size) {
           const int64_t panel = block.first_panel + number;
-          const IntegerSums sums{block.sums[number] + p, count, multiplier, bases};
+          size = epilogue_ ? full_panels(group_channels_, panel, block.panels - number) : 1;
+          const IntegerSums sums{block.sums[number] + p, count, multiplier, bases, static_cast<int>(size)};
           if (epilogue_)
-            epilogue_->emit(call.result<float>(), pixel, count, block.group, panel,
-                            [&](const FloatOutput& out) { kernels_.floats(sums, out); });
+            epilogue_->emit(
+                call.result<float>(), pixel, count, block.group, panel,
+                [&](const FloatOutput& out) { kernels_.floats(sums, out); }, added);
           else
             put_codes(call, sums, pixel, block.group, panel);
-          for (int i = 0; i < count; ++i) bases[i] += kTileChannels;
+          for (int i = 0; i < count; ++i) bases[i] += size * kTileChannels;
         }
       }
     });

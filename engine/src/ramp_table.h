@@ -108,7 +108,7 @@ class RampTable {
 
   // Above the last code: as far off as can be, and yet nearest to the last threshold.
   static constexpr float kTop = 0.4375f;
-  static constexpr float kMostSlack = 0.0625f, kSlackSteps = 1024;
+  static constexpr float kMostSlack = 0.0625f, kSlackSteps = 1 << 16;
 
   std::vector<float> slope_, start_, low_, high_;
   std::vector<uint32_t> flips_;

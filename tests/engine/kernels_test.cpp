@@ -44,14 +44,14 @@ struct TileData {
         tile{pixels.data(), weights.data(), depth, count, 1} {}
 };
 
-// A table of 16 numbers for each pixel.
+// A table of 16 numbers for each pixel and panel.
 struct TileRows {
   std::vector<std::vector<int32_t>> values;
   std::vector<const int32_t*> rows;
 
   template <class Make>
-  TileRows(int count, const Make& make) {
-    for (int p = 0; p < count; ++p) values.push_back(filled<int32_t>(kTileChannels, make));
+  TileRows(int count, const Make& make, int panels = 1) {
+    for (int p = 0; p < count; ++p) values.push_back(filled<int32_t>(panels * kTileChannels, make));
     for (const auto& row : values) rows.push_back(row.data());
   }
 };
@@ -120,12 +120,27 @@ void check_binary(Comparison& comparison, size_t depth, int count) {
     comparison.check<uint16_t>("binary_bits", depth, count, kTilePixels, [&](const Kernels& k, uint16_t* out) {
       k.binary_bits(tile, limits.rows.data(), falling, out);
     });
-    const TileRows bases(count, [] { return static_cast<int32_t>(integer(-(1 << 30), 1 << 30) >> integer(0, 30)); });
-    const auto scale = filled<float>(kTileChannels, real), bias = filled<float>(kTileChannels, real);
-    comparison.check<float>("binary_floats", depth, count, kTilePixels * kStride, [&](const Kernels& k, float* out) {
-      k.binary_floats(tile, bases.rows.data(), {scale.data(), bias.data(), out, kStride});
-    });
   }
+}
+
+// Several panels at once, whose floats may be added to others, also in place.
+void check_binary_floats(Comparison& comparison, size_t depth, int count, int panels) {
+  const int channels = panels * kTileChannels, stride = channels + 3;
+  const auto any = [] { return random_bits(); };
+  const auto pixels = filled<uint64_t>(depth * count, any), weights = filled<uint64_t>(depth * channels, any);
+  const BinaryTile tile{pixels.data(), weights.data(), depth, count, panels};
+  const auto base = [] { return static_cast<int32_t>(integer(-(1 << 30), 1 << 30) >> integer(0, 30)); };
+  const TileRows bases(count, base, panels);
+  const auto scale = filled<float>(channels, real), bias = filled<float>(channels, real);
+  const auto others = filled<float>((count - 1) * stride + channels, real);
+  const auto check = [&](const auto& added) {
+    comparison.check<float>("binary_floats", depth, count, kTilePixels * stride, [&](const Kernels& k, float* out) {
+      k.binary_floats(tile, bases.rows.data(), {scale.data(), bias.data(), out, stride, added(out)});
+    });
+  };
+  check([](float*) -> const float* { return nullptr; });
+  check([&](float*) { return others.data(); });
+  check([](float* out) { return out; });
 }
 
 // Pixels and channels by blocks, against the counts of every pixel and channel. Where `opposite`, every bit differs.
@@ -178,11 +193,16 @@ void check_blocks(Comparison& comparison, size_t depth, int count, int panels, b
   const TileRows bases(tile, [] { return static_cast<int32_t>(integer(-(1 << 24), 1 << 24)); });
   const auto scale = filled<float>(kTileChannels, real), bias = filled<float>(kTileChannels, real);
   Results<float> expected(kTilePixels * kStride, 77), written = expected;
-  for (int p = 0; p < tile; ++p)
-    for (int c = 0; c < kTileChannels; ++c)
-      expected[p * kStride + c] = static_cast<float>(bases.rows[p][c] - 2 * found[0][p][c]) * scale[c] + bias[c];
-  blocks.floats(found[0], tile, bases.rows.data(), {scale.data(), bias.data(), written.data(), kStride});
-  comparison.compare("blocks.floats", depth, count, expected, written);
+  for (const bool adds : {false, true}) {  // to what was written before
+    for (int p = 0; p < tile; ++p)
+      for (int c = 0; c < kTileChannels; ++c) {
+        const float y = static_cast<float>(bases.rows[p][c] - 2 * found[0][p][c]) * scale[c] + bias[c];
+        expected[p * kStride + c] = adds ? y + expected[p * kStride + c] : y;
+      }
+    blocks.floats(found[0], tile, bases.rows.data(),
+                  {scale.data(), bias.data(), written.data(), kStride, adds ? written.data() : nullptr});
+    comparison.compare("blocks.floats", depth, count, expected, written);
+  }
 }
 
 // Rows of codes with signed bytes, from a plane whose codes are the largest that `bits` give, or any.
@@ -258,19 +278,40 @@ void check_byte_outputs(Comparison& comparison, int count, int levels) {
   for (int c = 0; c < kTileChannels; ++c) thresholds[c] = integer_of(0, c) ^ flips[c];  // just passed
 
   Results<uint8_t> codes(kTilePixels * kStride, 77), written = codes;
-  const auto scale = filled<float>(kTileChannels, real), bias = filled<float>(kTileChannels, real);
-  Results<float> floats(kTilePixels * kStride, 77), found = floats;
   for (int p = 0; p < count; ++p)
     for (int c = 0; c < kTileChannels; ++c) {
       codes[p * kStride + c] = 0;
       for (int level = 0; level < levels; ++level)
         codes[p * kStride + c] += (integer_of(p, c) ^ flips[c]) >= thresholds[level * kTileChannels + c];
-      floats[p * kStride + c] = static_cast<float>(integer_of(p, c)) * scale[c] + bias[c];
     }
   bytes.codes(all, {thresholds.data(), flips.data(), levels}, written.data(), kStride);
   comparison.compare("bytes.codes", levels, count, codes, written);
-  bytes.floats(all, {scale.data(), bias.data(), found.data(), kStride});
-  comparison.compare("bytes.floats", levels, count, floats, found);
+}
+
+// Floats of several panels, which may be added to what was written before.
+void check_byte_floats(Comparison& comparison, int count, int panels) {
+  const int channels = panels * kTileChannels, stride = channels + 3;
+  const auto any = [] { return static_cast<int32_t>(random_bits() >> integer(32, 60)); };
+  const auto sums = filled<int32_t>(((panels - 1) * kBlockPixels + count) * kTileChannels, any);
+  const TileRows bases(count, any, panels);
+  const auto multiplier = static_cast<int32_t>(integer(1, 5));
+  const IntegerSums all{reinterpret_cast<const int32_t (*)[kTileChannels]>(sums.data()), count, multiplier,
+                        bases.rows.data(), panels};
+  const auto scale = filled<float>(channels, real), bias = filled<float>(channels, real);
+  Results<float> floats(kTilePixels * stride, 77), found = floats;
+  for (const bool adds : {false, true}) {
+    for (int p = 0; p < count; ++p)
+      for (int c = 0; c < channels; ++c) {
+        const int32_t sum = sums[(c / kTileChannels * kBlockPixels + p) * kTileChannels + c % kTileChannels];
+        const auto integer = static_cast<int32_t>(static_cast<uint32_t>(sum) * static_cast<uint32_t>(multiplier) +
+                                                  static_cast<uint32_t>(bases.rows[p][c]));
+        const float y = static_cast<float>(integer) * scale[c] + bias[c];
+        floats[p * stride + c] = adds ? y + floats[p * stride + c] : y;
+      }
+    comparison.kernels.bytes->floats(all,
+                                     {scale.data(), bias.data(), found.data(), stride, adds ? found.data() : nullptr});
+    comparison.compare("bytes.floats", panels, count, floats, found);
+  }
 }
 
 // Codes of values near thresholds that rise evenly, which are held against all of them.
@@ -340,17 +381,19 @@ void check_integers(Comparison& comparison, size_t depth, int count) {
 }
 
 // The scalar table rounds products before it adds them; all others fuse the two, in the same order.
-void check_floats(Comparison& comparison, size_t depth, int count, int panels) {
+void check_floats(Comparison& comparison, size_t depth, int count, int panels, bool gathered) {
   const int channels = panels * kTileChannels, stride = channels + 3;
   const auto pixels = filled<float>(depth * count, real), weights = filled<float>(depth * channels, real);
   const auto scale = filled<float>(channels, real), bias = filled<float>(channels, real);
-  const FloatTile tile{pixels.data(), weights.data(), depth, count, panels};
+  std::vector<int64_t> taps(depth);
+  for (size_t k = 0; k < depth; ++k) taps[k] = gathered ? k * count : integer(0, (depth - 1) * count);
+  const FloatTile tile{pixels.data(), weights.data(), depth, count, panels, gathered ? nullptr : taps.data()};
   Results<float> expected(kTilePixels * stride, 77), found = expected;
   for (int p = 0; p < count; ++p)
     for (int c = 0; c < channels; ++c) {
       const float* w = weights.data() + c / kTileChannels * depth * kTileChannels + c % kTileChannels;
       float sum = 0;
-      for (size_t k = 0; k < depth; ++k) sum = std::fma(pixels[k * count + p], w[k * kTileChannels], sum);
+      for (size_t k = 0; k < depth; ++k) sum = std::fma(pixels[taps[k] + p], w[k * kTileChannels], sum);
       expected[p * stride + c] = sum * scale[c] + bias[c];
     }
   comparison.kernels.float_tile(tile, {scale.data(), bias.data(), found.data(), stride});
@@ -433,7 +476,9 @@ bool equals_scalar(const Kernels& kernels) {
     for (int count = 1; count <= kTilePixels; ++count) {
       check_binary(comparison, depth, count);
       check_integers(comparison, depth, count);
-      for (int panels = 1; panels <= kernels.float_panels; ++panels) check_floats(comparison, depth, count, panels);
+      for (int panels = 1; panels <= 3; ++panels) check_binary_floats(comparison, depth, count, panels);
+      for (int panels = 1; panels <= kernels.float_panels; ++panels)
+        for (const bool gathered : {true, false}) check_floats(comparison, depth, count, panels, gathered);
     }
   if (kernels.blocks != nullptr) {
     for (const size_t depth : {1, 2, 3, 4, 5, 9, 36, 72})
@@ -451,6 +496,8 @@ bool equals_scalar(const Kernels& kernels) {
             check_bytes(comparison, length, run_count, bits, largest, count, panels);
     for (int count = 1; count <= kTilePixels; ++count)
       for (const int levels : {1, 3, 255}) check_byte_outputs(comparison, count, levels);
+    for (int count = 1; count <= kTilePixels; ++count)
+      for (const int panels : {1, 2, 3}) check_byte_floats(comparison, count, panels);
   }
   for (size_t channels = 1; channels <= 200; ++channels) check_float_bits(comparison, channels);
   for (size_t count = 1; count <= 200; ++count) check_ramps(comparison, count);

@@ -134,6 +134,23 @@ def test_a_convolution_that_its_threshold_and_a_later_sum_read(name, order):
 
 
 @pytest.mark.parametrize("name", _engine.available_isas())
+@pytest.mark.parametrize("kind", ["binary_conv2d", "quant_conv2d"])
+@pytest.mark.parametrize("channels", [20, 64, 80, 100])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_convolution_adds_a_shortcut_that_is_read_again_or_not(name, kind, channels, first):
+    net, rng = Builder((channels, 7, 5)), np.random.default_rng(0)
+    shortcut, bits = 0, 1 if kind == "binary_conv2d" else 2
+    for _ in range(3):
+        codes = net.op("threshold", [shortcut], thresholds(rng, np.float32, channels, bits, 1.0), bits=bits)
+        sums = of_codes(net, rng, kind, codes, channels, channels)
+        added = net.op("add", [sums, shortcut] if first else [shortcut, sums])
+        again = net.op("add", [added, shortcut])
+        shortcut = net.op("relu", [again])
+    for batch, threads in ((1, 1), (3, 2)):
+        same_as_one_by_one(net.model, name, 0, batch, threads)
+
+
+@pytest.mark.parametrize("name", _engine.available_isas())
 @pytest.mark.parametrize("kind", ["conv2d", "binary_conv2d", "quant_conv2d"])
 @pytest.mark.parametrize("sizes", [((3, 3), (2, 2), (1, 1)), ((2, 3), (3, 1), (1, 0))])
 def test_pools_follow_a_convolution_strip_by_strip(name, kind, sizes):

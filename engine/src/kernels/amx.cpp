@@ -211,7 +211,9 @@ void floats(const int32_t (*counts)[kTileChannels], int count, const int32_t* co
   for (int p = 0; p < count; ++p) {
     const __m512i row = _mm512_loadu_si512(counts[p]);
     const __m512i dots = _mm512_sub_epi32(_mm512_loadu_si512(bases[p]), _mm512_add_epi32(row, row));
-    _mm512_storeu_ps(out.output + p * out.stride, _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale), bias));
+    __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale), bias);
+    if (out.added != nullptr) y = _mm512_add_ps(y, _mm512_loadu_ps(out.added + p * out.stride));
+    _mm512_storeu_ps(out.output + p * out.stride, y);
   }
 }
 

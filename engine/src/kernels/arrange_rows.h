@@ -10,7 +10,10 @@ void arrange_rows(const uint8_t* plane, const int64_t* runs, size_t run_count, s
     uint8_t* row = arranged + p * depth;
     for (size_t run = 0; run < run_count; ++run, row += length) {
       const uint8_t* from = plane + runs[run] + pixels[p];
-      for (size_t i = 0; i < length; i += 64) __builtin_memcpy(row + i, from + i, 64);
+      if (length <= 32)  // so that fewer copies cross the end of a cache line
+        __builtin_memcpy(row, from, 32);
+      else
+        for (size_t i = 0; i < length; i += 64) __builtin_memcpy(row + i, from + i, 64);
     }
   }
 }

@@ -96,10 +96,17 @@ __m256 scaled(__m256 sums, const FloatOutput& out, int first) {
   return _mm256_add_ps(_mm256_mul_ps(sums, _mm256_loadu_ps(out.scale + first)), _mm256_loadu_ps(out.bias + first));
 }
 
-// The same of pixel p whose sums are bases - 2 * counts.
+// Writes what sums of pixel p become.
+void store_sums(__m256i sums, const FloatOutput& out, int p, int first) {
+  const ptrdiff_t at = p * out.stride + first;
+  __m256 y = scaled(_mm256_cvtepi32_ps(sums), out, first);
+  if (out.added != nullptr) y = _mm256_add_ps(y, _mm256_loadu_ps(out.added + at));
+  _mm256_storeu_ps(out.output + at, y);
+}
+
+// The same of bases - 2 * counts.
 void store_dots(__m256i counts, const int32_t* bases, const FloatOutput& out, int p, int first) {
-  const __m256i dots = _mm256_sub_epi32(load(bases + first), _mm256_add_epi32(counts, counts));
-  _mm256_storeu_ps(out.output + p * out.stride + first, scaled(_mm256_cvtepi32_ps(dots), out, first));
+  store_sums(_mm256_sub_epi32(load(bases + first), _mm256_add_epi32(counts, counts)), out, p, first);
 }
 
 // A bit for each of eight counts that is at most its limit.
@@ -131,9 +138,12 @@ void store_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t f
 
 template <int P>
 void store_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
-  const Counts<P> sums(tile);
-  for (int p = 0; p < P; ++p)
-    for (int first = 0; first < kTileChannels; first += 8) store_dots(sums.eight(p, first), bases[p], out, p, first);
+  for (int c = 0; c < tile.panels * kTileChannels; c += kTileChannels) {
+    const Counts<P> sums({tile.pixels, tile.weights + c * tile.depth, tile.depth, P});
+    for (int p = 0; p < P; ++p)
+      for (int first = 0; first < kTileChannels; first += 8)
+        store_dots(sums.eight(p, first), bases[p], out, p, c + first);
+  }
 }
 
 void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileChannels]) {
@@ -155,9 +165,9 @@ struct FloatSums {
   FloatSums(const FloatTile& tile, int first) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) low[p] = high[p] = _mm256_setzero_ps();
-    const float* x = tile.pixels + first;
     const float* w = tile.weights;
-    for (size_t k = 0; k < tile.depth; ++k, x += tile.count, w += kTileChannels) {
+    for (size_t k = 0; k < tile.depth; ++k, w += kTileChannels) {
+      const float* x = tile.at(k) + first;
       const __m256 w_low = _mm256_loadu_ps(w), w_high = _mm256_loadu_ps(w + 8);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
@@ -274,14 +284,14 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
 // 16 bits wide. Pixels are split once for all panels, so many fours at a time as stay in the L1 cache.
 constexpr size_t kSplitFours = 128;
 
-// Adds the products of some fours to the sums of P pixels.
+// Adds the products of some fours to the sums of P pixels, or writes them if they are the first.
 template <int P>
 void multiply_split(const int32_t (*even)[kSplitFours], const int32_t (*odd)[kSplitFours], const int8_t* weights,
-                    size_t fours, int32_t (*sums)[kTileChannels]) {
+                    size_t fours, bool is_first, int32_t (*sums)[kTileChannels]) {
   for (int half = 0; half < kTileChannels; half += 8, weights += 32) {
     __m256i of[P];
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) of[p] = load(sums[p] + half);
+    for (int p = 0; p < P; ++p) of[p] = is_first ? _mm256_setzero_si256() : load(sums[p] + half);
     for (size_t k = 0; k < fours; ++k) {
       const __m256i row = load(weights + 4 * k * kTileChannels);
       const __m256i w_even = _mm256_srai_epi16(_mm256_slli_epi16(row, 8), 8), w_odd = _mm256_srai_epi16(row, 8);
@@ -301,7 +311,6 @@ template <int P>
 void multiply_wide(const uint8_t* pixels, const int8_t* weights, size_t depth, int panels, int first, BlockSums* sums) {
   constexpr uint32_t kAlternate = 0x00ff00ff;
   int32_t even[P][kSplitFours], odd[P][kSplitFours];
-  for (int panel = 0; panel < panels; ++panel) __builtin_memset(sums[panel][first], 0, P * sizeof(sums[panel][first]));
   for (size_t start = 0; start < depth; start += 4 * kSplitFours) {
     const size_t left = (depth - start) / 4, fours = left < kSplitFours ? left : kSplitFours;
     for (int p = 0; p < P; ++p)
@@ -312,7 +321,8 @@ void multiply_wide(const uint8_t* pixels, const int8_t* weights, size_t depth, i
         odd[p][k] = static_cast<int32_t>(four >> 8 & kAlternate);
       }
     for (int panel = 0; panel < panels; ++panel)
-      multiply_split<P>(even, odd, weights + (panel * depth + start) * kTileChannels, fours, sums[panel] + first);
+      multiply_split<P>(even, odd, weights + (panel * depth + start) * kTileChannels, fours, start == 0,
+                        sums[panel] + first);
   }
 }
 
@@ -327,9 +337,10 @@ void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int c
     LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
 }
 
-// Eight channels from `first` on.
+// Eight channels from `first` on, which may be those of a panel behind the first.
 __m256i completed(const IntegerSums& sums, int p, int first) {
-  const __m256i product = _mm256_mullo_epi32(load(sums.sums[p] + first), _mm256_set1_epi32(sums.multiplier));
+  const int32_t* row = sums.sums[first / kTileChannels * kBlockPixels + p] + first % kTileChannels;
+  const __m256i product = _mm256_mullo_epi32(load(row), _mm256_set1_epi32(sums.multiplier));
   return _mm256_add_epi32(product, load(sums.bases[p] + first));
 }
 
@@ -354,8 +365,7 @@ void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t
 
 void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
   for (int p = 0; p < sums.count; ++p)
-    for (int i = 0; i < kTileChannels; i += 8)
-      _mm256_storeu_ps(out.output + p * out.stride + i, scaled(_mm256_cvtepi32_ps(completed(sums, p, i)), out, i));
+    for (int i = 0; i < sums.panels * kTileChannels; i += 8) store_sums(completed(sums, p, i), out, p, i);
 }
 
 constexpr ByteKernels kBytes{4, 8, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};

@@ -15,6 +15,14 @@ __m512 scaled(__m512 sums, const FloatOutput& out) {
   return _mm512_add_ps(_mm512_mul_ps(sums, _mm512_loadu_ps(out.scale)), _mm512_loadu_ps(out.bias));
 }
 
+// Writes what 16 sums of pixel p become, of the channels from `c` on.
+void store_sums(__m512i sums, __m512 scale, __m512 bias, const FloatOutput& out, int p, int c) {
+  const ptrdiff_t at = p * out.stride + c;
+  __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale), bias);
+  if (out.added != nullptr) y = _mm512_add_ps(y, _mm512_loadu_ps(out.added + at));
+  _mm512_storeu_ps(out.output + at, y);
+}
+
 // The counts of a pixel for all 16 channels, as 32 bits.
 template <int P>
 __m512i narrow(const Counts<P>& sums, int p) {
@@ -42,13 +50,16 @@ void store_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t f
 
 template <int P>
 void store_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
-  const Counts<P> sums(tile);
-  const __m512 scale = _mm512_loadu_ps(out.scale), bias = _mm512_loadu_ps(out.bias);
+  const FloatOutput to = out;  // in registers, as nothing can be written over it
+  for (int c = 0; c < tile.panels * kTileChannels; c += kTileChannels) {
+    const Counts<P> sums({tile.pixels, tile.weights + c * tile.depth, tile.depth, P});
+    const __m512 scale = _mm512_loadu_ps(to.scale + c), bias = _mm512_loadu_ps(to.bias + c);
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) {
-    const __m512i counts = narrow(sums, p);
-    const __m512i dots = _mm512_sub_epi32(_mm512_loadu_si512(bases[p]), _mm512_add_epi32(counts, counts));
-    _mm512_storeu_ps(out.output + p * out.stride, _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale), bias));
+    for (int p = 0; p < P; ++p) {
+      const __m512i counts = narrow(sums, p);
+      const __m512i dots = _mm512_sub_epi32(_mm512_loadu_si512(bases[p] + c), _mm512_add_epi32(counts, counts));
+      store_sums(dots, scale, bias, to, p, c);
+    }
   }
 }
 
@@ -63,10 +74,10 @@ struct FloatSums {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) of[n][p] = _mm512_setzero_ps();
     }
-    const float* x = tile.pixels;
     const float* w = tile.weights;
     const size_t next = tile.depth * kTileChannels;
-    for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
+    for (size_t k = 0; k < tile.depth; ++k, w += kTileChannels) {
+      const float* x = tile.at(k);
       __m512 weights[N];
 #pragma GCC unroll 2
       for (int n = 0; n < N; ++n) weights[n] = _mm512_loadu_ps(w + n * next);
@@ -153,15 +164,15 @@ __m512i four_codes(const uint8_t* codes) {
   return _mm512_set1_epi32(four);
 }
 
-__m512i completed(const IntegerSums& sums, int p) {
-  return _mm512_add_epi32(_mm512_mullo_epi32(_mm512_loadu_si512(sums.sums[p]), _mm512_set1_epi32(sums.multiplier)),
-                          _mm512_loadu_si512(sums.bases[p]));
+__m512i completed(const int32_t* sums, __m512i factor, const int32_t* bases) {
+  return _mm512_add_epi32(_mm512_mullo_epi32(_mm512_loadu_si512(sums), factor), _mm512_loadu_si512(bases));
 }
 
 void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t* codes, ptrdiff_t stride) {
   const __m512i flips = _mm512_loadu_si512(limits.flips), one = _mm512_set1_epi32(1);
+  const __m512i factor = _mm512_set1_epi32(sums.multiplier);
   for (int p = 0; p < sums.count; ++p) {
-    const __m512i flipped = _mm512_xor_si512(completed(sums, p), flips);
+    const __m512i flipped = _mm512_xor_si512(completed(sums.sums[p], factor, sums.bases[p]), flips);
     __m512i passed = _mm512_setzero_si512();
     for (int level = 0; level < limits.levels; ++level) {
       const __m512i limit = _mm512_loadu_si512(limits.thresholds + level * kTileChannels);
@@ -172,8 +183,14 @@ void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t
 }
 
 void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
-  for (int p = 0; p < sums.count; ++p)
-    _mm512_storeu_ps(out.output + p * out.stride, scaled(_mm512_cvtepi32_ps(completed(sums, p)), out));
+  const IntegerSums from = sums;  // as above
+  const FloatOutput to = out;
+  const __m512i factor = _mm512_set1_epi32(from.multiplier);
+  for (int c = 0; c < from.panels * kTileChannels; c += kTileChannels) {
+    const __m512 scale = _mm512_loadu_ps(to.scale + c), bias = _mm512_loadu_ps(to.bias + c);
+    const int32_t (*of)[kTileChannels] = from.sums + c / kTileChannels * kBlockPixels;
+    for (int p = 0; p < from.count; ++p) store_sums(completed(of[p], factor, from.bases[p] + c), scale, bias, to, p, c);
+  }
 }
 
 void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileChannels]) {

@@ -2,7 +2,7 @@
 //
 // All of them work on tiles: up to 8 pixels times 16 output channels. The pixels' inputs are gathered as
 // pixels[depth][count], the weights as weights[depth][16], so that every kernel reads memory straight through, whatever
-// the convolution's stride, dilation or border.
+// the convolution's stride, dilation or border. Floats may stay where they are.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,13 @@ struct Tile {
   const T* weights;
   size_t depth;
   int count;       // pixels in this tile, 1 to 8
-  int panels = 1;  // of 16 channels, one after the other; 2 where Kernels::float_panels allows it
+  int panels = 1;  // of 16 channels, one after the other: any number for binary_floats, see Kernels::float_panels
+
+  // Where each of `depth` inputs of the first pixel lies behind `pixels`, and those of the others next to it; or null,
+  // where they are gathered. For floats only.
+  const int64_t* taps = nullptr;
+
+  const T* at(size_t k) const { return pixels + (taps != nullptr ? taps[k] : static_cast<int64_t>(k) * count); }
 };
 
 using BinaryTile = Tile<uint64_t>;  // depth in 64-bit words
@@ -27,11 +33,14 @@ using FloatTile = Tile<float>;
 using IntegerTile = Tile<int16_t>;  // what codes stand for: multiplier * code + offset, and 0 outside the image
 
 // Where a tile's floats go: y = sum * scale + bias, each one rounding; pixel p's channels start at output + p * stride.
+// What sums of integers become may be added to other floats, one more rounding, which lie as the output does, or in its
+// place.
 struct FloatOutput {
   const float* scale;
   const float* bias;
   float* output;
   ptrdiff_t stride;
+  const float* added = nullptr;  // for binary_floats, BlockKernels::floats and ByteKernels::floats
 };
 
 // A binary product by blocks: pixels and channels meet 32 by 32, too many for the tiles above. Weights are laid out for
@@ -71,12 +80,13 @@ struct BlockKernels {
 // [panel][depth / 4][16][4].
 using BlockSums = int32_t[kBlockPixels][kTileChannels];
 
-// Sums of up to 8 pixels of one panel on their way out: multiplier * sums[p][c] + bases[p][c], modulo 2^32.
+// Sums of up to 8 pixels on their way out: multiplier * sums[p][c] + bases[p][c], modulo 2^32.
 struct IntegerSums {
   const int32_t (*sums)[kTileChannels];
   int count;
   int32_t multiplier;
   const int32_t* const* bases;
+  int panels = 1;  // any number for ByteKernels::floats: their sums are kBlockPixels rows apart, bases side by side
 };
 
 // What the integers of 16 channels are held against, [levels][16]: x >= thresholds, both with their bits flipped where
@@ -165,7 +175,7 @@ struct Kernels {
   // Bit c of bits[p] = (count <= limits[p][c]) xor bit c of falling.
   void (*binary_bits)(const BinaryTile&, const int32_t* const* limits, uint16_t falling, uint16_t* bits);
 
-  // sum = bases[p][c] - 2 * count.
+  // sum = bases[p][c] - 2 * count, for the channels of all panels of the tile.
   void (*binary_floats)(const BinaryTile&, const int32_t* const* bases, const FloatOutput&);
 
   // sum = sum of products, in the order of depth: the same bits wherever the pixel lies in its tile. Every instruction

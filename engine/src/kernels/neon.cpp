@@ -76,14 +76,18 @@ void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t 
 }
 
 void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
-  for (int p = 0; p < tile.count; ++p) {
-    const Counts sums(tile, p);
+  for (int c = 0; c < tile.panels * kTileChannels; c += kTileChannels)
+    for (int p = 0; p < tile.count; ++p) {
+      const Counts sums({tile.pixels, tile.weights + c * tile.depth, tile.depth, tile.count}, p);
 #pragma GCC unroll 4
-    for (int first = 0; first < kTileChannels; first += 4) {
-      const int32x4_t dots = vsubq_s32(vld1q_s32(bases[p] + first), vshlq_n_s32(sums.four(first), 1));
-      vst1q_f32(out.output + p * out.stride + first, scaled(vcvtq_f32_s32(dots), out, first));
+      for (int first = 0; first < kTileChannels; first += 4) {
+        const int32x4_t dots = vsubq_s32(vld1q_s32(bases[p] + c + first), vshlq_n_s32(sums.four(first), 1));
+        const ptrdiff_t at = p * out.stride + c + first;
+        float32x4_t y = scaled(vcvtq_f32_s32(dots), out, c + first);
+        if (out.added != nullptr) y = vaddq_f32(y, vld1q_f32(out.added + at));
+        vst1q_f32(out.output + at, y);
+      }
     }
-  }
 }
 
 template <int P>
@@ -94,9 +98,9 @@ struct FloatSums {
 #pragma GCC unroll 4
     for (auto& of_pixel : of)
       for (float32x4_t& four : of_pixel) four = vdupq_n_f32(0);
-    const float* x = tile.pixels + first;
     const float* w = tile.weights;
-    for (size_t k = 0; k < tile.depth; ++k, x += tile.count, w += kTileChannels) {
+    for (size_t k = 0; k < tile.depth; ++k, w += kTileChannels) {
+      const float* x = tile.at(k) + first;
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const float32x4_t weights = vld1q_f32(w + 4 * i);

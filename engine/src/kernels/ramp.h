@@ -5,7 +5,7 @@
 namespace lowbit {
 namespace {
 
-constexpr size_t kRampBlock = 32;
+constexpr size_t kRampBlock = 64;
 
 template <class T>
 void ramp(const T* values, const Ramp<T>& of, size_t count, uint8_t* codes) {

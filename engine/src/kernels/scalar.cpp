@@ -9,9 +9,12 @@ namespace {
 constexpr size_t kRegisterFloats = 4;
 
 int32_t count(const BinaryTile& tile, int pixel, int channel) {
+  const uint64_t* weights = tile.weights + channel / kTileChannels * tile.depth * kTileChannels;
   int32_t differing = 0;
-  for (size_t k = 0; k < tile.depth; ++k)
-    differing += std::popcount(tile.pixels[k * tile.count + pixel] ^ tile.weights[k * kTileChannels + channel]);
+  for (size_t k = 0; k < tile.depth; ++k) {
+    const uint64_t weight = weights[k * kTileChannels + channel % kTileChannels];
+    differing += std::popcount(tile.pixels[k * tile.count + pixel] ^ weight);
+  }
   return differing;
 }
 
@@ -32,9 +35,10 @@ void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t 
 
 void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
   for (int p = 0; p < tile.count; ++p)
-    for (int c = 0; c < kTileChannels; ++c) {
+    for (int c = 0; c < tile.panels * kTileChannels; ++c) {
       const auto sum = static_cast<float>(bases[p][c] - 2 * count(tile, p, c));
-      out.output[p * out.stride + c] = sum * out.scale[c] + out.bias[c];
+      const float y = sum * out.scale[c] + out.bias[c];
+      out.output[p * out.stride + c] = out.added == nullptr ? y : y + out.added[p * out.stride + c];
     }
 }
 
@@ -42,7 +46,7 @@ void float_tile(const FloatTile& tile, const FloatOutput& out) {
   for (int p = 0; p < tile.count; ++p) {
     float sums[kTileChannels] = {};
     for (size_t k = 0; k < tile.depth; ++k) {
-      const float x = tile.pixels[k * tile.count + p];
+      const float x = tile.at(k)[p];
       for (int c = 0; c < kTileChannels; ++c) sums[c] += x * tile.weights[k * kTileChannels + c];
     }
     for (int c = 0; c < kTileChannels; ++c) out.output[p * out.stride + c] = sums[c] * out.scale[c] + out.bias[c];
