@@ -11,8 +11,9 @@ from lowbit.hardware import cpu_flags
 # Lightning's names of the precisions.
 PRECISIONS = {"bf16": "bf16-mixed", "float32": "32-true"}
 
-# glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD (malloc.h), in bytes; mallopt takes an int.
-MALLOC_OPTIONS = ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**25))
+# glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD (malloc.h), in bytes. A threshold of -1 is none: the largest
+# that mallopt takes, an int, is less than a step of a wide network frees at once.
+MALLOC_OPTIONS = ((-1, -1), (-2, 2**28), (-3, 2**25))
 
 
 def auto_precision(device: torch.device) -> str:
