@@ -28,11 +28,12 @@ from lowbit import methods, models
 from lowbit.errors import check_choice
 from lowbit.exporter.bench import take_turns
 from lowbit.layers import PReLU, quantized_layers, quantized_twin
+from lowbit.memory import keep_freed_memory
 from lowbit.methods import Method, Recipe
 from lowbit.preprocessing import Preprocessing
 from lowbit.training.batches import Batch, TrainBatches
 from lowbit.training.convolutions import FastConvolutions
-from lowbit.training.environment import PRECISIONS, auto_precision, keep_freed_memory
+from lowbit.training.environment import PRECISIONS, auto_precision
 from lowbit.training.module import TrainingModule
 
 # Of the folder in results/ and the part of the page, by precision.

@@ -222,7 +222,9 @@ def evaluate(
     """Loss, accuracy, confusion matrix, and precision, recall and F1 per class, on the test images."""
     from lowbit.evaluation import evaluate as evaluate_source
     from lowbit.evaluation import render
+    from lowbit.memory import keep_freed_memory
 
+    keep_freed_memory()
     images = load_data(source, data, data_dir, image_size)
     record = evaluate_source(source, images, batch_size=batch_size, threads=threads, output=output)
     if as_json:

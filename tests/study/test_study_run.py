@@ -204,6 +204,14 @@ def test_a_dry_run_lists_what_is_left(
     assert states == {"float": "done", "xnor_net": "done", **left, "int8": "done"}
 
 
+def refusal(study: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of a study that is refused before anything runs."""
+    with pytest.raises(SystemExit) as end:
+        main(["study", study, "--dry-run"])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
@@ -221,10 +229,7 @@ def test_other_settings_are_not_mixed_in(
 ) -> None:
     monkeypatch.chdir(finished[0])
     Path("changed.toml").write_text(STUDY.replace(old, new))
-    with pytest.raises(SystemExit) as end:
-        main(["study", "changed.toml", "--dry-run"])
-    assert end.value.code == 2
-    assert capsys.readouterr().err.startswith(f"lowbit: changed.toml: {CELL}/{sentence}")
+    assert refusal("changed.toml", capsys).startswith(f"lowbit: changed.toml: {CELL}/{sentence}")
 
 
 def test_a_row_calibrated_from_other_weights_is_named(
@@ -237,12 +242,10 @@ def test_a_row_calibrated_from_other_weights_is_named(
     config["calibration"]["weights_sha256"] = "another"
     path.write_text(json.dumps(config))
     try:
-        with pytest.raises(SystemExit) as end:
-            main(["study", "s.toml", "--dry-run"])
+        said = refusal("s.toml", capsys)
     finally:
         path.write_text(now)
-    assert end.value.code == 2
-    assert f"{CELL}/int8 was started with calibration.weights_sha256" in capsys.readouterr().err
+    assert f"{CELL}/int8 was started with calibration.weights_sha256" in said
 
 
 def test_a_row_whose_teacher_is_gone_is_named(
@@ -252,16 +255,14 @@ def test_a_row_whose_teacher_is_gone_is_named(
     weights = Run(CELL / "float").weights_path
     kept = weights.rename(weights.with_name("kept"))
     try:
-        with pytest.raises(SystemExit) as end:
-            main(["study", "s.toml", "--dry-run"])
+        said = refusal("s.toml", capsys)
     finally:
         kept.rename(weights)
-    assert end.value.code == 2
     taught = (
         "digits/lenet-width-0.25/seed-0/xnor_net was taught by 'float', whose weights are gone; "
         f"delete {CELL}/xnor_net too, so that it is taught anew"
     )
-    assert capsys.readouterr().err == f"lowbit: s.toml: {taught}\n"
+    assert said == f"lowbit: s.toml: {taught}\n"
 
 
 def test_a_row_of_a_version_with_fewer_settings_is_done(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,6 +215,28 @@ def test_a_cpu_trains_in_bf16_where_it_multiplies_it(
 ) -> None:
     monkeypatch.setattr(environment, "cpu_flags", lambda: frozenset(flags))
     assert environment.auto_precision(torch.device("cpu")) == precision
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_memory_that_a_step_frees_is_kept() -> None:
+    """Of a process of its own, also where it is more than the largest threshold that glibc takes, 2 GiB."""
+    code = """
+from pathlib import Path
+import numpy as np
+from lowbit.memory import keep_freed_memory
+
+def resident():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmRSS"))
+
+keep_freed_memory()
+tensors = [np.ones(24 << 20, np.uint8) for _ in range(96)]
+held = resident()
+del tensors
+print(held, resident())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    held, kept = map(int, done.stdout.split())
+    assert kept > 0.9 * held > 2 << 20
 
 
 def test_squared_hinge() -> None:

@@ -26,6 +26,7 @@ from lowbit.errors import UsageError
 from lowbit.files import remove_partial_files
 from lowbit.hardware import machine, versions
 from lowbit.layers import quantized_layers
+from lowbit.memory import keep_freed_memory
 from lowbit.methods.base import Method, Recipe
 from lowbit.runs import Run, write_json
 from lowbit.training.batches import EvalBatches, Normalise, TrainBatches, derived_seed
@@ -33,7 +34,7 @@ from lowbit.training.callbacks import FiniteCheck, ProgressBar, Recorder, Row, b
 from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.diagnostics import Diagnostics, Probe
 from lowbit.training.distillation import load_teacher
-from lowbit.training.environment import PRECISIONS, auto_precision, device_name, keep_freed_memory
+from lowbit.training.environment import PRECISIONS, auto_precision, device_name
 from lowbit.training.initialise import init_from
 from lowbit.training.lock import sole_process, visible
 from lowbit.training.module import TrainingModule, loss_of
