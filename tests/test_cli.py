@@ -320,3 +320,20 @@ def test_a_mistake_gets_one_sentence(mistake: str, tmp_path: Path, monkeypatch: 
     arguments, status, sentence = MISTAKES[mistake]
     assert sentence in called(*arguments, status=status).stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_the_demo_stops_where_a_command_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an interrupted command Typer, called by another one, only returns the status."""
+    went_on = []
+
+    def steps(out: Path, threads: int | None, invoke: Any) -> None:
+        invoke(["datasets"])
+        went_on.append(out)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowbit.demo.run_demo", steps)
+    monkeypatch.setattr("lowbit.cli.print_rows", interrupt)
+    called("demo", status=130)
+    assert went_on == []
