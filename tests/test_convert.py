@@ -263,15 +263,17 @@ def test_a_compiled_layer_computes_with_its_quantizers():
 
 def test_transformers_compute_with_codes_in_evaluation_too():
     """Torch has a fused kernel for `eval()` without gradients, which reads the weights past the layers."""
-    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    model = nn.Sequential(nn.Linear(8, 8), encoder, nn.Linear(8, 8))
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.ModuleDict({"in": nn.Linear(8, 8), "encoder": nn.TransformerEncoder(layer, 1), "out": nn.Linear(8, 8)})
     reports = quantize_(model, "dorefa")
-    assert {report.name for report in reports if report.bits_w == 1} == {"1.linear1", "1.linear2"}
-    x = torch.randn(2, 5, 8)
-    trained = model(x)
+    low = {f"encoder.layers.0.linear{number}" for number in (1, 2)}
+    assert {report.name for report in reports if report.bits_w == 1} == low
+    x, padding = torch.randn(2, 5, 8), torch.arange(5).expand(2, 5) >= torch.tensor([[5], [3]])
+    trained = model["encoder"](x, src_key_padding_mask=padding)
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-5)
+        found = model["encoder"](x, src_key_padding_mask=padding)
+    torch.testing.assert_close(found[~padding], trained[~padding], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

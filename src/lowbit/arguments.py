@@ -84,10 +84,12 @@ def train_config(
         fields: options that are fields of `TrainConfig`; None where one was not given.
 
     Raises:
-        UsageError: the method, the model or the data set is missing, or a setting is none of theirs.
+        UsageError: the method, the model or the data set is missing, or a setting is none of theirs or has no effect.
     """
+    from lowbit import methods
     from lowbit.runs import Run
     from lowbit.training import TrainConfig
+    from lowbit.training.settings import check_effect, choose_recipe
 
     overrides = {name: value for name, value in recipe_fields.items() if value is not None}
     given = {name: value for name, value in fields.items() if value is not None}
@@ -97,7 +99,7 @@ def train_config(
         if name not in given:
             raise UsageError(f"--{name} is missing; `lowbit {listing}` lists the choices")
     of_method, of_model, of_recipe = parse_settings(given["method"], given["model"], settings)
-    return TrainConfig(
+    config = TrainConfig(
         out=out,
         resume=resume,
         method_options=of_method,
@@ -105,3 +107,7 @@ def train_config(
         overrides=of_recipe | overrides,
         **given,
     )
+    if not resume:
+        _, recipe = choose_recipe(methods.registry[config.method](**of_method), config)
+        check_effect(recipe, config.overrides, taught=config.distill_from is not None)
+    return config

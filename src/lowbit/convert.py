@@ -141,9 +141,11 @@ def quantize_(
         if (why := obstacle(module))
     ]
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and quantized_layers(module):
-            # In eval() torch's fused kernel would read the weights past the twins; this alone keeps it away.
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and quantized_layers(module):
+            # In eval() torch's fused kernel would read the weights past the twins; this alone keeps it away, and nested
+            # tensors, which are for it.
             module.activation_relu_or_gelu = 0
+            module.use_nested_tensor = False
     return reports
 
 

@@ -25,9 +25,9 @@ def write_whole(path: Path) -> Iterator[IO[bytes]]:
             there is untouched.
     """
     temporary = None
-    if path.exists() and not path.is_file():
-        raise LowbitError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; choose another name")
     try:
+        if path.exists() and not path.is_file():
+            raise LowbitError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False

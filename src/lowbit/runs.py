@@ -85,13 +85,13 @@ class Run:
 
     @classmethod
     def finished(cls, path: str | Path) -> Run:
-        """The run at ``path``, if `is_finished`.
+        """The run at ``path``, if its training has come to its end.
 
         Raises:
             LowbitError: there is no run folder there, or its training has not finished.
         """
         run = cls.open(path)
-        if not run.is_finished:
+        if "finished" not in run.config:
             raise LowbitError(f"{path} has not finished its training; `lowbit train --resume --out {path}` goes on")
         return run
 
@@ -159,11 +159,6 @@ class Run:
     def damaged_evaluation(self) -> LowbitError:
         """What to raise where ``evaluation.json`` is not what `evaluate` writes."""
         return LowbitError(f"{self.evaluation_path} is damaged; write it again with `lowbit evaluate {self.path}`")
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether its training has come to its end, and the weights are there."""
-        return "finished" in self.config and self.weights_path.is_file()
 
     @property
     def is_evaluated(self) -> bool:

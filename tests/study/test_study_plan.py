@@ -142,6 +142,16 @@ MISTAKES = {
     ),
     "unknown recipe": ('"float"', '"float"\nrecipe = "fast"', ", run 1 (float): method 'float' has no recipe 'fast'"),
     "recipe range": ('"float"', '"float"\nrecipe = { momentum = 2 }', "recipe field momentum is 2.0, but must be"),
+    "no effect": (
+        '"float"',
+        '"bnn"\nrecipe = { nesterov = true }',
+        ", run 1 (bnn): recipe field nesterov has no effect beside optimizer ",
+    ),
+    "no teacher": (
+        '"float"',
+        '"float"\nrecipe = { temperature = 2 }',
+        ", run 1 (float): recipe field 'temperature' is for a teacher",
+    ),
     "folder as name": ('"float"', '"float"\nname = "../x"', ": name is '../x', but must be made of letters"),
     "key of a run": ('"float"', '"float"\nfrom = "x"', ", run 1 (float) has no key 'from'"),
     "same name": ('"float"', '"float"\n[[run]]\nmethod = "float"', ", run 2 (float): a second row is called 'float'"),
@@ -240,6 +250,24 @@ def _images(folder: Path) -> Path:
             (folder / "images" / part / name).mkdir(parents=True)
             Image.new("L", (20, 20)).save(folder / "images" / part / name / "0.png")
     return folder / "images"
+
+
+def test_what_a_study_says_of_all_rows_need_not_act_on_each(tmp_path: Path) -> None:
+    text = """
+    out = "study"
+    data = "digits"
+    model = "lenet"
+    recipe = { momentum = 0.8, distill_weight = 0.7 }
+
+    [[run]]
+    method = "float"
+
+    [[run]]
+    method = "xnor_net"
+    distill_from = "float"
+    """
+    plain, taught = study(text, tmp_path).rows
+    assert all(row.config.overrides == {"momentum": 0.8, "distill_weight": 0.7} for row in (plain, taught))
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)

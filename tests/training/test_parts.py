@@ -26,7 +26,7 @@ from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.distillation import distillation_loss
 from lowbit.training.module import find_not_finite, make_optimizer, parameter_groups, squared_hinge
 from lowbit.training.schedules import multiplier
-from lowbit.training.settings import TrainConfig, check_recipe, choose_recipe
+from lowbit.training.settings import TrainConfig, check_effect, check_recipe, choose_recipe
 
 CPU = torch.device("cpu")
 
@@ -89,7 +89,7 @@ def test_recipes_out_of_range_are_refused_by_field(change: dict[str, object]) ->
         ({"nesterov": True}, None, "recipe field nesterov has no effect"),
         ({"gamma": 0.5}, None, "recipe field gamma has no effect"),
         ({"milestones": (0.5,)}, None, "recipe field milestones has no effect"),
-        ({"augment": False, "crop": 2}, None, "recipe field crop has no effect"),
+        ({"augment": False, "crop": 2}, None, "recipe field crop has no effect beside augment False; leave"),
         ({"temperature": 2.0}, None, "recipe field 'temperature' is for a teacher"),
         ({"distill_weight": 0.5}, None, "recipe field 'distill_weight' is for a teacher"),
         ({"label_smoothing": 0.1}, "teacher", "label_smoothing is of the labels, and a teacher's logits are the only"),
@@ -98,9 +98,9 @@ def test_recipes_out_of_range_are_refused_by_field(change: dict[str, object]) ->
 def test_fields_that_would_change_nothing_are_refused(
     overrides: dict[str, object], teacher: str | None, sentence: str
 ) -> None:
-    config = TrainConfig("x", method="xnor_net", overrides=overrides, distill_from=teacher)
+    recipe = replace(methods.registry["xnor_net"]().recipe, **overrides)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=sentence):
-        choose_recipe(methods.registry["xnor_net"](), config)
+        check_effect(recipe, overrides, taught=teacher is not None)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,10 @@ def test_fields_that_would_change_nothing_are_refused(
 def test_fields_that_have_an_effect_or_are_as_always_are_taken(
     overrides: dict[str, object], teacher: str | None
 ) -> None:
-    config = TrainConfig("x", method="xnor_net", overrides=overrides, distill_from=teacher)
-    _, recipe = choose_recipe(methods.registry["xnor_net"](), config)
-    assert all(getattr(recipe, name) == value for name, value in overrides.items())
+    recipe = replace(methods.registry["xnor_net"]().recipe, **overrides)  # type: ignore[arg-type]
+    check_effect(recipe, overrides, taught=teacher is not None)
+    # A recipe that smooths labels may be taught by a teacher alone.
+    check_effect(replace(recipe, label_smoothing=0.1), [], taught=True)
 
 
 @pytest.mark.parametrize("method", ["bnn", "wage"])

@@ -47,10 +47,8 @@ def attach_rules(optimizer: Optimizer, model: nn.Module) -> None:
     for name, module in named_quantized_layers(model).items():
         learned = {parameter for parameter in module.parameters() if parameter.requires_grad} - {module.bias}
         if module.weight in trained and not learned <= trained:
-            warnings.warn(
-                f"the optimizer does not have what the quantizers of '{name}' learn; make it after quantize_",
-                stacklevel=2,
-            )
+            what = f"the optimizer does not have what the quantizers of '{name}' learn"
+            warnings.warn(f"{what}; make it after quantize_, unless another one has it", stacklevel=2)
             break
 
     def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -22,7 +22,7 @@ from lowbit.runs import Run
 from lowbit.study.folder import state
 from lowbit.training import TrainConfig
 from lowbit.training.environment import PRECISIONS
-from lowbit.training.settings import choose_recipe
+from lowbit.training.settings import check_effect, choose_recipe
 
 RECIPE_FIELDS = {name: kind for name, kind in field_types(Recipe).items() if name not in ("epochs", "source")}
 
@@ -195,6 +195,7 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
     starts = {key: table.take(key, str, None) for key in ("init_from", "distill_from")}
     calibrate = table.take("calibrate", int, None)
     config = replace(common, method=method, diagnose=table.take("diagnose", bool, False), overrides={})
+    fields: dict[str, Any] = {}
     if calibrate is None:
         recipe_name, fields = _recipe(table.take("recipe", str | dict, {}), f"{where}: recipe")
         overrides = {**common.overrides, **fields}
@@ -221,8 +222,9 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
             chosen = _options(methods.registry, method, {**options, **point})
             made = methods.registry[method](**chosen)
             config = replace(config, method_options=chosen)
-            # The teacher's name; where its run lies is said once all rows are known.
-            recipe = choose_recipe(made, replace(config, distill_from=starts["distill_from"]))[1]
+            recipe = choose_recipe(made, config)[1]
+            # Of the study's own fields not every row need make use.
+            check_effect(recipe, fields, taught=starts["distill_from"] is not None)
             if calibrate is not None:
                 _check_observed(made)
             else:

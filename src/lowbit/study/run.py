@@ -105,6 +105,11 @@ def check(study: Study, load: bool = True) -> None:
                 if config.precision != "auto":
                     settings["precision"] = config.precision
                 recorded = row.run.config
+                if row.calibrate is not None and "calibration" not in recorded:
+                    raise UsageError(
+                        f"{study.path}: {row.run.path} was trained, not calibrated; use another `out` or another name "
+                        "of the row"
+                    )
                 if row.calibrate is not None:
                     settings = _of_calibration(row, settings, recorded)
                 else:

@@ -120,7 +120,7 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
     if started:
         refuse_changes(run, recorded, settings)
     split = images.split(config.val_fraction, config.seed)
-    if config.val_fraction:
+    if config.val_fraction and not started:
         for option, source in (("--init-from", config.init_from), ("--distill-from", config.distill_from)):
             if source is not None:
                 refuse_other_split(option, Path(source), config, images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def choose_recipe(method: Method, config: TrainConfig) -> tuple[str, Recipe]:
     """The recipe's name and the recipe with all overrides, checked.
 
     Raises:
-        UsageError: an unknown recipe or field, a value out of range, or one that has no effect.
+        UsageError: an unknown recipe or field, a value out of range, or one that the method cannot heed.
     """
     if isinstance(config.recipe, Recipe):
         name, recipe = "custom", config.recipe
@@ -121,7 +121,6 @@ def choose_recipe(method: Method, config: TrainConfig) -> tuple[str, Recipe]:
     if config.epochs is not None:
         recipe = replace(recipe, epochs=config.epochs)
     check_recipe(recipe)
-    check_effect(recipe, [*config.overrides], taught=config.distill_from is not None)
     if recipe.label_smoothing and method.loss != "cross_entropy":
         raise UsageError(
             f"recipe field label_smoothing is for cross entropy, and the loss of '{method.name}' is {method.loss}; "
@@ -130,8 +129,12 @@ def choose_recipe(method: Method, config: TrainConfig) -> tuple[str, Recipe]:
     return name, recipe
 
 
-def check_effect(recipe: Recipe, asked: Sequence[str], taught: bool) -> None:
-    """Refuse fields that were asked for and change nothing beside the others.
+# What a field of the recipe needs, where it is neither the optimizer nor the schedule.
+NEEDS = {"crop": "augment", "decay_all": "weight_decay"}
+
+
+def check_effect(recipe: Recipe, asked: Iterable[str], taught: bool) -> None:
+    """Refuse fields that were asked for, for this run alone, and change nothing beside the others.
 
     Raises:
         UsageError: there is one; the message names it.
@@ -145,15 +148,14 @@ def check_effect(recipe: Recipe, asked: Sequence[str], taught: bool) -> None:
                     "or leave it out"
                 )
         elif name not in effective and getattr(recipe, name) != getattr(Recipe(), name):
+            needs = [NEEDS[name]] if name in NEEDS else ["optimizer", "schedule"]
+            beside = " and ".join(f"{need} {getattr(recipe, need)}" for need in needs)
+            raise UsageError(f"recipe field {name} has no effect beside {beside}; leave it out")
+        elif name == "label_smoothing" and taught and recipe.distill_weight == 1:
             raise UsageError(
-                f"recipe field {name} has no effect beside optimizer {recipe.optimizer} and schedule "
-                f"{recipe.schedule}; leave it out"
+                "recipe field label_smoothing is of the labels, and a teacher's logits are the only target; "
+                "set distill_weight below 1, or leave it out"
             )
-    if taught and recipe.distill_weight == 1 and recipe.label_smoothing:
-        raise UsageError(
-            "recipe field label_smoothing is of the labels, and a teacher's logits are the only target; "
-            "set distill_weight below 1, or leave it out"
-        )
 
 
 def check_recipe(recipe: Recipe) -> None:
