@@ -160,6 +160,13 @@ def test_the_engine_table_of_the_readme_is_that_of_its_files() -> None:
     for net, batch in dict.fromkeys((row["net"], row["batch"]) for row in found["engine"]):
         of_classes = [cell for kind, folder in folders.items() for cell in cells(found[folder], net, kind, batch)]
         assert f", {batch} | {' | '.join(of_classes)} |" in text
+    epyc = [row for row in found["engine_epyc"] if (row["net"], row["class"]) == ("resnet18", "AVX-512")]
+    binary = []
+    for batch in (1, 16):
+        of_batch = {row["runtime"].partition(" ")[2]: row["milliseconds"] for row in epyc if row["batch"] == batch}
+        peer = min(ms for name, ms in of_batch.items() if "binary" in name)
+        binary.append(f"{peer / of_batch['avx512_vpopcntdq 8-bit rest']:.2f}")
+    assert f"ResNet-18 is {' and '.join(binary)} times ahead of the latter" in " ".join(text.split())
     older = found["engine_without_amx"]
     int8 = [cells(older, "vgg_small", "AVX-512", batch)[2] for batch in (1, 16)]
     float32 = [cells(older, "conv256", "AVX-512", batch)[1] for batch in (1, 16)]
