@@ -48,7 +48,7 @@ from lowbit.training.settings import (
 )
 from lowbit.training.whitening import freeze_first_layer_, whiten_first_layer_
 
-EVAL_BATCH = 500
+EVAL_BATCH = 250
 PROBE_IMAGES = 64
 
 
