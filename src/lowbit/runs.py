@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import LowbitError
-from lowbit.files import write_whole
+from lowbit.files import sha256_of, write_whole
 
 # What config.json holds of these is a JSON object.
 OBJECTS = ("model", "method", "recipe", "data", "preprocessing", "calibration", "rest")
@@ -114,7 +113,7 @@ class Run:
     @property
     def weights_sha256(self) -> str:
         """Of the weights' file, in hexadecimal: so what was made of a run knows it again."""
-        return hashlib.sha256(self.weights_path.read_bytes()).hexdigest()
+        return sha256_of(self.weights_path)
 
     @property
     def evaluation_path(self) -> Path:

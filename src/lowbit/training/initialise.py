@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lowbit import methods
 from lowbit.errors import LowbitError, UsageError
+from lowbit.files import sha256_of
 from lowbit.methods import Method
 from lowbit.runs import Run
 
@@ -104,7 +104,7 @@ def init_from(model: nn.Module, source: str | Path) -> InitReport:
             own[name].copy_(found[name])
     return InitReport(
         source=str(path),
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=sha256_of(path),
         loaded=tuple(loaded),
         reshaped=tuple(name for name in own if name in found and name not in fitting),
         missing=tuple(name for name in own if name not in found),
