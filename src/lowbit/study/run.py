@@ -95,32 +95,42 @@ def check(study: Study, load: bool = True) -> None:
                     made.add(row.model)
                     _try_model(config, settings)
             if row.run.config_path.is_file():
-                for of, how, anew in ((row.teacher, "was taught by", "taught"), (row.source, "starts from", "made")):
-                    if of is not None and not of.run.weights_path.is_file():
-                        raise UsageError(
-                            f"{study.path}: {row.label} {how} '{of.name}', whose weights are gone; "
-                            f"delete {row.run.path} too, so that it is {anew} anew"
-                        )
-                settings |= describe_request(config, *choose_recipe(row.method, config))
-                if config.precision != "auto":
-                    settings["precision"] = config.precision
-                recorded = row.run.config
-                if row.calibrate is not None and "calibration" not in recorded:
-                    raise UsageError(
-                        f"{study.path}: {row.run.path} was trained, not calibrated; use another `out` or another name "
-                        "of the row"
-                    )
-                if row.calibrate is not None:
-                    settings = _of_calibration(row, settings, recorded)
-                else:
-                    recorded = with_later_settings(recorded)
-                    if row.source is not None and "sha256" in (report := recorded.get("init_report", {})):
-                        settings["init_report"] = {**report, "sha256": row.source.run.weights_sha256}
-                try:
-                    # What a calibrated run does not know was added by a later version.
-                    refuse_changes(row.run, recorded, {key: settings[key] for key in settings if key in recorded})
-                except UsageError as error:
-                    raise UsageError(f"{study.path}: {error}, by another `out` or another name of the row") from None
+                _compare(study, row, settings)
+
+
+def _compare(study: Study, row: Row, settings: dict[str, Any]) -> None:
+    """Refuse a run that is there already and is not the row's; ``settings`` are those of its data, if they are known.
+
+    Raises:
+        UsageError: it was started with other settings, or from weights that are gone or have changed.
+    """
+    config = row.config
+    for of, how, anew in ((row.teacher, "was taught by", "taught"), (row.source, "starts from", "made")):
+        if of is not None and not of.run.weights_path.is_file():
+            raise UsageError(
+                f"{study.path}: {row.label} {how} '{of.name}', whose weights are gone; "
+                f"delete {row.run.path} too, so that it is {anew} anew"
+            )
+    settings = settings | describe_request(config, *choose_recipe(row.method, config))
+    if config.precision != "auto":
+        settings["precision"] = config.precision
+    recorded = row.run.config
+    if row.calibrate is not None:
+        if "calibration" not in recorded:
+            raise UsageError(
+                f"{study.path}: {row.run.path} was trained, not calibrated; use another `out` or another name of the "
+                "row"
+            )
+        settings = _of_calibration(row, settings, recorded)
+    else:
+        recorded = with_later_settings(recorded)
+        if row.source is not None and "sha256" in (report := recorded.get("init_report", {})):
+            settings["init_report"] = {**report, "sha256": row.source.run.weights_sha256}
+    try:
+        # What a calibrated run does not know was added by a later version.
+        refuse_changes(row.run, recorded, {key: settings[key] for key in settings if key in recorded})
+    except UsageError as error:
+        raise UsageError(f"{study.path}: {error}, by another `out` or another name of the row") from None
 
 
 def _without_machine(path: Path) -> str:
