@@ -173,7 +173,7 @@ def export(net: str, path: Path, rest: bool = False) -> None:
             nn.init.uniform_(module.running_var, 0.5, 2)
     images = torch.randn(2, 3, side, side)
     if rest:
-        lowbit.quantize_(model, "affine")
+        lowbit.quantize_(model, lowbit.methods.registry["affine"](observer="mse"))
         calibrate(model, [images])
     packed = lowbit.export(model.eval(), images).packed
     report = verify(model, packed, images)

@@ -74,11 +74,11 @@ def test_the_rest_of_the_run_in_this_folder_becomes_8_bit(road: Path, monkeypatc
     monkeypatch.chdir(road / "xnor_net")
     called("export", ".", "--rest", "int8", "-o", road / "here.lowbit")
     config = json.loads((road / "xnor_net-int8" / "config.json").read_text())
-    assert config["rest"] == {"name": "affine", "options": {}}
+    assert config["rest"] == {"name": "affine", "options": {"observer": "mse"}}
     shutil.copytree(road / "xnor_net", road / "other")
     called("calibrate", road / "other", "--out", road / "other-int8", "--bits-w", "4", "--images", "16")
     refused = called("export", road / "other", "--rest", "int8", "-o", road / "other.lowbit", status=2)
-    assert "other-int8 exists, but does not come of" in refused.stderr
+    assert "other-int8 exists, but was not made by this from" in refused.stderr
 
 
 @pytest.mark.parametrize(

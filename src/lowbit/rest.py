@@ -10,12 +10,18 @@ from lowbit.evaluation import evaluate
 from lowbit.runs import Run
 from lowbit.training import calibrate_run
 
+# Behind a whitening few activations are large: a range as wide as theirs leaves the others few levels.
+METHOD = "affine"
+OPTIONS = {"observer": "mse"}
+
 
 def int8_rest(source: str | Path, data_dir: str | Path | None = None) -> Run:
     """The run SOURCE-int8, whose float layers are calibrated to 8 bits; both runs are evaluated afterwards.
 
-    What is there already is not made again: neither the run, if it comes from the weights that ``source`` has now, nor
-    an evaluation.
+    Ranges of activations are those of the least squared error (`lowbit.quantizers.observers.MeanSquaredError`).
+
+    What is there already is not made again: neither the run, if it comes in this way from the weights that ``source``
+    has now, nor an evaluation.
 
     Args:
         source: a finished run of a method that leaves layers in float.
@@ -37,8 +43,8 @@ def int8_rest(source: str | Path, data_dir: str | Path | None = None) -> Run:
         )
     if not _comes_from(made, run):
         if made.config_path.is_file():
-            raise UsageError(f"{made.path} exists, but does not come of {source} as it is now; move it away")
-        calibrate_run(run.path, made.path, data_dir=data_dir)
+            raise UsageError(f"{made.path} exists, but was not made by this from {source} as it is now; move it away")
+        calibrate_run(run.path, made.path, METHOD, OPTIONS, data_dir=data_dir)
     used = run.config["data"]
     for each in (run, made):
         if not each.is_evaluated:
@@ -51,5 +57,5 @@ def _comes_from(made: Run, run: Run) -> bool:
     if not made.config_path.is_file() or not run.weights_path.is_file():
         return False
     config = made.config
-    same = config.get("rest") == {"name": "affine", "options": {}}
+    same = config.get("rest") == {"name": METHOD, "options": OPTIONS}
     return same and bool(config["calibration"]["weights_sha256"] == run.weights_sha256)

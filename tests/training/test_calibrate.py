@@ -140,7 +140,7 @@ def test_the_rest_of_a_low_bit_run(float_run: Path, tmp_path: Path) -> None:
     made = int8_rest(run)
     assert made.path == tmp_path / "run-int8"
     assert made.config["method"] == {"name": "xnor_net", "options": {}}
-    assert made.config["rest"] == {"name": "affine", "options": {}}
+    assert made.config["rest"] == {"name": "affine", "options": {"observer": "mse"}}
     after = load_file(made.weights_path)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert {name.split(".activation")[0] for name in after.keys() - before.keys()} == {"0.conv", "3.conv"}
@@ -152,7 +152,7 @@ def test_the_rest_of_a_low_bit_run(float_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has calibrated layers already"):
         int8_rest(made.path)
     save_weights(models.load_run(untrained(float_run, tmp_path / "other", "xnor_net")), Run(run).weights_path)
-    with pytest.raises(UsageError, match="run-int8 exists, but does not come of"):
+    with pytest.raises(UsageError, match="run-int8 exists, but was not made by this from"):
         int8_rest(run)
 
 
