@@ -45,7 +45,7 @@ def section(title: str) -> str:
         ("One bit on CIFAR-10", "cifar10/patchnet_*", 4),
         ("One bit on Fashion-MNIST", "fashion_mnist_patchnet/*", 5),
         ("One bit in minutes", "cifar10_fast/*", 3),
-        ("One bit within 45 minutes", "cifar10_minutes/*", 4),
+        ("One bit within 45 minutes", "cifar10_minutes/*", 8),
         ("The NIN of 2018", "cifar10_nin/*", 4),
         ("One bit by two on CIFAR-10", "cifar10_vgg_small/*", 5),
     ],
