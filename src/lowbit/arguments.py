@@ -108,6 +108,7 @@ def train_config(
         **given,
     )
     if not resume:
-        _, recipe = choose_recipe(methods.registry[config.method](**of_method), config)
-        check_effect(recipe, config.overrides, taught=config.distill_from is not None)
+        method = methods.registry[config.method](**of_method)
+        _, recipe = choose_recipe(method, config)
+        check_effect(method, recipe, config.overrides, taught=config.distill_from is not None)
     return config

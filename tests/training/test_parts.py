@@ -98,9 +98,10 @@ def test_recipes_out_of_range_are_refused_by_field(change: dict[str, object]) ->
 def test_fields_that_would_change_nothing_are_refused(
     overrides: dict[str, object], teacher: str | None, sentence: str
 ) -> None:
-    recipe = replace(methods.registry["xnor_net"]().recipe, **overrides)  # type: ignore[arg-type]
+    method = methods.registry["xnor_net"]()
+    recipe = replace(method.recipe, **overrides)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=sentence):
-        check_effect(recipe, overrides, taught=teacher is not None)
+        check_effect(method, recipe, overrides, taught=teacher is not None)
 
 
 @pytest.mark.parametrize(
@@ -115,10 +116,19 @@ def test_fields_that_would_change_nothing_are_refused(
 def test_fields_that_have_an_effect_or_are_as_always_are_taken(
     overrides: dict[str, object], teacher: str | None
 ) -> None:
-    recipe = replace(methods.registry["xnor_net"]().recipe, **overrides)  # type: ignore[arg-type]
-    check_effect(recipe, overrides, taught=teacher is not None)
+    method = methods.registry["xnor_net"]()
+    recipe = replace(method.recipe, **overrides)  # type: ignore[arg-type]
+    check_effect(method, recipe, overrides, taught=teacher is not None)
     # A recipe that smooths labels may be taught by a teacher alone.
-    check_effect(replace(recipe, label_smoothing=0.1), [], taught=True)
+    check_effect(method, replace(recipe, label_smoothing=0.1), [], taught=True)
+
+
+@pytest.mark.parametrize("overrides", [{"optimizer": "adam"}, {"momentum": 0.9}, {"weight_decay": 1e-4}])
+def test_settings_of_the_optimizer_are_refused_by_a_method_that_needs_none(overrides: dict[str, object]) -> None:
+    wage = methods.registry["wage"]()
+    with pytest.raises(UsageError, match=f"recipe field {next(iter(overrides))} is for an optimizer, and 'wage' moves"):
+        check_effect(wage, replace(wage.recipe, **overrides), overrides, taught=False)  # type: ignore[arg-type]
+    check_effect(wage, wage.recipe, ["optimizer", "momentum", "learning_rate"], taught=False)
 
 
 @pytest.mark.parametrize("method", ["bnn", "wage"])

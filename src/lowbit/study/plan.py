@@ -224,7 +224,7 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
             config = replace(config, method_options=chosen)
             recipe = choose_recipe(made, config)[1]
             # Of the study's own fields not every row need make use.
-            check_effect(recipe, fields, taught=starts["distill_from"] is not None)
+            check_effect(made, recipe, fields, taught=starts["distill_from"] is not None)
             if calibrate is not None:
                 _check_observed(made)
             else:

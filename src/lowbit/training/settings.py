@@ -131,17 +131,25 @@ def choose_recipe(method: Method, config: TrainConfig) -> tuple[str, Recipe]:
 
 # What a field of the recipe needs, where it is neither the optimizer nor the schedule.
 NEEDS = {"crop": "augment", "decay_all": "weight_decay"}
+# What is the optimizer's alone, which a method's own rule of updates stands in for.
+OPTIMIZERS_OWN = frozenset({"optimizer", "momentum", "nesterov", "weight_decay", "decay_all", "bias_rate"})
 
 
-def check_effect(recipe: Recipe, asked: Iterable[str], taught: bool) -> None:
-    """Refuse fields that were asked for, for this run alone, and change nothing beside the others.
+def check_effect(method: Method, recipe: Recipe, asked: Iterable[str], taught: bool) -> None:
+    """Refuse fields that were asked for, for this run alone, and change nothing beside the others or with the method.
 
     Raises:
         UsageError: there is one; the message names it.
     """
     effective = recipe.settings()
     for name in asked:
-        if name in ("distill_weight", "temperature"):
+        if method.update is not None and name in OPTIMIZERS_OWN:
+            if getattr(recipe, name) != getattr(method.recipe, name):
+                raise UsageError(
+                    f"recipe field {name} is for an optimizer, and '{method.name}' moves its weights by a rule of its "
+                    "own; leave it out"
+                )
+        elif name in ("distill_weight", "temperature"):
             if not taught:
                 raise UsageError(
                     f"recipe field '{name}' is for a teacher; name one with --distill-from (distill_from in a study), "
