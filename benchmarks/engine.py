@@ -147,6 +147,7 @@ def export(net: str, path: Path, rest: bool = False) -> None:
     import lowbit
     from lowbit.exporter.verify import verify
     from lowbit.layers import calibrate
+    from lowbit.rest import METHOD, OPTIONS
 
     torch.manual_seed(0)
     if net in LAYERS:
@@ -173,7 +174,7 @@ def export(net: str, path: Path, rest: bool = False) -> None:
             nn.init.uniform_(module.running_var, 0.5, 2)
     images = torch.randn(2, 3, side, side)
     if rest:
-        lowbit.quantize_(model, lowbit.methods.registry["affine"](observer="mse"))
+        lowbit.quantize_(model, lowbit.methods.registry[METHOD](**OPTIONS))
         calibrate(model, [images])
     packed = lowbit.export(model.eval(), images).packed
     report = verify(model, packed, images)

@@ -78,7 +78,7 @@ def test_the_rest_of_the_run_in_this_folder_becomes_8_bit(road: Path, monkeypatc
     shutil.copytree(road / "xnor_net", road / "other")
     called("calibrate", road / "other", "--out", road / "other-int8", "--bits-w", "4", "--images", "16")
     refused = called("export", road / "other", "--rest", "int8", "-o", road / "other.lowbit", status=2)
-    assert "other-int8 exists, but was not made by this from" in refused.stderr
+    assert "other-int8 exists, but is not the 8-bit rest of" in refused.stderr
 
 
 @pytest.mark.parametrize(

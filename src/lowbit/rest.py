@@ -43,7 +43,7 @@ def int8_rest(source: str | Path, data_dir: str | Path | None = None) -> Run:
         )
     if not _comes_from(made, run):
         if made.config_path.is_file():
-            raise UsageError(f"{made.path} exists, but was not made by this from {source} as it is now; move it away")
+            raise UsageError(f"{made.path} exists, but is not the 8-bit rest of {source} as it is now; move it away")
         calibrate_run(run.path, made.path, METHOD, OPTIONS, data_dir=data_dir)
     used = run.config["data"]
     for each in (run, made):

@@ -152,7 +152,7 @@ def test_the_rest_of_a_low_bit_run(float_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has calibrated layers already"):
         int8_rest(made.path)
     save_weights(models.load_run(untrained(float_run, tmp_path / "other", "xnor_net")), Run(run).weights_path)
-    with pytest.raises(UsageError, match="run-int8 exists, but was not made by this from"):
+    with pytest.raises(UsageError, match="run-int8 exists, but is not the 8-bit rest of"):
         int8_rest(run)
 
 
