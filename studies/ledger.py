@@ -63,6 +63,7 @@ def ours(results: Path = RESULTS, copies: dict[str, str] | None = None) -> list[
             continue
         method = methods.registry[config["method"]["name"]](**config["method"]["options"])
         options = ", ".join(f"{key} {value}" for key, value in config["model"]["options"].items())
+        start = config["calibration"]["source"] if "calibration" in config else config["init_from"]
         found.append(
             Ours(
                 f"{path.parent.parent.name}/{run.name}",
@@ -73,7 +74,7 @@ def ours(results: Path = RESULTS, copies: dict[str, str] | None = None) -> list[
                 method.bits_w,
                 method.bits_a,
                 config["epochs"],
-                Path(config["init_from"]).name if config["init_from"] else "",
+                Path(start).name if start else "",
                 100 * evaluation["accuracy"],
                 copies.get(config["data"]["hash"], ""),
             )
