@@ -84,13 +84,13 @@ class Run:
 
     @classmethod
     def finished(cls, path: str | Path) -> Run:
-        """The run at ``path``, if its training has come to its end.
+        """The run at ``path``, if `is_finished`.
 
         Raises:
             LowbitError: there is no run folder there, or its training has not finished.
         """
         run = cls.open(path)
-        if "finished" not in run.config:
+        if not run.is_finished:
             raise LowbitError(f"{path} has not finished its training; `lowbit train --resume --out {path}` goes on")
         return run
 
@@ -158,6 +158,11 @@ class Run:
     def damaged_evaluation(self) -> LowbitError:
         """What to raise where ``evaluation.json`` is not what `evaluate` writes."""
         return LowbitError(f"{self.evaluation_path} is damaged; write it again with `lowbit evaluate {self.path}`")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its training has come to its end."""
+        return "finished" in self.config
 
     @property
     def is_evaluated(self) -> bool:

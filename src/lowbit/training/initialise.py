@@ -78,7 +78,7 @@ def init_from(model: nn.Module, source: str | Path) -> InitReport:
     path = Path(source)
     if path.is_dir():
         run = Run.open(path)
-        if "finished" not in run.config:
+        if not run.is_finished:
             raise UsageError(f"--init-from {source}: the run has not finished; `lowbit train --resume` goes on with it")
         path = run.weights_path
     try:
