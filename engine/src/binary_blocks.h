@@ -19,24 +19,31 @@ struct CountBlock {
 class BlockWeights {
  public:
   BlockWeights(const Product<uint64_t>& product, const BlockKernels& kernels)
-      : depth_(product.taps().size()),
+      : panel_words_(product.taps().size() * kTileChannels * kernels.mask_words),
         panels_(round_up(product.panels(), 2)),
-        masks_(panels_ * depth_ * kTileChannels, 0),
+        masks_(panels_ * panel_words_, 0),
         ones_(panels_ * kTileChannels, 0) {
-    for (int64_t number = 0; number < product.panels(); ++number)
-      for (size_t k = 0; k < depth_; ++k) {
-        const uint64_t* words = product.panel(0, number) + k * kTileChannels;
-        kernels.arrange_weights(words, masks_.data() + ((number / 2 * depth_ + k) * 2 + number % 2) * kTileChannels);
-        for (int c = 0; c < kTileChannels; ++c) ones_[number * kTileChannels + c] += std::popcount(words[c]);
+    const size_t depth = product.taps().size();
+    uint64_t* masks = masks_.data();
+    for (int64_t first = 0; first < panels_; first += 2)
+      for (size_t k = 0; k < depth; ++k, masks += kBlockChannels * kernels.mask_words) {
+        uint64_t words[kBlockChannels] = {};
+        for (int64_t number = first; number < std::min(first + 2, product.panels()); ++number)
+          for (int c = 0; c < kTileChannels; ++c) {
+            const uint64_t word = product.panel(0, number)[k * kTileChannels + c];
+            words[(number - first) * kTileChannels + c] = word;
+            ones_[number * kTileChannels + c] += std::popcount(word);
+          }
+        kernels.arrange_weights(words, masks);
       }
   }
 
   int64_t panels() const { return panels_; }
-  const uint64_t* masks(int64_t panel) const { return masks_.data() + panel * depth_ * kTileChannels; }
+  const uint64_t* masks(int64_t panel) const { return masks_.data() + panel * panel_words_; }
   const int32_t* ones(int64_t panel) const { return ones_.data() + panel * kTileChannels; }
 
  private:
-  size_t depth_;
+  int64_t panel_words_;
   int64_t panels_;  // an even number
   Buffer<uint64_t> masks_;
   Buffer<int32_t> ones_;

@@ -89,14 +89,37 @@ LOWBIT_CHAINS(fma_256, __m256, __m256, _mm256_fmadd_ps(x, w, sum))
 // Products of bytes, added up in 16 bits, which is enough for some sums of few bits.
 LOWBIT_CHAINS(maddubs_256, __m256i, __m256i, _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, w)))
 
-// Four bits of 32 channels, looked up.
-LOWBIT_CHAINS(look_up_256, __m256i, __m256i, _mm256_add_epi8(sum, _mm256_shuffle_epi8(x, w)))
-
 __m256i carry_256(__m256i& sum, __m256i a, __m256i b) {
   const __m256i differ = _mm256_xor_si256(a, b);
   const __m256i carried = _mm256_or_si256(_mm256_and_si256(a, b), _mm256_and_si256(differ, sum));
   sum = _mm256_xor_si256(sum, differ);
   return carried;
+}
+
+// Three nibbles of a pair of pixels and of 32 channels, looked up and taken apart.
+void look_up_256(__m256i& first, __m256i& second, __m256i& x, __m256i w, __m256i nibble) {
+  __m256i differ[3];
+#pragma GCC unroll 3
+  for (__m256i& looked_up : differ) {
+    LOWBIT_OPAQUE(x);
+    looked_up = _mm256_shuffle_epi8(x, w);
+  }
+  const __m256i three = _mm256_add_epi8(_mm256_add_epi8(differ[0], differ[1]), differ[2]);
+  first = _mm256_add_epi8(first, _mm256_and_si256(three, nibble));
+  second = _mm256_add_epi8(second, _mm256_and_si256(_mm256_srli_epi16(three, 4), nibble));
+}
+
+void look_ups_256(int64_t rounds) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  __m256i a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, x{}, w{};
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds) {
+    look_up_256(a, b, x, w, nibble);
+    look_up_256(c, d, x, w, nibble);
+    look_up_256(e, f, x, w, nibble);
+    look_up_256(g, h, x, w, nibble);
+  }
+  for (__m256i sum : {a, b, c, d, e, f, g, h}) LOWBIT_OPAQUE(sum);
 }
 
 // Harley and Seal: eight words a round, one of which is counted.
@@ -248,7 +271,7 @@ std::vector<Loop> loops() {
   all.push_back({"avx2", "float", kChains * 8, fma_256});
   all.push_back({"avx2", "integer", kChains * 32, maddubs_256});
   all.push_back({"avx2", "binary", 8 * 256, carry_save_256});
-  all.push_back({"avx2", "binary", kChains * 128, look_up_256});
+  all.push_back({"avx2", "binary", 4 * 3 * 256, look_ups_256});
 #endif
 #ifdef LOWBIT_AVX512
   all.push_back({"avx512", "float", kChains * 16, fma_512});

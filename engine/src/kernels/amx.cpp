@@ -18,11 +18,12 @@ constexpr size_t kAhead = 3;  // how far expanding runs ahead of multiplying, so
 
 // Row r of a weight tile holds bits 4r to 4r+3 of each of the 16 channels: one mask of 64 bits makes the row.
 void arrange_weights(const uint64_t* words, uint64_t* masks) {
-  for (int row = 0; row < kTileChannels; ++row) {
-    uint64_t mask = 0;
-    for (int c = 0; c < kTileChannels; ++c) mask |= (words[c] >> 4 * row & 15) << 4 * c;
-    masks[row] = mask;
-  }
+  for (int panel = 0; panel < 2; ++panel, words += kTileChannels)
+    for (int row = 0; row < kTileChannels; ++row) {
+      uint64_t mask = 0;
+      for (int c = 0; c < kTileChannels; ++c) mask |= (words[c] >> 4 * row & 15) << 4 * c;
+      *masks++ = mask;
+    }
 }
 
 size_t pixel_bytes(size_t depth) { return 2 * depth * kTileBytes; }
@@ -217,7 +218,7 @@ void floats(const int32_t (*counts)[kTileChannels], int count, const int32_t* co
   }
 }
 
-constexpr BlockKernels kBlocks{arrange_weights, pixel_bytes, arrange_pixels, count, bits, floats};
+constexpr BlockKernels kBlocks{1, arrange_weights, pixel_bytes, arrange_pixels, count, bits, floats};
 
 }  // namespace
 }  // namespace lowbit

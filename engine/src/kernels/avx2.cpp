@@ -281,48 +281,68 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
 }
 
 // Bytes whose pairs do not fit 16 bits are split: of each four, the first and third, then the second and fourth, become
-// 16 bits wide. Pixels are split once for all panels, so many fours at a time as stay in the L1 cache.
-constexpr size_t kSplitFours = 128;
+// 16 bits wide. Pixels are split once for all panels and weights once for all pixels, so many fours at a time as stay in
+// the L1 cache.
+constexpr size_t kSplitFours = 64;
+
+struct SplitPixel {
+  int32_t even[kSplitFours], odd[kSplitFours];
+};
+
+// Of both halves of the channels.
+struct SplitFour {
+  __m256i even[2], odd[2];
+};
 
 // Adds the products of some fours to the sums of P pixels, or writes them if they are the first.
 template <int P>
-void multiply_split(const int32_t (*even)[kSplitFours], const int32_t (*odd)[kSplitFours], const int8_t* weights,
-                    size_t fours, bool is_first, int32_t (*sums)[kTileChannels]) {
-  for (int half = 0; half < kTileChannels; half += 8, weights += 32) {
-    __m256i of[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) of[p] = is_first ? _mm256_setzero_si256() : load(sums[p] + half);
-    for (size_t k = 0; k < fours; ++k) {
-      const __m256i row = load(weights + 4 * k * kTileChannels);
-      const __m256i w_even = _mm256_srai_epi16(_mm256_slli_epi16(row, 8), 8), w_odd = _mm256_srai_epi16(row, 8);
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) {
-        const __m256i first = _mm256_madd_epi16(_mm256_set1_epi32(even[p][k]), w_even);
-        const __m256i second = _mm256_madd_epi16(_mm256_set1_epi32(odd[p][k]), w_odd);
-        of[p] = _mm256_add_epi32(_mm256_add_epi32(of[p], first), second);
+void multiply_split(const SplitPixel* pixels, const SplitFour* weights, size_t fours, bool is_first,
+                    int32_t (*sums)[kTileChannels]) {
+  __m256i of[P][2];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+    for (int half = 0; half < 2; ++half) of[p][half] = is_first ? _mm256_setzero_si256() : load(sums[p] + 8 * half);
+  for (size_t k = 0; k < fours; ++k) {
+    const SplitFour four = weights[k];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const __m256i even = _mm256_set1_epi32(pixels[p].even[k]), odd = _mm256_set1_epi32(pixels[p].odd[k]);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        of[p][half] = _mm256_add_epi32(of[p][half], _mm256_madd_epi16(even, four.even[half]));
+        of[p][half] = _mm256_add_epi32(of[p][half], _mm256_madd_epi16(odd, four.odd[half]));
       }
     }
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums[p] + half), of[p]);
   }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+    for (int half = 0; half < 2; ++half)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums[p] + 8 * half), of[p][half]);
 }
 
-template <int P>
-void multiply_wide(const uint8_t* pixels, const int8_t* weights, size_t depth, int panels, int first, BlockSums* sums) {
+void multiply_wide(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, BlockSums* sums) {
   constexpr uint32_t kAlternate = 0x00ff00ff;
-  int32_t even[P][kSplitFours], odd[P][kSplitFours];
+  SplitPixel split[kBlockPixels];
+  SplitFour of_panel[kSplitFours];
   for (size_t start = 0; start < depth; start += 4 * kSplitFours) {
     const size_t left = (depth - start) / 4, fours = left < kSplitFours ? left : kSplitFours;
-    for (int p = 0; p < P; ++p)
+    for (int p = 0; p < count; ++p)
       for (size_t k = 0; k < fours; ++k) {
         uint32_t four;
         __builtin_memcpy(&four, pixels + p * depth + start + 4 * k, 4);
-        even[p][k] = static_cast<int32_t>(four & kAlternate);
-        odd[p][k] = static_cast<int32_t>(four >> 8 & kAlternate);
+        split[p].even[k] = static_cast<int32_t>(four & kAlternate);
+        split[p].odd[k] = static_cast<int32_t>(four >> 8 & kAlternate);
       }
-    for (int panel = 0; panel < panels; ++panel)
-      multiply_split<P>(even, odd, weights + (panel * depth + start) * kTileChannels, fours, start == 0,
-                        sums[panel] + first);
+    for (int panel = 0; panel < panels; ++panel) {
+      const int8_t* rows = weights + (panel * depth + start) * kTileChannels;
+      for (size_t k = 0; k < fours; ++k)
+        for (int half = 0; half < 2; ++half, rows += 32) {
+          const __m256i row = load(rows);
+          of_panel[k].even[half] = _mm256_srai_epi16(_mm256_slli_epi16(row, 8), 8);
+          of_panel[k].odd[half] = _mm256_srai_epi16(row, 8);
+        }
+      LOWBIT_BY_FOURS(multiply_split, count, split + first, of_panel, fours, start == 0, sums[panel] + first)
+    }
   }
 }
 
@@ -330,7 +350,7 @@ void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int c
                BlockSums* sums) {
   const auto steps = static_cast<size_t>(INT16_MAX / (pair > 0 ? pair : 1));
   if (steps == 0) {
-    LOWBIT_BY_EIGHTS(multiply_wide, count, pixels + first * depth, weights, depth, panels, first, sums)
+    multiply_wide(pixels, weights, depth, count, panels, sums);
     return;
   }
   for (int panel = 0; panel < panels; ++panel, weights += depth * kTileChannels)
@@ -371,8 +391,14 @@ void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
 constexpr ByteKernels kBytes{4, 8, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};
 
 uint64_t passed_word(const float* x, const FloatLimits& limits, size_t count) {
-  const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   uint64_t word = 0;
+  if (count == 64) {
+#pragma GCC unroll 8
+    for (int c = 0; c < 64; c += 8)
+      word |= static_cast<uint64_t>(passed(_mm256_loadu_ps(x + c), limits, c)) << c;
+    return word;
+  }
+  const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   for (size_t c = 0; c < count; c += 8) {
     const int left = count - c < 8 ? static_cast<int>(count - c) : 8;
     const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), numbers);

@@ -52,7 +52,9 @@ inline constexpr int kBlockChannels = 2 * kTileChannels;
 using BlockCounts = int32_t[kBlockPixels][kTileChannels];
 
 struct BlockKernels {
-  // Where the words of 16 channels go. From words[16], one per channel, to masks[16].
+  size_t mask_words;  // that a word of a channel becomes
+
+  // Where the words of two panels go: from words[2][16], one per channel, to masks[32 * mask_words].
   void (*arrange_weights)(const uint64_t* words, uint64_t* masks);
 
   size_t (*pixel_bytes)(size_t depth);  // of one block, what arrange_pixels writes
@@ -62,7 +64,7 @@ struct BlockKernels {
                          std::byte* arranged);
 
   // counts[panel][p][c] = number of bits in which pixel p and channel c of the panel differ. The panels are an even
-  // number, masks are [panels / 2][depth][2][16], ones[panel][16] the set bits of each channel.
+  // number, masks are [panels / 2][depth][32 * mask_words], ones[panel][16] the set bits of each channel.
   void (*count)(const std::byte* arranged, const uint64_t* masks, const int32_t* ones, size_t depth, int count,
                 int panels, BlockCounts* counts);
 

@@ -1,92 +1,103 @@
-// AVX2's binary product by blocks. A byte of a pixel names a table of how many bits differ between its two nibbles and
-// any nibble of a weight; vpshufb looks up the nibbles of 16 channels in it. That is one look-up and one sum for 128
-// products, and weights are taken apart once for 4 pixels. Included inside the target region.
+// AVX2's binary product by blocks. A nibble of a pixel and one of the next pixel name a table: how many bits differ
+// between either and any nibble of a weight, the first number in the low half of a byte, the second in the high one.
+// vpshufb looks up the nibbles of 32 channels in it. That is one look-up for 256 products, and three fit the halves of a
+// byte before these are taken apart. Included inside the target region.
 #pragma once
 
 namespace lowbit {
 namespace {
 
-constexpr int kPixelsAtOnce = 4;
-constexpr size_t kWordBytes = 8;
-constexpr size_t kByteWords = 7;       // a word adds up to 32 to a byte
-constexpr size_t kSumWords = 7 * 128;  // and up to 64 to a sum of 16 bits
+constexpr size_t kNibbles = 16;  // of a word
+constexpr size_t kRowWords = kBlockChannels / 8;
+constexpr size_t kByteNibbles = 3 * kNibbles;       // a nibble adds up to 4 to a byte
+constexpr size_t kSumNibbles = 341 * kByteNibbles;  // and up to 4 to a sum of 16 bits
 
-// Of each byte: in the first 16 places for its low nibble, in the others for its high one.
 struct NibbleTables {
-  alignas(32) uint8_t of[256][32];
+  alignas(16) uint8_t of[256][16];
 
   constexpr NibbleTables() : of() {
-    for (unsigned byte = 0; byte < 256; ++byte)
-      for (unsigned place = 0; place < 32; ++place) {
-        const unsigned differ = (byte >> place / 16 * 4 ^ place) & 15;
-        of[byte][place] = static_cast<uint8_t>((differ & 1) + (differ >> 1 & 1) + (differ >> 2 & 1) + (differ >> 3));
-      }
+    for (unsigned pair = 0; pair < 256; ++pair)
+      for (unsigned nibble = 0; nibble < 16; ++nibble)
+        of[pair][nibble] = static_cast<uint8_t>(ones((pair & 15) ^ nibble) | ones(pair >> 4 ^ nibble) << 4);
+  }
+
+ private:
+  static constexpr unsigned ones(unsigned nibble) {
+    return (nibble & 1) + (nibble >> 1 & 1) + (nibble >> 2 & 1) + (nibble >> 3);
   }
 };
 
 constexpr NibbleTables kNibbleTables;
 
-// From two bytes of each channel make [low nibbles, high nibbles][16 channels], the second byte's in the upper halves.
+// Nibbles in the order of those of pixels, those of eight channels of a panel beside those of the other's, as unpacking
+// them will want it: [nibble][channel / 8][panel][channel % 8].
 void arrange_weights(const uint64_t* words, uint64_t* masks) {
-  uint8_t nibbles[kWordBytes / 2][2][kTileChannels];
-  for (size_t pair = 0; pair < kWordBytes / 2; ++pair)
-    for (int half = 0; half < 2; ++half)
-      for (int c = 0; c < kTileChannels; ++c) {
-        const uint64_t first = words[c] >> (16 * pair + 4 * half);
-        nibbles[pair][half][c] = static_cast<uint8_t>((first & 15) | (first >> 8 & 15) << 4);
-      }
-  __builtin_memcpy(masks, nibbles, sizeof nibbles);
+  auto* bytes = reinterpret_cast<uint8_t*>(masks);
+  for (size_t nibble = 0; nibble < kNibbles; ++nibble)
+    for (int c = 0; c < kTileChannels; c += 8)
+      for (int panel = 0; panel < 2; ++panel)
+        for (int i = 0; i < 8; ++i)
+          *bytes++ = words[panel * kTileChannels + c + i] >> (nibble % 8 * 8 + nibble / 8 * 4) & 15;
 }
 
-size_t pixel_bytes(size_t depth) { return kBlockPixels * depth * kWordBytes * sizeof(uint16_t); }
+size_t pixel_bytes(size_t depth) { return kBlockPixels / 2 * depth * kNibbles * sizeof(uint16_t); }
 
-// Writes where the table of each byte begins, in bytes, [pixel / 4][depth][pixel % 4][byte]; spare pixels are zeros.
+// Writes where tables begin, in bytes, [pixel / 2][depth][nibble], first the low nibbles of all bytes; a spare pixel is
+// zeros.
 void arrange_pixels(const uint64_t* plane, const int64_t* taps, size_t depth, const int64_t* pixels, int count,
                     std::byte* arranged) {
-  for (int first = 0; first < count; first += kPixelsAtOnce)
-    for (size_t k = 0; k < depth; ++k)
-      for (int p = first; p < first + kPixelsAtOnce; ++p, arranged += kWordBytes * sizeof(uint16_t)) {
-        const uint64_t word = p < count ? plane[taps[k] + pixels[p]] : 0;
-        const __m128i bytes = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(static_cast<long long>(word)));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(arranged), _mm_slli_epi16(bytes, 5));
-      }
+  constexpr uint64_t kLow = 0x0f0f0f0f0f0f0f0f;
+  for (int p = 0; p < count; p += 2)
+    for (size_t k = 0; k < depth; ++k, arranged += kNibbles * sizeof(uint16_t)) {
+      const uint64_t* words = plane + taps[k];
+      const uint64_t first = words[pixels[p]], second = p + 1 < count ? words[pixels[p + 1]] : 0;
+      const uint64_t low = (first & kLow) | (second & kLow) << 4, high = (first >> 4 & kLow) | (second & ~kLow);
+      const __m128i pairs = _mm_set_epi64x(static_cast<long long>(high), static_cast<long long>(low));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(arranged), _mm256_slli_epi16(_mm256_cvtepu8_epi16(pairs), 4));
+    }
 }
 
-// What one byte of 4 pixels adds to the bytes of two panels.
-[[gnu::always_inline]] inline void look_up(const uint16_t* starts, __m256i left, __m256i right,
-                                           __m256i (&bytes)[kPixelsAtOnce][2]) {
+// What N nibbles, up to three, of P pairs of pixels add to the bytes of each pixel.
+template <int P, int N>
+[[gnu::always_inline]] inline void look_up(const uint16_t* starts, size_t pitch, const uint64_t* masks,
+                                           __m256i (&bytes)[P][2]) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  __m256i rows[N];
+#pragma GCC unroll 3
+  for (int n = 0; n < N; ++n) rows[n] = load(masks + n * kRowWords);
 #pragma GCC unroll 4
-  for (int p = 0; p < kPixelsAtOnce; ++p) {
-    const auto* tables = reinterpret_cast<const std::byte*>(kNibbleTables.of);
-    const __m256i table = _mm256_load_si256(reinterpret_cast<const __m256i*>(tables + starts[p * kWordBytes]));
-    bytes[p][0] = _mm256_add_epi8(bytes[p][0], _mm256_shuffle_epi8(table, left));
-    bytes[p][1] = _mm256_add_epi8(bytes[p][1], _mm256_shuffle_epi8(table, right));
+  for (int p = 0; p < P; ++p) {
+    __m256i differ[N];
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) {
+      const auto* table = reinterpret_cast<const std::byte*>(kNibbleTables.of) + starts[p * pitch + n];
+      differ[n] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+      differ[n] = _mm256_shuffle_epi8(differ[n], rows[n]);
+      if (n > 0) differ[0] = _mm256_add_epi8(differ[0], differ[n]);
+    }
+    bytes[p][0] = _mm256_add_epi8(bytes[p][0], _mm256_and_si256(differ[0], nibble));
+    bytes[p][1] = _mm256_add_epi8(bytes[p][1], _mm256_and_si256(_mm256_srli_epi16(differ[0], 4), nibble));
     // Else the compiler adds what was looked up first, for which it has no registers.
     asm("" : "+x"(bytes[p][0]), "+x"(bytes[p][1]));
   }
 }
 
-// Adds up to kByteWords words of 4 pixels and two panels.
-void add_words(const uint16_t* starts, const uint64_t* masks, size_t words, __m256i (&sums)[kPixelsAtOnce][2]) {
-  const __m256i nibble = _mm256_set1_epi8(15);
-  __m256i bytes[kPixelsAtOnce][2];
+// Adds up to kByteNibbles nibbles of P pairs of pixels to the sums of two panels.
+template <int P>
+void add_nibbles(const uint16_t* starts, size_t pitch, const uint64_t* masks, size_t nibbles,
+                 __m256i (&sums)[P][2][2]) {
+  const __m256i zero = _mm256_setzero_si256();
+  __m256i bytes[P][2];
 #pragma GCC unroll 4
-  for (int p = 0; p < kPixelsAtOnce; ++p) bytes[p][0] = bytes[p][1] = _mm256_setzero_si256();
-  for (; words > 0; --words, starts += kPixelsAtOnce * kWordBytes, masks += kBlockChannels) {
+  for (int p = 0; p < P; ++p) bytes[p][0] = bytes[p][1] = zero;
+  for (; nibbles >= 3; nibbles -= 3, starts += 3, masks += 3 * kRowWords) look_up<P, 3>(starts, pitch, masks, bytes);
+  if (nibbles == 2) look_up<P, 2>(starts, pitch, masks, bytes);
+  if (nibbles == 1) look_up<P, 1>(starts, pitch, masks, bytes);
 #pragma GCC unroll 4
-    for (int pair = 0; pair < 4; ++pair) {
-      const __m256i left = load(masks + 4 * pair), right = load(masks + kTileChannels + 4 * pair);
-      look_up(starts + 2 * pair, _mm256_and_si256(left, nibble), _mm256_and_si256(right, nibble), bytes);
-      look_up(starts + 2 * pair + 1, _mm256_and_si256(_mm256_srli_epi16(left, 4), nibble),
-              _mm256_and_si256(_mm256_srli_epi16(right, 4), nibble), bytes);
-    }
-  }
-#pragma GCC unroll 4
-  for (int p = 0; p < kPixelsAtOnce; ++p)
-    for (int panel = 0; panel < 2; ++panel) {
-      const __m256i of_low = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(bytes[p][panel])),
-                    of_high = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(bytes[p][panel], 1));
-      sums[p][panel] = _mm256_add_epi16(sums[p][panel], _mm256_add_epi16(of_low, of_high));
+  for (int p = 0; p < P; ++p)
+    for (int i = 0; i < 2; ++i) {
+      sums[p][i][0] = _mm256_add_epi16(sums[p][i][0], _mm256_unpacklo_epi8(bytes[p][i], zero));
+      sums[p][i][1] = _mm256_add_epi16(sums[p][i][1], _mm256_unpackhi_epi8(bytes[p][i], zero));
     }
 }
 
@@ -101,25 +112,32 @@ void store_sums(__m256i sums, bool add, int32_t* counts) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts + 8), high);
 }
 
+// P pairs of pixels from pair `first` on, and two panels.
+template <int P>
+void count_pairs(const uint16_t* arranged, const uint64_t* masks, size_t depth, int first, BlockCounts* counts) {
+  const size_t pitch = depth * kNibbles;
+  const uint16_t* starts = arranged + first * pitch;
+  for (size_t n = 0; n < pitch;) {
+    const bool more = n > 0;
+    const size_t end = pitch - n > kSumNibbles ? n + kSumNibbles : pitch;
+    __m256i sums[P][2][2] = {};
+    while (n < end) {
+      const size_t nibbles = end - n > kByteNibbles ? kByteNibbles : end - n;
+      add_nibbles(starts + n, pitch, masks + n * kRowWords, nibbles, sums);
+      n += nibbles;
+    }
+    for (int p = 0; p < P; ++p)
+      for (int i = 0; i < 2; ++i)
+        for (int panel = 0; panel < 2; ++panel)
+          store_sums(sums[p][i][panel], more, counts[panel][2 * (first + p) + i]);
+  }
+}
+
 void count(const std::byte* arranged, const uint64_t* masks, const int32_t*, size_t depth, int count, int panels,
            BlockCounts* counts) {
-  for (int panel = 0; panel < panels; panel += 2, masks += depth * kBlockChannels) {
-    const auto* starts = reinterpret_cast<const uint16_t*>(arranged);
-    for (int first = 0; first < count; first += kPixelsAtOnce)
-      for (size_t k = 0; k < depth;) {
-        const bool more = k > 0;
-        const size_t end = depth - k > kSumWords ? k + kSumWords : depth;
-        __m256i sums[kPixelsAtOnce][2] = {};
-        while (k < end) {
-          const size_t words = end - k > kByteWords ? kByteWords : end - k;
-          add_words(starts, masks + k * kBlockChannels, words, sums);
-          starts += words * kPixelsAtOnce * kWordBytes;
-          k += words;
-        }
-        for (int p = 0; p < kPixelsAtOnce; ++p)
-          for (int i = 0; i < 2; ++i) store_sums(sums[p][i], more, counts[panel + i][first + p]);
-      }
-  }
+  const auto* starts = reinterpret_cast<const uint16_t*>(arranged);
+  for (int panel = 0; panel < panels; panel += 2, masks += depth * kNibbles * kRowWords, counts += 2)
+    LOWBIT_BY_FOURS(count_pairs, (count + 1) / 2, starts, masks, depth, first, counts)
 }
 
 void count_bits(const int32_t (*counts)[kTileChannels], int panels, const int32_t* limits, const uint64_t* falling,
@@ -141,7 +159,7 @@ void count_floats(const int32_t (*counts)[kTileChannels], int count, const int32
     for (int first = 0; first < kTileChannels; first += 8) store_dots(load(counts[p] + first), bases[p], out, p, first);
 }
 
-constexpr BlockKernels kBlocks{arrange_weights, pixel_bytes, arrange_pixels, count, count_bits, count_floats};
+constexpr BlockKernels kBlocks{kNibbles * kRowWords / kBlockChannels, arrange_weights, pixel_bytes, arrange_pixels, count, count_bits, count_floats};
 
 }  // namespace
 }  // namespace lowbit
