@@ -147,7 +147,7 @@ class ByteBlocks {
   bool by_signs_;
   std::vector<int64_t> runs_;
   Buffer<int8_t> weights_;  // [group][panel][depth / 4][16][4]
-  Buffer<uint64_t> masks_;  // as BlockKernels has them
+  Buffer<uint64_t> masks_;  // as ByteKernels::sign_sums has them
 };
 
 }  // namespace lowbit
