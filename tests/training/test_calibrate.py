@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,14 @@ from safetensors.torch import load_file
 from lowbit import models
 from lowbit.errors import LowbitError, UsageError
 from lowbit.files import PARTIAL
+from lowbit.layers import quantized_layers
 from lowbit.report import compare
 from lowbit.rest import int8_rest
 from lowbit.runs import Run, write_json
 from lowbit.training import TrainConfig, calibrate_run, train
 from lowbit.training.checkpoints import save_weights
 from lowbit.training.lock import LOCK, sole_process
+from lowbit.training.module import TrainingModule
 
 SMALL = {"model": "lenet", "data": "digits", "model_options": {"width": 0.25}, "threads": 1, "progress": False}
 
@@ -224,6 +228,49 @@ def test_training_goes_on_from_a_calibrated_run_and_freezes_late(int8_run: Path,
     assert len(counts) == 4
     assert {int(count) for count in counts.values()} == {steps}
     assert not torch.equal(tuned["0.conv.weight"], before["0.conv.weight"])
+
+
+def test_training_keeps_the_rest_of_a_calibrated_run(
+    float_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ranges too, also in the average of weights and where a stopped training goes on; the weights learn."""
+    made = int8_rest(untrained(float_run, tmp_path / "run", "xnor_net"))
+    config = TrainConfig(
+        out=tmp_path / "whole",
+        method="xnor_net",
+        epochs=2,
+        overrides={"average": 0.5},
+        init_from=made.path,
+        **SMALL,
+    )
+    before, tuned = load_file(made.weights_path), load_file(train(config).weights_path)
+    assert Run(config.out).config["rest"] == made.config["rest"]
+    assert tuned.keys() == before.keys()
+    moved = {name for name in tuned if not torch.equal(tuned[name], before[name])}
+    assert {"0.conv.weight", "3.conv.weight"} <= moved
+    assert not any("observer" in name for name in moved)
+    bits = [layer.weight_quantizer.bits for layer in quantized_layers(models.load_run(config.out))]
+    assert bits == [8, 1, 1, 8]
+
+    step, steps = TrainingModule.training_step, 0
+
+    def stopping(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps > len(self.batches):
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingModule, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(config, out=tmp_path / "stopped"))
+    resumed = train(TrainConfig.resuming(tmp_path / "stopped", progress=False))
+    again = load_file(resumed.weights_path)
+    assert all(torch.equal(again[name], tensor) for name, tensor in tuned.items())
+    with pytest.raises(UsageError, match="the range of '.*' does not fit this run; keep its model, method and bits"):
+        train(replace(config, out=tmp_path / "other", method="bwn"))
+    assert not Run(tmp_path / "other").config_path.exists()
 
 
 def test_batch_norms_are_frozen_late_in_a_run(float_run: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lowbit.errors import LowbitError, UsageError
 from lowbit.layers import quantized_layers
 from lowbit.layers.blocks import BLOCKS
 from lowbit.methods import Method
+from lowbit.quantizers.observers import Observer
 from lowbit.registry import Registry
 from lowbit.runs import Run
 
@@ -106,11 +107,22 @@ def load_run(path: str | Path) -> nn.Module:
             **config["model"]["options"],
         )
         if "rest" in config:
-            quantize_(model, methods.registry[config["rest"]["name"]](**config["rest"]["options"]))
+            quantize_rest_(model, config["rest"])
     except TypeError as error:
         raise LowbitError(f"{run.config_path} is damaged: {error!r}") from None
     load_weights(model, run.weights_path)
     return model.eval()
+
+
+def quantize_rest_(model: nn.Module, rest: Mapping[str, Any]) -> None:
+    """Quantize what the method of ``model`` has left in float by another one, as config.json names it (``rest``).
+
+    Ranges of its activations are those that a calibration has found: training leaves them as they are.
+    """
+    quantize_(model, methods.registry[rest["name"]](**rest["options"]))
+    for module in model.modules():
+        if isinstance(module, Observer):
+            module.frozen = True
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

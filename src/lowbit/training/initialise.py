@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,6 +16,7 @@ from lowbit import methods
 from lowbit.errors import LowbitError, UsageError
 from lowbit.files import sha256_of
 from lowbit.methods import Method
+from lowbit.quantizers.observers import Observer
 from lowbit.runs import Run
 
 
@@ -112,6 +114,30 @@ def init_from(model: nn.Module, source: str | Path) -> InitReport:
         norms=tuple(name for name in fitting if name in in_norms and not norms_fit),
         quantizers=tuple(name for name in fitting if name in in_quantizers),
     )
+
+
+def rest_of(source: str | Path | None) -> dict[str, Any] | None:
+    """What config.json of the run ``source`` says of the layers that its method leaves in float, once they are low-bit.
+
+    A run that starts from those weights keeps these layers as they are.
+    """
+    run = None if source is None else Run(Path(source))
+    return run.config.get("rest") if run is not None and run.config_path.is_file() else None
+
+
+def check_ranges(model: nn.Module, source: str | Path) -> None:
+    """Refuse weights of ``source``, which has been calibrated, whose ranges of activations do not fit ``model``.
+
+    Raises:
+        UsageError: a range was not taken over.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Observer) and not module.batches:
+            raise UsageError(
+                f"--init-from {source}: the layers that its method leaves in float are low-bit there, and the range of "
+                f"'{name}' does not fit this run; keep its model, method and bits, or start from the run that it was "
+                "calibrated from"
+            )
 
 
 def _other_bits(model: nn.Module, weights: Path) -> bool:

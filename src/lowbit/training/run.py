@@ -35,7 +35,7 @@ from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.diagnostics import Diagnostics, Probe
 from lowbit.training.distillation import load_teacher
 from lowbit.training.environment import PRECISIONS, auto_precision, device_name
-from lowbit.training.initialise import init_from
+from lowbit.training.initialise import check_ranges, init_from, rest_of
 from lowbit.training.lock import sole_process, visible
 from lowbit.training.module import TrainingModule, loss_of
 from lowbit.training.settings import (
@@ -115,6 +115,9 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
             say(f"{run.path} finished its {recipe.epochs} epochs already; nothing to do")
             return run
         remove_partial_files(run.path, run.checkpoints_path)
+    rest = recorded.get("rest") if started else rest_of(config.init_from)
+    if rest is not None:
+        settings["rest"] = rest
     images = data.load(config.data, config.data_dir, config.image_size)
     settings |= describe_data(config, images)
     if started:
@@ -147,9 +150,13 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
         whiten_first_layer_(model, images.train_images, split[0], normalise)
     if recipe.freeze_first:
         freeze_first_layer_(model)
+    if rest is not None:
+        models.quantize_rest_(model, rest)
     report = init_from(model, config.init_from) if config.init_from is not None and fresh else None
     if report is not None:
         say(str(report))
+        if rest is not None:
+            check_ranges(model, report.source)
     environment = {"versions": versions("torch", "numpy", "lightning"), "hardware": machine(device_name(device))}
     if started and environment != {key: recorded.get(key) for key in environment}:
         say("resuming with other versions or on another machine, which config.json records; last bits may differ")

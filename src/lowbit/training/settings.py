@@ -32,7 +32,8 @@ class TrainConfig:
         seed: of initial weights, split, order, augmentation and dropout.
         precision: ``auto`` (bf16 on a GPU or a CPU with AMX or AVX-512 BF16, else float32), ``bf16`` or ``float32``.
         val_fraction: part of the train images that selects the best epoch; 0 keeps the last epoch's weights.
-        init_from: run folder or safetensors file to take fitting weights from.
+        init_from: run folder or safetensors file to take fitting weights from. What its method has left in float, and
+            calibration made low-bit, stays low-bit.
         distill_from: run folder of a teacher on the same data, whose logits are the target in place of the labels, or,
             with a ``distill_weight`` below 1, beside them.
         resume: go on with the run in ``out``.
