@@ -38,19 +38,25 @@ void add(const float* a, const float* b, float* y, const Rows& rows) {
 }
 
 void affine(const float* x, const float* scale, const float* shift, float* y, const Rows& rows) {
-  for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, y += rows.stride)
-    for_chunks(rows.channels, [&](auto chunk, size_t c) {
-      chunk.store(y, c, chunk.load(x, c) * chunk.load(scale, c) + chunk.load(shift, c));
-    });
+  for_chunks(rows.channels, [&](auto chunk, size_t c) {
+    const auto factor = chunk.load(scale, c), term = chunk.load(shift, c);
+    for (size_t p = 0; p < rows.pixels; ++p) {
+      const size_t at = p * rows.stride + c;
+      chunk.store(y, at, chunk.load(x, at) * factor + term);
+    }
+  });
 }
 
 void prelu(const float* x, const float* slope, float* y, const Rows& rows) {
-  for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, y += rows.stride)
-    for_chunks(rows.channels, [&](auto chunk, size_t c) {
-      using T = typename decltype(chunk)::Type;
-      const T falls = chunk.load(slope, c) * chunk.load(x, c);
-      chunk.store(y, c, chunk.load(x, c) >= T{} ? chunk.load(x, c) : falls);
-    });
+  for_chunks(rows.channels, [&](auto chunk, size_t c) {
+    using T = typename decltype(chunk)::Type;
+    const T factor = chunk.load(slope, c);
+    for (size_t p = 0; p < rows.pixels; ++p) {
+      const size_t at = p * rows.stride + c;
+      const T value = chunk.load(x, at), falls = factor * value;
+      chunk.store(y, at, value >= T{} ? value : falls);
+    }
+  });
 }
 
 void clamp(const float* x, float low, float high, float* y, const Rows& rows) {
