@@ -90,6 +90,57 @@ def test_rows_are_the_product_of_everything(tmp_path: Path) -> None:
     assert all(row.state == "to do" for row in rows)
 
 
+def test_a_row_may_have_a_model_of_its_own(tmp_path: Path) -> None:
+    """It is made once, and the rows of every model may learn from it."""
+    text = """
+    out = "study"
+    data = "digits"
+    model = ["lenet", { name = "lenet", width = 0.5 }]
+    seeds = [0, 1]
+
+    [[run]]
+    method = "float"
+    model = { name = "vgg_small", width = 0.25 }
+
+    [[run]]
+    method = "xnor_net"
+    distill_from = "float"
+
+    [[run]]
+    name = "int8"
+    method = "affine"
+    options = { observer = "mse" }
+    init_from = "xnor_net"
+    calibrate = 9
+
+    [[run]]
+    name = "tuned"
+    method = "xnor_net"
+    init_from = "int8"
+    """
+    rows = study(text, tmp_path).rows
+    assert [row.label for row in rows[:4]] == [
+        "digits/vgg_small-width-0.25/seed-0/float",
+        "digits/lenet/seed-0/xnor_net",
+        "digits/lenet/seed-0/int8",
+        "digits/lenet/seed-0/tuned",
+    ]
+    assert len(rows) == len({row.label for row in rows}) == 2 * (1 + 2 * 3)
+    assert {row.teacher for row in rows if row.name == "xnor_net"} == {rows[0], rows[7]}
+    assert rows[0].config.model_options == {"width": 0.25}
+    int8, tuned = rows[2], rows[3]
+    assert (int8.method.name, int8.rest) == ("xnor_net", {"name": "affine", "options": {"observer": "mse"}})
+    assert (tuned.source, tuned.rest, tuned.calibrate) == (int8, None, None)
+    started = text.replace("model = { name", 'init_from = "base"\n    model = { name', 1)
+    with pytest.raises(
+        UsageError, match="init_from is 'base', which is a row for each model; give that row a model of"
+    ):
+        study(
+            started.replace("    [[run]]", '    [[run]]\n    name = "base"\n    method = "float"\n    [[run]]', 1),
+            tmp_path,
+        )
+
+
 NAMES = {
     'method = "bnn"\noptions = { stochastic = true }': "bnn-stochastic",
     'method = "xnor_net"\noptions = { center = false, gradient = "paper" }': "xnor_net-no-center-gradient-paper",
@@ -173,7 +224,7 @@ MISTAKES = {
     "calibrated and taught": (
         '"float"',
         '"float"\n[[run]]\nmethod = "affine"\ninit_from = "float"\ncalibrate = 9\ndistill_from = "float"',
-        ", run 2 (affine): a calibrated row is not trained; leave distill_from and diagnose out",
+        ", run 2 (affine): a calibrated row is not trained; leave distill_from, diagnose and model out",
     ),
     "nothing to diagnose": (
         '"float"',
@@ -195,8 +246,36 @@ MISTAKES = {
     "calibrates from nothing": (
         '"float"',
         '"affine"\ncalibrate = 9',
-        ", run 1 (affine): calibrate starts from a float",
+        ", run 1 (affine): calibrate starts from a trained network; name a row of it by init_from",
     ),
+    "calibrates what is calibrated": (
+        '"float"',
+        '"float"\n[[run]]\nname = "int8"\nmethod = "affine"\ninit_from = "float"\ncalibrate = 9\n'
+        '[[run]]\nmethod = "affine"\ninit_from = "int8"\ncalibrate = 9',
+        ", run 3 (affine): calibrate starts from a trained network; name a row of it by init_from",
+    ),
+    "calibrates where nothing is left": (
+        '"float"',
+        '"bnn"\n[[run]]\nmethod = "affine"\ninit_from = "bnn"\ncalibrate = 9',
+        ", run 2 (affine): method 'bnn' of 'bnn' leaves no layer in float to calibrate",
+    ),
+    "folds a low-bit network": (
+        '"float"',
+        '"xnor_net"\n[[run]]\nmethod = "affine"\noptions = { fold = true }\ninit_from = "xnor_net"\ncalibrate = 9',
+        ", run 2 (affine): fold is for float networks, and 'xnor_net' is one of 'xnor_net'; leave it out",
+    ),
+    "drops a calibrated rest": (
+        '"float"',
+        '"xnor_net"\n[[run]]\nname = "int8"\nmethod = "affine"\ninit_from = "xnor_net"\ncalibrate = 9\n'
+        '[[run]]\nmethod = "bwn"\ninit_from = "int8"',
+        ", run 3 (bwn): 'int8' is a network of 'xnor_net' with calibrated layers beside",
+    ),
+    "a model of its own, calibrated": (
+        '"float"',
+        '"float"\n[[run]]\nmethod = "affine"\nmodel = "lenet"\ninit_from = "float"\ncalibrate = 9',
+        ", run 2 (affine): a calibrated row is not trained; leave distill_from, diagnose and model out",
+    ),
+    "an unknown model of its own": ('"float"', '"float"\nmodel = "lenett"', ", run 1 (float): model: "),
     "calibrates and trains": (
         '"float"',
         '"float"\n[[run]]\nmethod = "affine"\ninit_from = "float"\ncalibrate = 9\nepochs = 2',

@@ -290,3 +290,57 @@ def test_a_line_that_was_read_in_two_pieces_is_one_line() -> None:
     assert whole_lines(unfinished + "' is in use\n", ended=False) == (["lowbit: the folder 'runs' is in use"], "")
     assert whole_lines("cut off", ended=True) == (["cut off"], "")
     assert whole_lines("", ended=False) == ([], "")
+
+
+LOW_BIT_REST = """
+out = "study"
+data = "digits"
+model = { name = "lenet", width = 0.25 }
+precision = "float32"
+epochs = 1
+
+[[run]]
+name = "teacher"
+method = "float"
+model = { name = "lenet", width = 0.125 }
+
+[[run]]
+method = "xnor_net"
+distill_from = "teacher"
+
+[[run]]
+name = "int8"
+method = "affine"
+options = { observer = "mse" }
+init_from = "xnor_net"
+calibrate = 64
+
+[[run]]
+name = "tuned"
+method = "xnor_net"
+init_from = "int8"
+"""
+
+
+def test_a_low_bit_network_gets_an_8_bit_rest_and_is_trained_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("s.toml").write_text(LOW_BIT_REST)
+    with pytest.raises(SystemExit) as end:
+        main(["study", "s.toml", "--threads", "1"])
+    assert not end.value.code
+    rest = {"name": "affine", "options": {"observer": "mse"}}
+    for name in ("int8", "tuned"):
+        config = Run(CELL / name).config
+        assert (config["method"], config["rest"]) == ({"name": "xnor_net", "options": {}}, rest)
+    results = {result.row: result for result in read_results(Path("study/results.csv"))}
+    assert {result.state for result in results.values()} == {"done"}
+    assert results["teacher"].model == "lenet-width-0.125"
+    assert {results[name].packed_bytes for name in ("int8", "tuned")} != {results["xnor_net"].packed_bytes}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["study", "s.toml", "--dry-run", "--json"])
+    assert {row["state"] for row in json.loads(capsys.readouterr().out)} == {"done"}
+    Path("changed.toml").write_text(LOW_BIT_REST.replace('"mse"', '"min_max"'))
+    assert "int8 was started with rest.options.observer mse, not min_max" in refusal("changed.toml", capsys)

@@ -40,6 +40,8 @@ class Row:
         source: the row whose weights this one starts from, or None.
         teacher: the row whose logits this one learns from, or None for the labels alone.
         calibrate: None trains the row; a number calibrates it from ``source`` with so many train images.
+        rest: of a row that is calibrated from a low-bit one: the method of the layers that its own leaves in float, and
+            its options, as config.json has them.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Row:
     source: Row | None
     teacher: Row | None
     calibrate: int | None
+    rest: Mapping[str, Any] | None
 
     @property
     def needs(self) -> tuple[Row, ...]:
@@ -137,7 +140,7 @@ def read_study(path: str | Path) -> Study:
     top.finish()
     planned: list[_Planned] = []
     for number, entry in enumerate(entries, 1):
-        planned += _plan(entry, f"{path}, run {number}", common, planned)
+        planned += _plan(entry, f"{path}, run {number}", common, planned, several=len(nets) > 1)
     for what, names in (
         ("data", [name for name, _ in sets]),
         ("model", [name for name, _ in nets]),
@@ -146,24 +149,42 @@ def read_study(path: str | Path) -> Study:
         if len(set(names)) < len(names):
             raise UsageError(f"{path}: {what} names {_first_twice(names)} twice; name it once")
     rows: list[Row] = []
-    for seed, (data_label, of_data), (model_label, of_model) in itertools.product(seeds, sets, nets):
+    for seed, (data_label, of_data) in itertools.product(seeds, sets):
         cell: dict[str, Row] = {}
-        for entry in planned:
-            label = f"{data_label}/{model_label}/seed-{seed}/{entry.name}"
-            source, teacher = (None if name is None else cell[name] for name in (entry.init_from, entry.distill_from))
-            config = replace(
-                entry.config,
-                out=out / label,
-                seed=seed,
-                init_from=None if source is None else source.config.out,
-                distill_from=None if teacher is None else teacher.config.out,
-                **of_data,
-                **of_model,
-            )
-            cell[entry.name] = Row(
-                entry.name, data_label, model_label, label, config, entry.method, source, teacher, entry.calibrate
-            )
-        rows += cell.values()
+        for net in nets:
+            # A row with a model of its own is made once, and stands beside those of every model.
+            cell = {entry.name: cell[entry.name] for entry in planned if entry.model is not None and cell}
+            for entry in planned:
+                if entry.name in cell:
+                    continue
+                model_label, of_model = entry.model or net
+                label = f"{data_label}/{model_label}/seed-{seed}/{entry.name}"
+                source, teacher = (
+                    None if name is None else cell[name] for name in (entry.init_from, entry.distill_from)
+                )
+                config = replace(
+                    entry.config,
+                    out=out / label,
+                    seed=seed,
+                    init_from=None if source is None else source.config.out,
+                    distill_from=None if teacher is None else teacher.config.out,
+                    **of_data,
+                    **of_model,
+                )
+                row = Row(
+                    name=entry.name,
+                    data=data_label,
+                    model=model_label,
+                    label=label,
+                    config=config,
+                    method=entry.method,
+                    source=source,
+                    teacher=teacher,
+                    calibrate=entry.calibrate,
+                    rest=entry.rest,
+                )
+                cell[entry.name] = row
+                rows.append(row)
     return Study(path, out, tuple(rows))
 
 
@@ -174,14 +195,23 @@ class _Planned:
     name: str
     config: TrainConfig
     method: Method
+    model: tuple[str, dict[str, Any]] | None  # its own
     init_from: str | None
     distill_from: str | None
     calibrate: int | None
+    rest: Mapping[str, Any] | None
     identity: object
 
 
-def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequence[_Planned]) -> list[_Planned]:
-    """The rows that one ``[[run]]`` stands for; ``above`` are those of the entries before it."""
+def _plan(
+    entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequence[_Planned], several: bool
+) -> list[_Planned]:
+    """The rows that one ``[[run]]`` stands for.
+
+    Args:
+        above: those of the entries before it.
+        several: whether the study has several models, so that a row without one of its own stands for several.
+    """
     method = entry.get("method")
     if isinstance(method, str):
         where += f" ({method})"
@@ -194,6 +224,7 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
     grid = table.take("grid", dict, {})
     starts = {key: table.take(key, str, None) for key in ("init_from", "distill_from")}
     calibrate = table.take("calibrate", int, None)
+    model = _model(table.take("model", str | dict), where) if "model" in entry else None
     config = replace(common, method=method, diagnose=table.take("diagnose", bool, False), overrides={})
     fields: dict[str, Any] = {}
     if calibrate is None:
@@ -204,18 +235,15 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
         )
     table.finish()
     sources = {planned.name: planned for planned in above}
-    for key, source in starts.items():
-        if source is not None and source not in sources:
-            known = f"it can be {', '.join(sources)}" if sources else "there is none above this one"
-            raise UsageError(f"{where}: {key} is '{source}', which is no row above this one; {known}")
-    init_from = starts["init_from"]
-    if calibrate is not None:
-        if calibrate < 1:
-            raise UsageError(f"{where}: calibrate is {calibrate}, but must be at least 1, a number of train images")
-        if init_from is None or sources[init_from].method.name != "float":
-            raise UsageError(f"{where}: calibrate starts from a float network; name a row of it by init_from")
-        if starts["distill_from"] is not None or config.diagnose:
-            raise UsageError(f"{where}: a calibrated row is not trained; leave distill_from and diagnose out")
+    with _naming(where):
+        for key, start in starts.items():
+            _check_start(key, start, sources, shared=model is None or not several)
+        source = sources.get(starts["init_from"] or "")
+        if calibrate is not None:
+            _check_calibrated(calibrate, source)
+            if model is not None or starts["distill_from"] is not None or config.diagnose:
+                raise UsageError("a calibrated row is not trained; leave distill_from, diagnose and model out")
+            model = source.model if source is not None else None
     rows: list[_Planned] = []
     for point in _points(grid, options, where):
         with _naming(where):
@@ -229,10 +257,14 @@ def _plan(entry: Mapping[str, Any], where: str, common: TrainConfig, above: Sequ
                 _check_observed(made)
             else:
                 _check_trained(made, recipe, config.diagnose)
-        defaults = {key: option.default for key, option in methods.registry.options(method).items()}
-        identity = (method, {**defaults, **chosen}, replace(recipe, source=""), starts, calibrate)
-        label = _label(method, chosen) if name is None else _label(name, point)
-        row = _Planned(label, config, made, **starts, calibrate=calibrate, identity=identity)
+            defaults = {key: option.default for key, option in methods.registry.options(method).items()}
+            identity = (method, {**defaults, **chosen}, replace(recipe, source=""), starts, calibrate, model)
+            label = _label(method, chosen) if name is None else _label(name, point)
+            row = _Planned(label, config, made, model, **starts, calibrate=calibrate, rest=None, identity=identity)
+            if source is not None and calibrate is not None and source.method.name != "float":
+                row = _calibrated_rest(row, source)
+            elif source is not None and source.rest is not None:
+                _check_kept_rest(row, source)
         for other in (*above, *rows):
             if other.name == row.name:
                 raise UsageError(f"{where}: a second row is called '{row.name}'; give this one another name")
@@ -252,6 +284,48 @@ def _check_trained(method: Method, recipe: Recipe, diagnose: bool) -> None:
             raise UsageError(
                 f"method '{method.name}' quantizes the first layer, which {field} would {does}; leave it out"
             )
+
+
+def _check_start(key: str, name: str | None, sources: Mapping[str, _Planned], shared: bool) -> None:
+    """Refuse a row to start from or to learn from that is not there, or stands for several where one is needed.
+
+    Args:
+        shared: whether there is one row for each model, as of the others.
+    """
+    if name is None:
+        return
+    if name not in sources:
+        known = f"it can be {', '.join(sources)}" if sources else "there is none above this one"
+        raise UsageError(f"{key} is '{name}', which is no row above this one; {known}")
+    if not shared and sources[name].model is None:
+        raise UsageError(f"{key} is '{name}', which is a row for each model; give that row a model of its own, too")
+
+
+def _check_calibrated(images: int, source: _Planned | None) -> None:
+    if images < 1:
+        raise UsageError(f"calibrate is {images}, but must be at least 1, a number of train images")
+    if source is None or source.calibrate is not None:
+        raise UsageError("calibrate starts from a trained network; name a row of it by init_from")
+
+
+def _calibrated_rest(row: _Planned, source: _Planned) -> _Planned:
+    """A row of the method that ``source`` has, where what that leaves in float is of the method that ``row`` has."""
+    own, options = source.method, row.config.method_options
+    if not (own.skip_first or own.skip_last or own.skip_shortcuts):
+        raise UsageError(f"method '{own.name}' of '{source.name}' leaves no layer in float to calibrate")
+    if options.get("fold"):
+        raise UsageError(f"fold is for float networks, and '{source.name}' is one of '{own.name}'; leave it out")
+    config = replace(row.config, method=source.config.method, method_options=source.config.method_options)
+    return replace(row, config=config, method=own, rest={"name": row.config.method, "options": options})
+
+
+def _check_kept_rest(row: _Planned, source: _Planned) -> None:
+    theirs, own = ((planned.config.method, planned.config.method_options) for planned in (source, row))
+    if theirs != own:
+        raise UsageError(
+            f"'{source.name}' is a network of '{source.method.name}' with calibrated layers beside, which a row that "
+            "starts from it keeps; give the method of that network and its options"
+        )
 
 
 def _check_observed(method: Method) -> None:

@@ -140,20 +140,22 @@ def _without_machine(path: Path) -> str:
 
 
 def _of_calibration(row: Row, settings: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a calibrated run has: there is no recipe, and batch norms are folded unless it says otherwise.
+    """The settings that a calibrated run has: there is no recipe, and batch norms of a float network are folded unless
+    it says otherwise.
 
     Runs of earlier versions do not say how many images they were asked for.
     """
     kept: dict[str, Any] = {key: settings[key] for key in ("model", "seed", "data") if key in settings}
     name, options = settings["method"]["name"], settings["method"]["options"]
-    if "fold" in methods.registry.options(name):
+    if row.rest is None and "fold" in methods.registry.options(name):
         options = {"fold": True, **options}
     calibration = dict(recorded["calibration"])
     if "asked" in calibration:
         calibration["asked"] = row.calibrate
     if row.source is not None:
         calibration["weights_sha256"] = row.source.run.weights_sha256
-    return {**kept, "method": {"name": name, "options": options}, "calibration": calibration}
+    rest = {} if row.rest is None else {"rest": row.rest}
+    return {**kept, "method": {"name": name, "options": options}, **rest, "calibration": calibration}
 
 
 def _try_model(config: TrainConfig, settings: dict[str, Any]) -> None:
@@ -171,7 +173,7 @@ class _Process:
         self.log_path = row.run.path.with_name(f"{row.name}.log")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(row.config).items()}
-        job = {"settings": settings, "calibrate": row.calibrate, "threads": threads}
+        job = {"settings": settings, "calibrate": row.calibrate, "rest": row.rest, "threads": threads}
         command = [sys.executable, "-m", "lowbit.study.worker", json.dumps(job)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with self.log_path.open("a", encoding="utf-8") as log:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ from lowbit.study.folder import is_exported, packed_path, record_export
 from lowbit.training import TrainConfig, calibrate_run, train
 
 
-def work(settings: dict[str, Any], calibrate: int | None, threads: int) -> None:
+def work(settings: dict[str, Any], calibrate: int | None, rest: dict[str, Any] | None, threads: int) -> None:
     """Do what is left to do of a row.
 
     Args:
         settings: of a `TrainConfig`.
         calibrate: None trains; a number calibrates with so many images, from the run that ``init_from`` names.
+        rest: of a run that is calibrated from a low-bit one, see `lowbit.study.plan.Row`.
         threads: of torch; a run that was started before keeps its own number, on which its sums depend.
     """
     torch.set_num_threads(threads)
@@ -42,7 +44,7 @@ def work(settings: dict[str, Any], calibrate: int | None, threads: int) -> None:
     if calibrate is None:
         train(replace(config, resume=True, threads=None if started else threads))
     elif not started:
-        _calibrate(run, config, calibrate)
+        _calibrate(run, config, calibrate, rest or {"name": config.method, "options": config.method_options})
     if not run.is_evaluated:
         evaluate(run.path, data.load(config.data, config.data_dir, config.image_size))
     if not is_exported(run):
@@ -55,13 +57,13 @@ def work(settings: dict[str, Any], calibrate: int | None, threads: int) -> None:
             record_export(run)
 
 
-def _calibrate(run: Run, config: TrainConfig, images: int) -> None:
+def _calibrate(run: Run, config: TrainConfig, images: int, method: Mapping[str, Any]) -> None:
     assert config.init_from is not None
     calibrate_run(
         config.init_from,
         run.path,
-        config.method,
-        config.method_options,
+        method["name"],
+        method["options"],
         images=images,
         seed=config.seed,
         data_dir=config.data_dir,
