@@ -63,6 +63,7 @@ def package(folder: Path, name: str, note: str = "", out: Path = pretrained.FOLD
         "name": name,
         "model": config["model"],
         "method": config["method"],
+        **({"rest": config["rest"]} if "rest" in config else {}),
         "data": {
             **{key: used[key] for key in ("name", "hash", "train_images", "test_images", "val_fraction")},
             "copy": note,

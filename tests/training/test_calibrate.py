@@ -268,7 +268,7 @@ def test_training_keeps_the_rest_of_a_calibrated_run(
     resumed = train(TrainConfig.resuming(tmp_path / "stopped", progress=False))
     again = load_file(resumed.weights_path)
     assert all(torch.equal(again[name], tensor) for name, tensor in tuned.items())
-    with pytest.raises(UsageError, match="the range of '.*' does not fit this run; keep its model, method and bits"):
+    with pytest.raises(UsageError, match=r"the range of .* does not fit this run; keep its model, method and bits"):
         train(replace(config, out=tmp_path / "other", method="bwn"))
     assert not Run(tmp_path / "other").config_path.exists()
 
