@@ -130,7 +130,7 @@ def test_a_row_may_have_a_model_of_its_own(tmp_path: Path) -> None:
     assert rows[0].config.model_options == {"width": 0.25}
     int8, tuned = rows[2], rows[3]
     assert (int8.method.name, int8.rest) == ("xnor_net", {"name": "affine", "options": {"observer": "mse"}})
-    assert (tuned.source, tuned.rest, tuned.calibrate) == (int8, None, None)
+    assert (tuned.source, tuned.rest, tuned.calibrate) == (int8, int8.rest, None)
     started = text.replace("model = { name", 'init_from = "base"\n    model = { name', 1)
     with pytest.raises(
         UsageError, match="init_from is 'base', which is a row for each model; give that row a model of"
@@ -246,13 +246,20 @@ MISTAKES = {
     "calibrates from nothing": (
         '"float"',
         '"affine"\ncalibrate = 9',
-        ", run 1 (affine): calibrate starts from a trained network; name a row of it by init_from",
+        ", run 1 (affine): calibrate starts from a trained row without calibrated layers; name one by init_from",
     ),
     "calibrates what is calibrated": (
         '"float"',
         '"float"\n[[run]]\nname = "int8"\nmethod = "affine"\ninit_from = "float"\ncalibrate = 9\n'
         '[[run]]\nmethod = "affine"\ninit_from = "int8"\ncalibrate = 9',
-        ", run 3 (affine): calibrate starts from a trained network; name a row of it by init_from",
+        ", run 3 (affine): calibrate starts from a trained row without calibrated layers; name one by init_from",
+    ),
+    "calibrates what was calibrated once": (
+        '"float"',
+        '"xnor_net"\n[[run]]\nname = "int8"\nmethod = "affine"\ninit_from = "xnor_net"\ncalibrate = 9\n'
+        '[[run]]\nname = "tuned"\nmethod = "xnor_net"\ninit_from = "int8"\n'
+        '[[run]]\nmethod = "affine"\ninit_from = "tuned"\ncalibrate = 9',
+        ", run 4 (affine): calibrate starts from a trained row without calibrated layers",
     ),
     "calibrates where nothing is left": (
         '"float"',

@@ -40,8 +40,8 @@ class Row:
         source: the row whose weights this one starts from, or None.
         teacher: the row whose logits this one learns from, or None for the labels alone.
         calibrate: None trains the row; a number calibrates it from ``source`` with so many train images.
-        rest: of a row that is calibrated from a low-bit one: the method of the layers that its own leaves in float, and
-            its options, as config.json has them.
+        rest: the method of the layers that its own leaves in float, and its options, as config.json has them, of a row
+            that is calibrated from a low-bit one, or starts from such a row; else None.
     """
 
     name: str
@@ -264,7 +264,7 @@ def _plan(
             if source is not None and calibrate is not None and source.method.name != "float":
                 row = _calibrated_rest(row, source)
             elif source is not None and source.rest is not None:
-                _check_kept_rest(row, source)
+                row = _kept_rest(row, source)
         for other in (*above, *rows):
             if other.name == row.name:
                 raise UsageError(f"{where}: a second row is called '{row.name}'; give this one another name")
@@ -304,8 +304,8 @@ def _check_start(key: str, name: str | None, sources: Mapping[str, _Planned], sh
 def _check_calibrated(images: int, source: _Planned | None) -> None:
     if images < 1:
         raise UsageError(f"calibrate is {images}, but must be at least 1, a number of train images")
-    if source is None or source.calibrate is not None:
-        raise UsageError("calibrate starts from a trained network; name a row of it by init_from")
+    if source is None or source.calibrate is not None or source.rest is not None:
+        raise UsageError("calibrate starts from a trained row without calibrated layers; name one by init_from")
 
 
 def _calibrated_rest(row: _Planned, source: _Planned) -> _Planned:
@@ -319,13 +319,15 @@ def _calibrated_rest(row: _Planned, source: _Planned) -> _Planned:
     return replace(row, config=config, method=own, rest={"name": row.config.method, "options": options})
 
 
-def _check_kept_rest(row: _Planned, source: _Planned) -> None:
+def _kept_rest(row: _Planned, source: _Planned) -> _Planned:
+    """A row that starts from ``source``, which has calibrated layers beside those of its method, and keeps them."""
     theirs, own = ((planned.config.method, planned.config.method_options) for planned in (source, row))
     if theirs != own:
         raise UsageError(
             f"'{source.name}' is a network of '{source.method.name}' with calibrated layers beside, which a row that "
             "starts from it keeps; give the method of that network and its options"
         )
+    return replace(row, rest=source.rest)
 
 
 def _check_observed(method: Method) -> None:

@@ -124,6 +124,8 @@ def _compare(study: Study, row: Row, settings: dict[str, Any]) -> None:
         settings = _of_calibration(row, settings, recorded)
     else:
         recorded = with_later_settings(recorded)
+        if row.rest is not None:
+            settings["rest"] = row.rest
         if row.source is not None and "sha256" in (report := recorded.get("init_report", {})):
             settings["init_report"] = {**report, "sha256": row.source.run.weights_sha256}
     try:
