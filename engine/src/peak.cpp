@@ -31,8 +31,8 @@ namespace {
 // Sums that do not wait for each other: latency times ports, and they fit 16 registers. LOWBIT_CHAINS has so many.
 constexpr int kChains = 12;
 
-// A loop whose step, made of x, w and the sum of a chain, gives the next sum. The sums have names of their own: those of
-// an array the compiler keeps twice, for which AVX2 has not the registers.
+// A loop whose step, made of x, w and the sum of a chain, gives the next sum. The sums have names of their own: those
+// of an array the compiler keeps twice, for which AVX2 has not the registers.
 #define LOWBIT_CHAIN(name, step) \
   {                              \
     auto& sum = name;            \

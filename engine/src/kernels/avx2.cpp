@@ -1,6 +1,8 @@
 // AVX2 with FMA: xor and a byte-wise count by vpshufb on 4 channels at a time, one activation word broadcast to all of
 // them. Long sums are added up in carry-save form, so that only one word in eight is counted. Of many pixels, tables
 // tell how many bits differ.
+#include <bit>
+
 #include "kernels/by_count.h"
 #include "kernels/kernels.h"
 #include "kernels/pairs.h"
@@ -281,8 +283,8 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
 }
 
 // Bytes whose pairs do not fit 16 bits are split: of each four, the first and third, then the second and fourth, become
-// 16 bits wide. Pixels are split once for all panels and weights once for all pixels, so many fours at a time as stay in
-// the L1 cache.
+// 16 bits wide. Pixels are split once for all panels and weights once for all pixels, so many fours at a time as stay
+// in the L1 cache.
 constexpr size_t kSplitFours = 64;
 
 struct SplitPixel {
@@ -392,16 +394,12 @@ constexpr ByteKernels kBytes{4, 8, arrange_rows, byte_sums, sums_to_codes, sums_
 
 uint64_t passed_word(const float* x, const FloatLimits& limits, size_t count) {
   uint64_t word = 0;
-  if (count == 64) {
-#pragma GCC unroll 8
-    for (int c = 0; c < 64; c += 8)
-      word |= static_cast<uint64_t>(passed(_mm256_loadu_ps(x + c), limits, c)) << c;
-    return word;
-  }
-  const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  for (size_t c = 0; c < count; c += 8) {
-    const int left = count - c < 8 ? static_cast<int>(count - c) : 8;
-    const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), numbers);
+  size_t c = 0;
+  for (; c + 8 <= count; c += 8)
+    word |= static_cast<uint64_t>(passed(_mm256_loadu_ps(x + c), limits, static_cast<int>(c))) << c;
+  if (c < count) {
+    const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count - c)), numbers);
     const __m256i flip = _mm256_maskload_epi32(reinterpret_cast<const int*>(limits.flips + c), lanes);
     const __m256 flipped = _mm256_xor_ps(_mm256_maskload_ps(x + c, lanes), _mm256_castsi256_ps(flip));
     const __m256 passed = _mm256_cmp_ps(flipped, _mm256_maskload_ps(limits.thresholds + c, lanes), _CMP_GE_OQ);

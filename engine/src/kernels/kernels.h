@@ -137,7 +137,8 @@ struct ByteKernels {
   void (*floats)(const IntegerSums&, const FloatOutput&);
 
   // As sums, with weights that are 1 where their bit is set and -1 where not, and nothing beyond the depth, a multiple
-  // of 64. Masks are [panels / 2][depth / 64][2][16], each of four weights of 16 channels. Null where bytes are as good.
+  // of 64. Masks are [panels / 2][depth / 64][2][16], each of four weights of 16 channels. Null where bytes are as
+  // good.
   void (*sign_sums)(const uint8_t* pixels, const uint64_t* masks, size_t depth, int count, int panels,
                     BlockSums* sums) = nullptr;
 };

@@ -1,14 +1,14 @@
 // AVX2's binary product by blocks. A nibble of a pixel and one of the next pixel name a table: how many bits differ
 // between either and any nibble of a weight, the first number in the low half of a byte, the second in the high one.
-// vpshufb looks up the nibbles of 32 channels in it. That is one look-up for 256 products, and three fit the halves of a
-// byte before these are taken apart. Included inside the target region.
+// vpshufb looks up the nibbles of 32 channels in it. That is one look-up for 256 products, and three fit the halves of
+// a byte before these are taken apart. Included inside the target region.
 #pragma once
 
 namespace lowbit {
 namespace {
 
 constexpr size_t kNibbles = 16;  // of a word
-constexpr size_t kRowWords = kBlockChannels / 8;
+constexpr size_t kRowWords = kBlockChannels / 8;  // of a nibble of each channel, a byte each
 constexpr size_t kByteNibbles = 3 * kNibbles;       // a nibble adds up to 4 to a byte
 constexpr size_t kSumNibbles = 341 * kByteNibbles;  // and up to 4 to a sum of 16 bits
 
@@ -18,12 +18,8 @@ struct NibbleTables {
   constexpr NibbleTables() : of() {
     for (unsigned pair = 0; pair < 256; ++pair)
       for (unsigned nibble = 0; nibble < 16; ++nibble)
-        of[pair][nibble] = static_cast<uint8_t>(ones((pair & 15) ^ nibble) | ones(pair >> 4 ^ nibble) << 4);
-  }
-
- private:
-  static constexpr unsigned ones(unsigned nibble) {
-    return (nibble & 1) + (nibble >> 1 & 1) + (nibble >> 2 & 1) + (nibble >> 3);
+        of[pair][nibble] = static_cast<uint8_t>(std::popcount((pair & 15) ^ nibble) |
+                                                std::popcount(pair >> 4 ^ nibble) << 4);
   }
 };
 
@@ -159,7 +155,9 @@ void count_floats(const int32_t (*counts)[kTileChannels], int count, const int32
     for (int first = 0; first < kTileChannels; first += 8) store_dots(load(counts[p] + first), bases[p], out, p, first);
 }
 
-constexpr BlockKernels kBlocks{kNibbles * kRowWords / kBlockChannels, arrange_weights, pixel_bytes, arrange_pixels, count, count_bits, count_floats};
+constexpr BlockKernels kBlocks{
+    kNibbles * kRowWords / kBlockChannels, arrange_weights, pixel_bytes, arrange_pixels, count, count_bits,
+    count_floats};
 
 }  // namespace
 }  // namespace lowbit

@@ -148,44 +148,37 @@ def read_study(path: str | Path) -> Study:
     ):
         if len(set(names)) < len(names):
             raise UsageError(f"{path}: {what} names {_first_twice(names)} twice; name it once")
-    rows: list[Row] = []
-    for seed, (data_label, of_data) in itertools.product(seeds, sets):
+    # By label: a row with a model of its own is made once, and stands beside those of every model.
+    rows: dict[str, Row] = {}
+    for seed, (data_label, of_data), net in itertools.product(seeds, sets, nets):
         cell: dict[str, Row] = {}
-        for net in nets:
-            # A row with a model of its own is made once, and stands beside those of every model.
-            cell = {entry.name: cell[entry.name] for entry in planned if entry.model is not None and cell}
-            for entry in planned:
-                if entry.name in cell:
-                    continue
-                model_label, of_model = entry.model or net
-                label = f"{data_label}/{model_label}/seed-{seed}/{entry.name}"
-                source, teacher = (
-                    None if name is None else cell[name] for name in (entry.init_from, entry.distill_from)
-                )
-                config = replace(
-                    entry.config,
-                    out=out / label,
-                    seed=seed,
-                    init_from=None if source is None else source.config.out,
-                    distill_from=None if teacher is None else teacher.config.out,
-                    **of_data,
-                    **of_model,
-                )
-                row = Row(
-                    name=entry.name,
-                    data=data_label,
-                    model=model_label,
-                    label=label,
-                    config=config,
-                    method=entry.method,
-                    source=source,
-                    teacher=teacher,
-                    calibrate=entry.calibrate,
-                    rest=entry.rest,
-                )
-                cell[entry.name] = row
-                rows.append(row)
-    return Study(path, out, tuple(rows))
+        for entry in planned:
+            model_label, of_model = entry.model or net
+            label = f"{data_label}/{model_label}/seed-{seed}/{entry.name}"
+            source, teacher = (None if name is None else cell[name] for name in (entry.init_from, entry.distill_from))
+            config = replace(
+                entry.config,
+                out=out / label,
+                seed=seed,
+                init_from=None if source is None else source.config.out,
+                distill_from=None if teacher is None else teacher.config.out,
+                **of_data,
+                **of_model,
+            )
+            row = Row(
+                name=entry.name,
+                data=data_label,
+                model=model_label,
+                label=label,
+                config=config,
+                method=entry.method,
+                source=source,
+                teacher=teacher,
+                calibrate=entry.calibrate,
+                rest=entry.rest,
+            )
+            cell[entry.name] = rows.setdefault(label, row)
+    return Study(path, out, tuple(rows.values()))
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,8 @@ def _compare(study: Study, row: Row, settings: dict[str, Any]) -> None:
     settings = settings | describe_request(config, *choose_recipe(row.method, config))
     if config.precision != "auto":
         settings["precision"] = config.precision
+    if row.rest is not None:
+        settings["rest"] = row.rest
     recorded = row.run.config
     if row.calibrate is not None:
         if "calibration" not in recorded:
@@ -124,8 +126,6 @@ def _compare(study: Study, row: Row, settings: dict[str, Any]) -> None:
         settings = _of_calibration(row, settings, recorded)
     else:
         recorded = with_later_settings(recorded)
-        if row.rest is not None:
-            settings["rest"] = row.rest
         if row.source is not None and "sha256" in (report := recorded.get("init_report", {})):
             settings["init_report"] = {**report, "sha256": row.source.run.weights_sha256}
     try:
@@ -147,7 +147,7 @@ def _of_calibration(row: Row, settings: dict[str, Any], recorded: dict[str, Any]
 
     Runs of earlier versions do not say how many images they were asked for.
     """
-    kept: dict[str, Any] = {key: settings[key] for key in ("model", "seed", "data") if key in settings}
+    kept: dict[str, Any] = {key: settings[key] for key in ("model", "seed", "data", "rest") if key in settings}
     name, options = settings["method"]["name"], settings["method"]["options"]
     if row.rest is None and "fold" in methods.registry.options(name):
         options = {"fold": True, **options}
@@ -156,8 +156,7 @@ def _of_calibration(row: Row, settings: dict[str, Any], recorded: dict[str, Any]
         calibration["asked"] = row.calibrate
     if row.source is not None:
         calibration["weights_sha256"] = row.source.run.weights_sha256
-    rest = {} if row.rest is None else {"rest": row.rest}
-    return {**kept, "method": {"name": name, "options": options}, **rest, "calibration": calibration}
+    return {**kept, "method": {"name": name, "options": options}, "calibration": calibration}
 
 
 def _try_model(config: TrainConfig, settings: dict[str, Any]) -> None:
