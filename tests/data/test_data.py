@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from lowbit import data
-from lowbit.data.augment import random_crop_flip
+from lowbit.data.augment import cutout, random_crop_flip
 from lowbit.data.base import channel_statistics
 from lowbit.data.fashion_mnist import DEBIAN, fashion_mnist
 from lowbit.errors import LowbitError, UsageError
@@ -246,6 +246,30 @@ def test_augmentation_equals_the_reference(flip: bool, dtype: type, shape: tuple
     fast = random_crop_flip(torch.from_numpy(images), torch.Generator().manual_seed(5), pad=pad, flip=flip)
     slow = crop_flip_one_by_one(images, torch.Generator().manual_seed(5), pad, flip)
     assert fast.is_contiguous()
+    assert np.array_equal(fast.numpy(), slow)
+
+
+def cutout_one_by_one(inputs: np.ndarray, generator: torch.Generator, side: int) -> np.ndarray:
+    """The slow, obvious reference: pixel by pixel, same draws."""
+    count, _, height, width = inputs.shape
+    tops = torch.randint(height, (count, 1), generator=generator).numpy()[:, 0] - side // 2
+    lefts = torch.randint(width, (count, 1), generator=generator).numpy()[:, 0] - side // 2
+    result = inputs.copy()
+    for i, row, column in np.ndindex(count, height, width):
+        if 0 <= row - tops[i] < side and 0 <= column - lefts[i] < side:
+            result[i, :, row, column] = 0
+    return result
+
+
+@pytest.mark.parametrize(
+    ("shape", "side"), [((40, 3, 8, 6), 4), ((5, 1, 7, 7), 3), ((9, 2, 5, 5), 20), ((3, 1, 4, 4), 1)]
+)
+def test_cutout_equals_the_reference(shape: tuple[int, ...], side: int) -> None:
+    inputs = np.random.default_rng(0).uniform(1, 2, shape).astype(np.float32)
+    slow = cutout_one_by_one(inputs, torch.Generator().manual_seed(5), side)
+    given = torch.from_numpy(inputs)
+    fast = cutout(given, torch.Generator().manual_seed(5), side)
+    assert fast is given
     assert np.array_equal(fast.numpy(), slow)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nets import Plain, chain, quantized
+from nets import Plain, awkward_, chain, quantized
 from rich.console import Console
 from torch import nn
 
@@ -23,6 +23,7 @@ from lowbit.errors import UsageError
 from lowbit.exporter import bench as module
 from lowbit.exporter import peers
 from lowbit.exporter.bench import BenchResult, Row, bench, interleaved_medians, torch_runner
+from lowbit.layers import PReLU
 from lowbit.methods.hwgq import HalfWave
 from lowbit.packed import read
 from lowbit.packed.graph import OPS
@@ -115,6 +116,60 @@ def test_networks_of_the_package_have_twins(name: str) -> None:
     assert layers[nn.BatchNorm2d]
     of_signs = layers[nn.ReLU] - sum(op["op"] == "relu" for op in packed.ops)
     assert bool(of_signs) != bool(layers[nn.PReLU]), "a sign behind a PReLU asks for no ReLU"
+
+
+@pytest.mark.parametrize("rest", ["float", "int8"])
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [
+        ("poolnet", "reactnet", {"shifts": False}),
+        ("poolnet", "bireal", {}),
+        ("patchnet", "dorefa", {}),
+        ("resnet20", "bireal", {}),
+        ("resnet20", "irnet", {}),
+    ],
+)
+def test_the_twin_of_a_residual_net_has_its_norms_pools_and_slopes(
+    name: str, method: str, options: dict[str, Any], rest: str
+) -> None:
+    """Codes may be made of the stem's sums, in front of its pool, beside floats that go on from there."""
+    images = torch.randn(2, 3, 32, 32)
+    model = models.create(name, method=lowbit.methods.registry[method](**options))
+    if rest == "int8":
+        models.quantize_rest_(model, {"name": "affine", "options": {}})
+    model(images)
+    packed = lowbit.export(model.eval(), images).packed
+    if (name, rest) == ("poolnet", "int8"):
+        assert any(
+            op["op"] == "max_pool" and value.kind == "codes"
+            for op, value in zip(packed.ops, packed.values()[1:], strict=True)
+        )
+    twin = peers.float_twin(packed)
+    assert twin(images).shape == (2, 10)
+    kinds = nn.BatchNorm2d, nn.MaxPool2d, nn.PReLU | PReLU
+    counted, expected = ([sum(isinstance(m, kind) for m in net.modules()) for kind in kinds] for net in (twin, model))
+    assert counted == expected
+
+
+def test_another_block_s_norm_is_not_what_codes_are_made_of() -> None:
+    """In front of a binary and of a float convolution, each behind a norm of its own."""
+
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.left = nn.Conv2d(3, 8, 3), nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
+            self.right = nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
+            self.last = nn.Conv2d(8, 4, 12)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            return self.last(self.left(x) + self.right(x)).flatten(1)
+
+    model = Fork()
+    floats = dict.fromkeys(("stem", "right.1", "last"))
+    lowbit.quantize_(model, "xnor_net", {**floats, "left.1": "xnor_net"})
+    twin = peers.float_twin(lowbit.export(awkward_(model), IMAGES).packed)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in twin.modules()) == 2
 
 
 def test_the_twin_of_a_net_with_k_maps_or_tables_is_the_plain_float_net() -> None:

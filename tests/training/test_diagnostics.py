@@ -443,7 +443,7 @@ def test_a_run_from_before_there_were_diagnostics_goes_on(config: TrainConfig, m
     train_until(config, monkeypatch, batch=0)
     run = Run(Path(config.out))
     old = {key: value for key, value in run.config.items() if key not in ("diagnose", "distill_from")}
-    for later in ("average", "crop", "distill_weight", "temperature", "whiten", "freeze_first"):
+    for later in ("average", "crop", "cutout", "distill_weight", "temperature", "whiten", "freeze_first"):
         del old["recipe"][later]
     run.config_path.write_text(json.dumps(old))
     path = run.checkpoints_path / "last.ckpt"

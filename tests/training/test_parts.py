@@ -75,6 +75,7 @@ def test_schedules_have_their_closed_forms(recipe: Recipe, epoch: float, expecte
         {"temperature": 0.0},
         {"average": 1.5},
         {"crop": -1},
+        {"cutout": -1},
     ],
 )
 def test_recipes_out_of_range_are_refused_by_field(change: dict[str, object]) -> None:
@@ -288,6 +289,20 @@ def test_a_crop_moves_images_by_so_many_pixels(crop: int) -> None:
     assert len(places) == 64
     assert int(places.min()) == -crop
     assert int(places.max()) == crop
+
+
+def test_cutout_comes_behind_the_other_augmentation_and_clears_to_the_mean() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 9, 9, 3), dtype=np.uint8)
+    preprocessing = Preprocessing("RGB", (9, 9), 0, (0.5,) * 3, (0.25,) * 3)
+    whole, cut = (
+        next(iter(TrainBatches(images, np.zeros(40, np.int64), preprocessing, 40, 0, True, True, CPU, 2, side)))[0]
+        for side in (0, 4)
+    )
+    cleared = (cut != whole).any(1)
+    assert cut.is_contiguous(memory_format=torch.channels_last)
+    assert not cut.permute(0, 2, 3, 1)[cleared].any()
+    assert cleared.sum((1, 2)).max() == 16
+    assert cleared.any((1, 2)).all()
 
 
 def test_an_epoch_shows_each_image_at_most_once() -> None:

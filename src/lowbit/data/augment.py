@@ -1,4 +1,4 @@
-"""Random crop and flip of a whole batch in one gather."""
+"""Augmentation of a whole batch at a time: random crop and flip in one gather, and cutout."""
 
 from __future__ import annotations
 
@@ -35,3 +35,31 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, pad: int = 4, f
     columns = columns + offsets[1]
     which = torch.arange(count, device=device)[:, None, None]
     return padded[which, rows[:, :, None], columns[:, None, :]]
+
+
+def cutout(inputs: Tensor, generator: torch.Generator, side: int) -> Tensor:
+    """Clear a square of each image, at random.
+
+    The square's centre is drawn uniformly from the pixels; what lies outside of the image is left out, so that it
+    covers ``side`` x ``side`` pixels at most.
+
+    Args:
+        inputs: (N, C, H, W), normalised, so that what is cleared becomes the mean colour.
+        generator: the only source of randomness, on the CPU.
+        side: of the square, in pixels.
+
+    Returns:
+        ``inputs``, changed in place.
+
+    Source: DeVries and Taylor 2017, "Improved Regularization of Convolutional Neural Networks with Cutout", arXiv
+    1708.04552, section 3.2.
+    """
+
+    def inside(length: int) -> Tensor:
+        """Which of ``length`` rows or columns the square covers, (N, length)."""
+        start = torch.randint(length, (len(inputs), 1), generator=generator) - side // 2
+        places = torch.arange(length)
+        return ((places >= start) & (places < start + side)).to(inputs.device)
+
+    rows, columns = (inside(length) for length in inputs.shape[2:])
+    return inputs.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)

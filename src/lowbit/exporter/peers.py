@@ -1,9 +1,11 @@
 """Other runtimes, with the float network of a packed graph's architecture and its 8-bit form.
 
 A twin is built from the packed graph itself: the same convolutions with random weights, and wherever codes are made a
-batch norm and a ReLU, unless what becomes codes has been through one, without K maps, which only codes need. It takes
-the time of the float network of that architecture; its outputs mean nothing. The 8-bit form is quantized statically by
-onnxruntime: activations as uint8, weights as int8 per channel, ranges from random images.
+batch norm and a ReLU, unless what becomes codes has been through one, without K maps, which only codes need. Where
+codes are made of a convolution's sums beside the pool, the norm and the activation that a shortcut reads, it is these
+that they stand for. It takes the time of the float network of that architecture; its outputs mean nothing. The 8-bit
+form is quantized statically by onnxruntime: activations as uint8, weights as int8 per channel, ranges from random
+images.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 Timed = dict[str, Callable[[], object]]
 
 CALIBRATION_IMAGES = 4
+
+# What may stand between a convolution and the codes that are made of it, in the float network.
+_BEFORE_CODES = ("max_pool", "affine", "relu", "prelu", "hardtanh")
 
 _NEEDS = {
     "torch": ("torch",),
@@ -71,6 +77,13 @@ def float_twin(packed: PackedModel) -> nn.Module:
         nn.init.kaiming_normal_(conv.weight)
         return conv
 
+    def repeats(tensors: dict[str, Any]) -> bool:
+        """Whether a convolution gives channels that it reads, as `lowbit.layers.Repeat` does."""
+        if "weight" not in tensors:
+            return False
+        filters = tensors["weight"].reshape(len(tensors["weight"]), -1)
+        return bool(((filters == 1).sum(1) == 1).all() and ((filters == 0).sum(1) == filters.shape[1] - 1).all())
+
     def passed() -> list[frozenset[str]]:
         """Which of "affine" and "relu" each value has been through since a convolution; the input needs neither."""
         result = [frozenset({"affine", "relu"})]
@@ -79,11 +92,16 @@ def float_twin(packed: PackedModel) -> nn.Module:
             match op["op"]:
                 case "affine":
                     result.append(frozenset({"affine"}))
-                case "relu" | "prelu":
+                case "relu":
                     result.append(before | {"relu"})
+                case "prelu":
+                    # What has learned slopes is normalised before them, in every paper's order.
+                    result.append(frozenset({"affine", "relu"}))
                 case "add":
                     result.append(before & result[op["inputs"][1]] - {"relu"})
                 case "max_pool" | "avg_pool" | "hardtanh" | "multiply":
+                    result.append(before)
+                case "conv2d" if repeats(packed.op_tensors(len(result) - 1)):
                     result.append(before)
                 case _:
                     result.append(frozenset())
@@ -129,27 +147,68 @@ def float_twin(packed: PackedModel) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             values = packed.values()
-            # A product with a K map passes its first factor on; what only the map reads is then left out.
-            reads = {i: op["inputs"][:1] if op["op"] == "multiply" else op["inputs"] for i, op in enumerate(packed.ops)}
-            needed = {len(packed.ops)}
-            for index in reversed(reads):
-                if index + 1 in needed:
-                    needed.update(reads[index])
-            self.steps = [(index, reads[index]) for index in reads if index + 1 in needed]
+            reads = _reads(packed)
+            self.steps = [(value - 1, reads[value]) for value in _in_order(reads, len(packed.ops))]
             done = passed()
             self.ops = nn.ModuleList(
                 made(packed.ops[index], packed.op_tensors(index), values[inputs[0]].channels, done[inputs[0]])
                 for index, inputs in self.steps
             )
+            self.last = len(packed.ops)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             values = {0: x}
             for op, (index, inputs) in zip(self.ops, self.steps, strict=True):
                 values[index + 1] = op(*(values[number] for number in inputs))
-            return values[index + 1].flatten(1)
+            return values[self.last].flatten(1)
 
     torch.manual_seed(0)
     return _Twin().eval()
+
+
+def _reads(packed: PackedModel) -> dict[int, list[int]]:
+    """What the twin of each value but the input is made of.
+
+    A product with a K map passes its first factor on. Codes of a layer's sums, where the layer's own block also pools,
+    normalises or activates these in float, are made of what that leads to, and a pool that floats have been through is
+    not there for the codes again.
+    """
+    blocks = {number: op["source"].rpartition(".")[0] for number, op in enumerate(packed.ops, start=1)}
+    floats = {number: op for number, op in enumerate(packed.ops, start=1) if op["op"] in _BEFORE_CODES}
+
+    def onward(value: int, block: str | None) -> list[int]:
+        return [number for number, op in floats.items() if op["inputs"] == [value] and blocks[number] == block]
+
+    reads: dict[int, list[int]] = {}
+    pools: dict[int, set[str]] = {}
+    instead: dict[int, int] = {}
+    for number, op in enumerate(packed.ops, start=1):
+        inputs = [instead.get(value, value) for value in op["inputs"]]
+        match op["op"]:
+            case "multiply":
+                inputs = inputs[:1]
+            case "threshold":
+                pools[number], block = set(), blocks.get(inputs[0])
+                while len(after := onward(inputs[0], block)) == 1:
+                    inputs = after
+                    if floats[after[0]]["op"] == "max_pool":
+                        pools[number].add(floats[after[0]]["source"])
+            case "max_pool" if op["source"] in pools.get(inputs[0], ()):
+                instead[number] = inputs[0]
+        reads[number] = inputs
+    return reads
+
+
+def _in_order(reads: dict[int, list[int]], last: int) -> list[int]:
+    """The values that ``last`` needs, each behind those that it reads, without the input."""
+    needed: dict[int, list[int]] = {}
+    todo = [last]
+    while todo:
+        value = todo.pop()
+        if value in reads and value not in needed:
+            needed[value] = reads[value]
+            todo += reads[value]
+    return [value for value in TopologicalSorter(needed).static_order() if value in needed]
 
 
 @dataclass

@@ -38,6 +38,7 @@ class Recipe:
             (`lowbit.training.module.TrainingModule`); 0 is never.
         augment: random crop, and flip where the data set allows it.
         crop: pixels of padding that an image is cropped out of; short trainings, which fit too little, want fewer.
+        cutout: side of a square, in pixels, cleared in each train image (`lowbit.data.augment.cutout`); 0 is none.
         whiten: start the first convolution, if it is in float, as a whitening of the images' patches
             (`lowbit.training.whitening`); weights to start from replace it.
         freeze_first: keep the first convolution or linear layer (of a `lowbit.layers.Stem` its first one only), which
@@ -65,6 +66,7 @@ class Recipe:
     average: float = 0.0
     augment: bool = True
     crop: int = 4
+    cutout: int = 0
     whiten: bool = False
     freeze_first: bool = False
     source: str = ""
@@ -84,6 +86,7 @@ class Recipe:
             "temperature": self.temperature != 1,
             "average": self.average > 0,
             "crop": self.augment,
+            "cutout": self.cutout > 0,
             "whiten": self.whiten,
             "freeze_first": self.freeze_first,
             "source": False,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit.data.augment import random_crop_flip
+from lowbit.data.augment import cutout, random_crop_flip
 from lowbit.data.base import Labels
 from lowbit.preprocessing import Pixels, Preprocessing
 
@@ -47,6 +47,7 @@ class TrainBatches:
         augment: crop at random, and flip if ``flip``.
         device: where the images are kept and the batches are made.
         crop: pixels of padding around an image that is cropped.
+        cutout: side of a square that is cleared in each image, in pixels; 0 clears nothing.
 
     Yields:
         Inputs (B, C, H, W) float32 and labels (B,).
@@ -63,11 +64,13 @@ class TrainBatches:
         flip: bool,
         device: torch.device,
         crop: int = 4,
+        cutout: int = 0,
     ) -> None:
         self.images = torch.from_numpy(images).to(device)
         self.labels = torch.from_numpy(labels).to(device)
         self.normalise = Normalise(preprocessing, device)
         self.crop = crop
+        self.cutout = cutout
         self.batch_size = min(batch_size, len(images))
         self.seed = seed
         self.augment = augment
@@ -84,7 +87,10 @@ class TrainBatches:
             pixels = self.images[indices]
             if self.augment:
                 pixels = random_crop_flip(pixels, generator, self.crop, self.flip)
-            yield self.normalise(pixels), self.labels[indices]
+            inputs = self.normalise(pixels)
+            if self.cutout:
+                cutout(inputs, generator, self.cutout)
+            yield inputs, self.labels[indices]
 
 
 class EvalBatches:

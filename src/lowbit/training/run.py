@@ -234,6 +234,7 @@ def fit(
         images.flip,
         device,
         recipe.crop,
+        recipe.cutout,
     )
     evaluated = {"test": (images.test_images, images.test_labels)}
     if len(val_indices):

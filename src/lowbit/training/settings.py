@@ -192,6 +192,7 @@ def check_recipe(recipe: Recipe) -> None:
         "temperature": (0 < recipe.temperature < math.inf, "above 0"),
         "average": (0 <= recipe.average <= 1, "at least 0 and at most 1"),
         "crop": (recipe.crop >= 0, "at least 0"),
+        "cutout": (recipe.cutout >= 0, "at least 0"),
         "label_smoothing": (0 <= recipe.label_smoothing < 1, "at least 0 and below 1"),
         "milestones": (all(0 < milestone < 1 for milestone in recipe.milestones), "fractions between 0 and 1"),
     }
