@@ -167,6 +167,11 @@ def test_the_engine_table_of_the_readme_is_that_of_its_files() -> None:
         peer = min(ms for name, ms in of_batch.items() if "binary" in name)
         binary.append(f"{peer / of_batch['avx512_vpopcntdq 8-bit rest']:.2f}")
     assert f"ResNet-18 is {' and '.join(binary)} times ahead of the latter" in " ".join(text.split())
+    zen4 = rows_of("engine_epyc_zen4")
+    of_kinds = [
+        " and ".join(cells(zen4, "resnet18", kind, batch)[2] for batch in (1, 16)) for kind in ("AVX-512", "AVX2")
+    ]
+    assert "ResNet-18 is {} times ahead of int8 by AVX-512, and {} by AVX2".format(*of_kinds) in " ".join(text.split())
     older = found["engine_without_amx"]
     int8 = [cells(older, "vgg_small", "AVX-512", batch)[2] for batch in (1, 16)]
     float32 = [cells(older, "conv256", "AVX-512", batch)[1] for batch in (1, 16)]
