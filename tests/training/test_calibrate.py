@@ -271,6 +271,9 @@ def test_training_keeps_the_rest_of_a_calibrated_run(
     with pytest.raises(UsageError, match=r"the range of .* does not fit this run; keep its model, method and bits"):
         train(replace(config, out=tmp_path / "other", method="bwn"))
     assert not Run(tmp_path / "other").config_path.exists()
+    named = train(replace(config, out=tmp_path / "named", init_from=made.weights_path))
+    assert named.config["rest"] == made.config["rest"]
+    assert load_file(named.weights_path).keys() == tuned.keys()
 
 
 def test_batch_norms_are_frozen_late_in_a_run(float_run: Path, tmp_path: Path) -> None:

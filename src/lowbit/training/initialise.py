@@ -117,12 +117,18 @@ def init_from(model: nn.Module, source: str | Path) -> InitReport:
 
 
 def rest_of(source: str | Path | None) -> dict[str, Any] | None:
-    """What config.json of the run ``source`` says of the layers that its method leaves in float, once they are low-bit.
+    """What config.json of a run says of the layers that its method leaves in float, once they are low-bit.
 
     A run that starts from those weights keeps these layers as they are.
+
+    Args:
+        source: the run's folder or its weights, another file, or None.
     """
-    run = None if source is None else Run(Path(source))
-    return run.config.get("rest") if run is not None and run.config_path.is_file() else None
+    if source is None:
+        return None
+    path = Path(source)
+    run = Run(path if path.is_dir() else path.parent)
+    return run.config.get("rest") if run.config_path.is_file() else None
 
 
 def check_ranges(model: nn.Module, source: str | Path) -> None:
