@@ -71,6 +71,12 @@ class Run:
     path: Path
 
     @classmethod
+    def of(cls, path: str | Path) -> Run:
+        """The run whose folder, or a file in whose folder, ``path`` names; there may be none."""
+        path = Path(path)
+        return cls(path if path.is_dir() else path.parent)
+
+    @classmethod
     def open(cls, path: str | Path) -> Run:
         """The run at ``path``.
 

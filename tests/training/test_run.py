@@ -389,9 +389,9 @@ def test_a_teacher_is_recorded_and_resuming_with_it_gives_the_same_bits(
 
 def test_an_epoch_is_not_chosen_by_images_that_the_source_has_seen(config: TrainConfig, tmp_path: Path) -> None:
     source = train(replace(config, method="float", epochs=1, out=tmp_path / "float")).path
-    for option in ("init_from", "distill_from"):
+    for option in ({"init_from": source}, {"init_from": source / "model.safetensors"}, {"distill_from": source}):
         with pytest.raises(UsageError, match=r"trained on some of the images that are to validate this run"):
-            train(replace(config, epochs=1, val_fraction=0.25, **{option: source}))
+            train(replace(config, epochs=1, val_fraction=0.25, **option))
     same = train(replace(config, method="float", epochs=1, val_fraction=0.25, out=tmp_path / "same")).path
     assert "best" in train(replace(config, epochs=1, val_fraction=0.25, init_from=same)).config
 

@@ -85,9 +85,9 @@ def float_twin(packed: PackedModel) -> nn.Module:
         return bool(((filters == 1).sum(1) == 1).all() and ((filters == 0).sum(1) == filters.shape[1] - 1).all())
 
     def passed() -> list[frozenset[str]]:
-        """Which of "affine" and "relu" each value has been through since a convolution; the input needs neither."""
+        """Which of "affine" and "relu" each value has been through since its sums; the input needs neither."""
         result = [frozenset({"affine", "relu"})]
-        for op in packed.ops:
+        for index, op in enumerate(packed.ops):
             before = result[op["inputs"][0]]
             match op["op"]:
                 case "affine":
@@ -101,7 +101,7 @@ def float_twin(packed: PackedModel) -> nn.Module:
                     result.append(before & result[op["inputs"][1]] - {"relu"})
                 case "max_pool" | "avg_pool" | "hardtanh" | "multiply":
                     result.append(before)
-                case "conv2d" if repeats(packed.op_tensors(len(result) - 1)):
+                case "conv2d" if repeats(packed.op_tensors(index)):
                     result.append(before)
                 case _:
                     result.append(frozenset())
@@ -154,13 +154,12 @@ def float_twin(packed: PackedModel) -> nn.Module:
                 made(packed.ops[index], packed.op_tensors(index), values[inputs[0]].channels, done[inputs[0]])
                 for index, inputs in self.steps
             )
-            self.last = len(packed.ops)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             values = {0: x}
             for op, (index, inputs) in zip(self.ops, self.steps, strict=True):
                 values[index + 1] = op(*(values[number] for number in inputs))
-            return values[self.last].flatten(1)
+            return values[index + 1].flatten(1)
 
     torch.manual_seed(0)
     return _Twin().eval()
@@ -200,7 +199,7 @@ def _reads(packed: PackedModel) -> dict[int, list[int]]:
 
 
 def _in_order(reads: dict[int, list[int]], last: int) -> list[int]:
-    """The values that ``last`` needs, each behind those that it reads, without the input."""
+    """``last`` and the values that it needs, each behind those that it reads, without the input."""
     needed: dict[int, list[int]] = {}
     todo = [last]
     while todo:

@@ -126,8 +126,7 @@ def rest_of(source: str | Path | None) -> dict[str, Any] | None:
     """
     if source is None:
         return None
-    path = Path(source)
-    run = Run(path if path.is_dir() else path.parent)
+    run = Run.of(source)
     return run.config.get("rest") if run.config_path.is_file() else None
 
 
@@ -148,7 +147,7 @@ def check_ranges(model: nn.Module, source: str | Path) -> None:
 
 def _other_bits(model: nn.Module, weights: Path) -> bool:
     """Whether ``weights`` are those of a run whose method is not the model's, or has other bits than it."""
-    run = Run(weights.parent)
+    run = Run.of(weights)
     mine: Method | None = getattr(model, "method", None)
     if mine is None or not run.config_path.is_file():
         return False

@@ -180,14 +180,15 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
 
 
 def refuse_other_split(option: str, source: Path, config: TrainConfig, images: ImageData) -> None:
-    """Refuse to choose an epoch by images that ``source``, a run on the same data, was trained on.
+    """Refuse to choose an epoch by images that the run of ``source``, on the same data, was trained on.
 
     Raises:
         UsageError: it was trained with another validation split.
     """
-    if not Run(source).config_path.is_file():
+    run = Run.of(source)
+    if not run.config_path.is_file():
         return
-    theirs = Run(source).config
+    theirs = run.config
     if "calibration" in theirs or theirs["data"]["hash"] != images.hash:
         return
     if (theirs["data"]["val_fraction"], theirs["seed"]) != (config.val_fraction, config.seed):
