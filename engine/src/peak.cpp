@@ -106,7 +106,7 @@ void look_up_256(__m256i& first, __m256i& second, __m256i& x, __m256i w, __m256i
   }
   const __m256i three = _mm256_add_epi8(_mm256_add_epi8(differ[0], differ[1]), differ[2]);
   first = _mm256_add_epi8(first, _mm256_and_si256(three, nibble));
-  second = _mm256_add_epi8(second, _mm256_and_si256(_mm256_srli_epi16(three, 4), nibble));
+  second = _mm256_add_epi16(second, _mm256_srli_epi16(three, 4));
 }
 
 void look_ups_256(int64_t rounds) {

@@ -1,7 +1,8 @@
 // AVX2's binary product by blocks. A nibble of a pixel and one of the next pixel name a table: how many bits differ
 // between either and any nibble of a weight, the first number in the low half of a byte, the second in the high one.
 // vpshufb looks up the nibbles of 32 channels in it. That is one look-up for 256 products, and three fit the halves of
-// a byte before these are taken apart. Included inside the target region.
+// a byte before these are taken apart. A table that was fetched meets 64 channels, where there are so many. Included
+// inside the target region.
 #pragma once
 
 namespace lowbit {
@@ -9,8 +10,8 @@ namespace {
 
 constexpr size_t kNibbles = 16;  // of a word
 constexpr size_t kRowWords = kBlockChannels / 8;  // of a nibble of each channel, a byte each
-constexpr size_t kByteNibbles = 3 * kNibbles;       // a nibble adds up to 4 to a byte
-constexpr size_t kSumNibbles = 341 * kByteNibbles;  // and up to 4 to a sum of 16 bits
+constexpr size_t kByteNibbles = 60;                 // of 4 each, in a byte of sums: see add_nibbles
+constexpr size_t kSumNibbles = 273 * kByteNibbles;  // in a sum of 16 bits
 
 struct NibbleTables {
   alignas(16) uint8_t of[256][16];
@@ -53,47 +54,60 @@ void arrange_pixels(const uint64_t* plane, const int64_t* taps, size_t depth, co
     }
 }
 
-// What N nibbles, up to three, of P pairs of pixels add to the bytes of each pixel.
-template <int P, int N>
-[[gnu::always_inline]] inline void look_up(const uint16_t* starts, size_t pitch, const uint64_t* masks,
-                                           __m256i (&bytes)[P][2]) {
+// What N nibbles, up to three, of P pairs of pixels and Q pairs of panels add: to the bytes of a pair's first pixel,
+// and to the words of its second one, without a mask between the two bytes of a word: add_nibbles takes off what comes
+// of that.
+template <int P, int Q, int N>
+[[gnu::always_inline]] inline void look_up(const uint16_t* starts, const uint64_t* masks, size_t pitch,
+                                           __m256i (&sums)[P][Q][2]) {
   const __m256i nibble = _mm256_set1_epi8(15);
-  __m256i rows[N];
-#pragma GCC unroll 3
-  for (int n = 0; n < N; ++n) rows[n] = load(masks + n * kRowWords);
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {
-    __m256i differ[N];
+    __m256i differ[Q];
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n) {
-      const auto* table = reinterpret_cast<const std::byte*>(kNibbleTables.of) + starts[p * pitch + n];
-      differ[n] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-      differ[n] = _mm256_shuffle_epi8(differ[n], rows[n]);
-      if (n > 0) differ[0] = _mm256_add_epi8(differ[0], differ[n]);
+      const auto* start = reinterpret_cast<const std::byte*>(kNibbleTables.of) + starts[p * pitch + n];
+      const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(start)));
+#pragma GCC unroll 2
+      for (int q = 0; q < Q; ++q) {
+        const __m256i looked_up = _mm256_shuffle_epi8(table, load(masks + (q * pitch + n) * kRowWords));
+        differ[q] = n == 0 ? looked_up : _mm256_add_epi8(differ[q], looked_up);
+      }
     }
-    bytes[p][0] = _mm256_add_epi8(bytes[p][0], _mm256_and_si256(differ[0], nibble));
-    bytes[p][1] = _mm256_add_epi8(bytes[p][1], _mm256_and_si256(_mm256_srli_epi16(differ[0], 4), nibble));
-    // Else the compiler adds what was looked up first, for which it has no registers.
-    asm("" : "+x"(bytes[p][0]), "+x"(bytes[p][1]));
+#pragma GCC unroll 2
+    for (int q = 0; q < Q; ++q) {
+      sums[p][q][0] = _mm256_add_epi8(sums[p][q][0], _mm256_and_si256(differ[q], nibble));
+      sums[p][q][1] = _mm256_add_epi16(sums[p][q][1], _mm256_srli_epi16(differ[q], 4));
+      // Else the compiler adds what was looked up first, for which it has no registers.
+      asm("" : "+x"(sums[p][q][0]), "+x"(sums[p][q][1]));
+    }
   }
 }
 
-// Adds up to kByteNibbles nibbles of P pairs of pixels to the sums of two panels.
-template <int P>
-void add_nibbles(const uint16_t* starts, size_t pitch, const uint64_t* masks, size_t nibbles,
-                 __m256i (&sums)[P][2][2]) {
+// Adds up to kByteNibbles nibbles to the sums, [first or second pixel][panel of the pair].
+template <int P, int Q>
+void add_nibbles(const uint16_t* starts, const uint64_t* masks, size_t pitch, size_t nibbles,
+                 __m256i (&sums)[P][Q][2][2]) {
   const __m256i zero = _mm256_setzero_si256();
-  __m256i bytes[P][2];
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p) bytes[p][0] = bytes[p][1] = zero;
-  for (; nibbles >= 3; nibbles -= 3, starts += 3, masks += 3 * kRowWords) look_up<P, 3>(starts, pitch, masks, bytes);
-  if (nibbles == 2) look_up<P, 2>(starts, pitch, masks, bytes);
-  if (nibbles == 1) look_up<P, 1>(starts, pitch, masks, bytes);
+  __m256i bytes[P][Q][2];
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
-    for (int i = 0; i < 2; ++i) {
-      sums[p][i][0] = _mm256_add_epi16(sums[p][i][0], _mm256_unpacklo_epi8(bytes[p][i], zero));
-      sums[p][i][1] = _mm256_add_epi16(sums[p][i][1], _mm256_unpackhi_epi8(bytes[p][i], zero));
+    for (int q = 0; q < Q; ++q) bytes[p][q][0] = bytes[p][q][1] = zero;
+  for (; nibbles >= 3; nibbles -= 3, starts += 3, masks += 3 * kRowWords)
+    look_up<P, Q, 3>(starts, masks, pitch, bytes);
+  if (nibbles == 2) look_up<P, Q, 2>(starts, masks, pitch, bytes);
+  if (nibbles == 1) look_up<P, Q, 1>(starts, masks, pitch, bytes);
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+    for (int q = 0; q < Q; ++q) {
+      auto& of = bytes[p][q];
+      // In a word of the second pixel stand its own counts of both bytes and, times 16, what the upper byte has of the
+      // first one: (1 + 16 + 256) * 4 * kByteNibbles fit.
+      of[1] = _mm256_sub_epi16(of[1], _mm256_slli_epi16(_mm256_srli_epi16(of[0], 8), 4));
+      for (int i = 0; i < 2; ++i) {
+        sums[p][q][i][0] = _mm256_add_epi16(sums[p][q][i][0], _mm256_unpacklo_epi8(of[i], zero));
+        sums[p][q][i][1] = _mm256_add_epi16(sums[p][q][i][1], _mm256_unpackhi_epi8(of[i], zero));
+      }
     }
 }
 
@@ -108,32 +122,43 @@ void store_sums(__m256i sums, bool add, int32_t* counts) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts + 8), high);
 }
 
-// P pairs of pixels from pair `first` on, and two panels.
-template <int P>
+// P pairs of pixels from pair `first` on, and Q pairs of panels.
+template <int P, int Q>
 void count_pairs(const uint16_t* arranged, const uint64_t* masks, size_t depth, int first, BlockCounts* counts) {
   const size_t pitch = depth * kNibbles;
   const uint16_t* starts = arranged + first * pitch;
   for (size_t n = 0; n < pitch;) {
     const bool more = n > 0;
     const size_t end = pitch - n > kSumNibbles ? n + kSumNibbles : pitch;
-    __m256i sums[P][2][2] = {};
+    __m256i sums[P][Q][2][2] = {};
     while (n < end) {
       const size_t nibbles = end - n > kByteNibbles ? kByteNibbles : end - n;
-      add_nibbles(starts + n, pitch, masks + n * kRowWords, nibbles, sums);
+      add_nibbles(starts + n, masks + n * kRowWords, pitch, nibbles, sums);
       n += nibbles;
     }
     for (int p = 0; p < P; ++p)
-      for (int i = 0; i < 2; ++i)
-        for (int panel = 0; panel < 2; ++panel)
-          store_sums(sums[p][i][panel], more, counts[panel][2 * (first + p) + i]);
+      for (int q = 0; q < Q; ++q)
+        for (int i = 0; i < 2; ++i)
+          for (int panel = 0; panel < 2; ++panel)
+            store_sums(sums[p][q][i][panel], more, counts[2 * q + panel][2 * (first + p) + i]);
   }
+}
+
+// All pairs of pixels, P at a time.
+template <int P, int Q>
+void count_panels(const uint16_t* arranged, const uint64_t* masks, size_t depth, int pairs, BlockCounts* counts) {
+  int first = 0;
+  for (; first + P <= pairs; first += P) count_pairs<P, Q>(arranged, masks, depth, first, counts);
+  for (; first < pairs; ++first) count_pairs<1, Q>(arranged, masks, depth, first, counts);
 }
 
 void count(const std::byte* arranged, const uint64_t* masks, const int32_t*, size_t depth, int count, int panels,
            BlockCounts* counts) {
   const auto* starts = reinterpret_cast<const uint16_t*>(arranged);
-  for (int panel = 0; panel < panels; panel += 2, masks += depth * kNibbles * kRowWords, counts += 2)
-    LOWBIT_BY_FOURS(count_pairs, (count + 1) / 2, starts, masks, depth, first, counts)
+  const int pairs = (count + 1) / 2;
+  for (; panels >= 4; panels -= 4, masks += 2 * depth * kNibbles * kRowWords, counts += 4)
+    count_panels<2, 2>(starts, masks, depth, pairs, counts);
+  if (panels > 0) count_panels<4, 1>(starts, masks, depth, pairs, counts);
 }
 
 void count_bits(const int32_t (*counts)[kTileChannels], int panels, const int32_t* limits, const uint64_t* falling,
