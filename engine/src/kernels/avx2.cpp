@@ -98,17 +98,22 @@ __m256 scaled(__m256 sums, const FloatOutput& out, int first) {
   return _mm256_add_ps(_mm256_mul_ps(sums, _mm256_loadu_ps(out.scale + first)), _mm256_loadu_ps(out.bias + first));
 }
 
-// Writes what sums of pixel p become.
-void store_sums(__m256i sums, const FloatOutput& out, int p, int first) {
-  const ptrdiff_t at = p * out.stride + first;
-  __m256 y = scaled(_mm256_cvtepi32_ps(sums), out, first);
-  if (out.added != nullptr) y = _mm256_add_ps(y, _mm256_loadu_ps(out.added + at));
-  _mm256_storeu_ps(out.output + at, y);
+// Writes what sums_of(p), eight channels of each pixel from `first` on, become.
+template <class SumsOf>
+void store_sums(int count, const FloatOutput& out, int first, const SumsOf& sums_of) {
+  const FloatOutput to = out;  // else it is read anew behind every store, which might have changed it
+  const __m256 scale = _mm256_loadu_ps(to.scale + first), bias = _mm256_loadu_ps(to.bias + first);
+  for (int p = 0; p < count; ++p) {
+    const ptrdiff_t at = p * to.stride + first;
+    __m256 y = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sums_of(p)), scale), bias);
+    if (to.added != nullptr) y = _mm256_add_ps(y, _mm256_loadu_ps(to.added + at));
+    _mm256_storeu_ps(to.output + at, y);
+  }
 }
 
-// The same of bases - 2 * counts.
-void store_dots(__m256i counts, const int32_t* bases, const FloatOutput& out, int p, int first) {
-  store_sums(_mm256_sub_epi32(load(bases + first), _mm256_add_epi32(counts, counts)), out, p, first);
+// A sum of signs.
+__m256i dots(__m256i counts, const int32_t* bases) {
+  return _mm256_sub_epi32(load(bases), _mm256_add_epi32(counts, counts));
 }
 
 // A bit for each of eight counts that is at most its limit.
@@ -142,9 +147,8 @@ template <int P>
 void store_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
   for (int c = 0; c < tile.panels * kTileChannels; c += kTileChannels) {
     const Counts<P> sums({tile.pixels, tile.weights + c * tile.depth, tile.depth, P});
-    for (int p = 0; p < P; ++p)
-      for (int first = 0; first < kTileChannels; first += 8)
-        store_dots(sums.eight(p, first), bases[p], out, p, c + first);
+    for (int first = 0; first < kTileChannels; first += 8)
+      store_sums(P, out, c + first, [&](int p) { return dots(sums.eight(p, first), bases[p] + c + first); });
   }
 }
 
@@ -386,8 +390,9 @@ void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t
 }
 
 void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
-  for (int p = 0; p < sums.count; ++p)
-    for (int i = 0; i < sums.panels * kTileChannels; i += 8) store_sums(completed(sums, p, i), out, p, i);
+  const IntegerSums from = sums;  // as above
+  for (int first = 0; first < from.panels * kTileChannels; first += 8)
+    store_sums(from.count, out, first, [&](int p) { return completed(from, p, first); });
 }
 
 constexpr ByteKernels kBytes{4, 8, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};

@@ -176,8 +176,8 @@ void count_bits(const int32_t (*counts)[kTileChannels], int panels, const int32_
 
 void count_floats(const int32_t (*counts)[kTileChannels], int count, const int32_t* const* bases,
                   const FloatOutput& out) {
-  for (int p = 0; p < count; ++p)
-    for (int first = 0; first < kTileChannels; first += 8) store_dots(load(counts[p] + first), bases[p], out, p, first);
+  for (int first = 0; first < kTileChannels; first += 8)
+    store_sums(count, out, first, [&](int p) { return dots(load(counts[p] + first), bases[p] + first); });
 }
 
 constexpr BlockKernels kBlocks{
