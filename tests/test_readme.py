@@ -173,6 +173,11 @@ def test_the_engine_table_of_the_readme_is_that_of_its_files() -> None:
         " and ".join(cells(zen4, "resnet18", kind, batch)[2] for batch in (1, 16)) for kind in ("AVX-512", "AVX2")
     ]
     assert "ResNet-18 is {} times ahead of int8 by AVX-512, and {} by AVX2".format(*of_kinds) in unwrapped
+    zen3 = rows_of("engine_epyc_zen3")
+    of_nets = [
+        " and ".join(cells(zen3, net, "AVX2", batch)[2] for batch in (1, 16)) for net in ("vgg_small", "resnet18")
+    ]
+    assert "VGG-small is {} times ahead, and ResNet-18 {}".format(*of_nets) in unwrapped
     older = found["engine_without_amx"]
     int8 = [cells(older, "vgg_small", "AVX-512", batch)[2] for batch in (1, 16)]
     float32 = [cells(older, "conv256", "AVX-512", batch)[1] for batch in (1, 16)]
