@@ -156,6 +156,18 @@ void carry_save_256(int64_t rounds) {
 LOWBIT_TARGET_CLOSE
 #endif
 
+#ifdef LOWBIT_AVX_VNNI
+LOWBIT_TARGET_OPEN("avx2,avxvnni")
+namespace lowbit {
+namespace {
+
+LOWBIT_CHAINS(vnni_256, __m256i, __m256i, _mm256_dpbusd_avx_epi32(sum, x, w))
+
+}  // namespace
+}  // namespace lowbit
+LOWBIT_TARGET_CLOSE
+#endif
+
 #ifdef LOWBIT_AVX512
 LOWBIT_TARGET_OPEN("avx512f,avx512dq,avx512bw,avx512vl,fma")
 namespace lowbit {
@@ -273,6 +285,9 @@ std::vector<Loop> loops() {
   all.push_back({"avx2", "binary", 8 * 256, carry_save_256});
   all.push_back({"avx2", "binary", 4 * 3 * 256, look_ups_256});
 #endif
+#ifdef LOWBIT_AVX_VNNI
+  all.push_back({"avx_vnni", "integer", kChains * 32, vnni_256});
+#endif
 #ifdef LOWBIT_AVX512
   all.push_back({"avx512", "float", kChains * 16, fma_512});
   all.push_back({"avx512", "integer", kChains * 64, maddubs_512});
@@ -317,11 +332,14 @@ double peak(std::string_view kind, std::string_view isa) {
   const auto built = built_isas(), available = available_isas();
   if (std::find(available.begin(), available.end(), isa) == available.end())
     throw std::invalid_argument("this CPU and build have no instruction set '" + std::string(isa) + "'");
-  // An instruction set includes those after it.
+  // An instruction set includes those after it; but avx_vnni is for CPUs without AVX-512, which does not bring it.
   const auto from = std::find(built.begin(), built.end(), isa);
+  const auto includes = [&](std::string_view other) {
+    return other == isa || (other != "avx_vnni" && std::find(from, built.end(), other) != built.end());
+  };
   double best = 0;
   for (const Loop& loop : loops())
-    if (loop.kind == kind && std::find(from, built.end(), loop.isa) != built.end()) best = std::max(best, speed(loop));
+    if (loop.kind == kind && includes(loop.isa)) best = std::max(best, speed(loop));
   if (best == 0) throw std::invalid_argument("there is no peak of the kind '" + std::string(kind) + "'");
   return best;
 }

@@ -146,7 +146,7 @@ def test_convolution_of_codes_of_every_width(isa, bits_in, width, kind):
 
 
 # Binary products that take no longer than one of bytes, so that codes are multiplied bit by bit.
-PLANES = {"avx512_vpopcntdq": 2, "avx512": 4, "avx2": 8}
+PLANES = {"avx512_vpopcntdq": 2, "avx512": 4, "avx_vnni": 4, "avx2": 8}
 
 
 @pytest.mark.parametrize("kind", ["1", "3", "scale and bias"])
@@ -158,7 +158,7 @@ def test_products_of_the_bits_of_codes_equal_the_reference(isa, case, bits, kind
     if bits[0] * bits[1] > PLANES.get(isa, 0):
         pytest.skip("without measuring, these are products of bytes here")
     grid = (2 * unit, -unit * (2 ** bits[1] - 1))
-    by_blocks = isa == "avx2" and case != "one pixel"
+    by_blocks = isa in ("avx2", "avx_vnni") and case != "one pixel"
     kernel = "planes.blocks.count" if by_blocks else "planes.binary_subtract"
     check_coded_layer(isa, case, 1, *bits, kind, grid, kernel=kernel)
 

@@ -115,7 +115,7 @@ def test_each_op_names_the_kernel_that_it_calls(model, monkeypatch, isa):
     """The first convolution does the threshold too; the last one has too few channels for blocks."""
     monkeypatch.setenv("LOWBIT_ISA", isa)
     monkeypatch.setenv("LOWBIT_TUNE", "0")
-    bits = "blocks.bits" if isa in ("amx", "avx2") else "binary_bits"
+    bits = "blocks.bits" if isa in ("amx", "avx2", "avx_vnni") else "binary_bits"
     assert Engine(model).kernels == ["float_tile_bits", "", bits, "", "binary_floats"]
     coded = quant_net(np.random.default_rng(5))
     sums = "integer_sums" if isa in ("scalar", "neon") else "bytes.sums"
@@ -145,13 +145,13 @@ def test_codes_may_be_multiplied_bit_by_bit(monkeypatch, isa):
     net.op("quant_conv2d", tensors=tensors | {"scale": np.ones(48, np.float32)}, groups=1, channels=48, **grid, **shape)
     x = rng.normal(size=(3, 64, 9, 9)).astype(np.float32)
     expected = reference.run(net.model, x)[-1].transpose(0, 3, 1, 2)
-    planes = "planes.blocks.count" if isa in ("amx", "avx2") else "planes.binary_subtract"
+    planes = "planes.blocks.count" if isa in ("amx", "avx2", "avx_vnni") else "planes.binary_subtract"
     for tune in ("0", "1"):
         monkeypatch.setenv("LOWBIT_TUNE", tune)
         engine = Engine(net.model)
         by_bits = engine.kernels[1] == planes
         assert by_bits or engine.kernels[1] in ("bytes.sums", "bytes.sign_sums", "integer_sums")
-        assert tune == "1" or by_bits == (isa in ("avx512_vpopcntdq", "avx512", "avx2"))
+        assert tune == "1" or by_bits == (isa in ("avx512_vpopcntdq", "avx512", "avx2", "avx_vnni"))
         np.testing.assert_array_equal(engine(x), expected)
 
 

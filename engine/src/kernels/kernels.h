@@ -218,6 +218,9 @@ extern const Kernels kScalarKernels;
 #ifdef LOWBIT_AVX2
 extern const Kernels kAvx2Kernels;
 #endif
+#ifdef LOWBIT_AVX_VNNI
+Kernels avx_vnni_kernels();  // the AVX2 kernels, and products of bytes
+#endif
 #ifdef LOWBIT_AVX512
 extern const Kernels kAvx512Kernels;
 #endif

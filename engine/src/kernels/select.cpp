@@ -44,7 +44,12 @@ std::vector<Built> built() {
   tables.push_back({&kAvx512Kernels, avx512});
 #endif
 #ifdef LOWBIT_AVX2
-  tables.push_back({&kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef LOWBIT_AVX_VNNI
+  static const Kernels avx_vnni = avx_vnni_kernels();
+  tables.push_back({&avx_vnni, avx2 && __builtin_cpu_supports("avxvnni")});
+#endif
+  tables.push_back({&kAvx2Kernels, avx2});
 #endif
 #ifdef LOWBIT_NEON
   tables.push_back({&kNeonKernels, true});
