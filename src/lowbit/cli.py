@@ -113,14 +113,16 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Images in a step.", min=2)] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The peak.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Spares norms, biases and latent weights.")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Spares norms, biases and latent weights, unless recipe.decay_all is true.")
+    ] = None,
     schedule: Annotated[str | None, typer.Option(help="step, cosine, linear, poly or exponential.")] = None,
     recipe: Annotated[str | None, typer.Option(help="One of the method's recipes by name.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="KEY=VALUE of the method; model.KEY=VALUE or recipe.KEY=VALUE for theirs. See docs/studies.md.",
+            help="KEY=VALUE of the method; model.KEY=VALUE or recipe.KEY=VALUE for theirs; `lowbit methods NAME`, `lowbit models NAME`.",
         ),
     ] = None,
     bits_w: Annotated[int | None, typer.Option(help="Of weights; short for --set bits_w=N.")] = None,

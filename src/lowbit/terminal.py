@@ -26,7 +26,9 @@ def describe(
     hidden: Sequence[str] = (),
     recipes: Mapping[str, Recipe] | None = None,
 ) -> None:
-    """Print the docstring of the entry ``name``, a table of its options, without those in ``hidden``, and recipes."""
+    """Print what the entry ``name`` is, a table of its options, without those in ``hidden``, recipes, and all else that
+    its docstring says.
+    """
     documentation = inspect.cleandoc(registry[name].__doc__ or "")
     rows = [
         {"option": p.name, "type": _type_name(p.annotation), "default": p.default}
@@ -39,12 +41,15 @@ def describe(
             described["recipes"] = {key: {**r.settings(), "source": r.source} for key, r in recipes.items()}
         print_json(described)
         return
-    Console().print(documentation, markup=False, highlight=False)
+    what, _, formulas = documentation.partition("\n\n")
+    Console().print(what, markup=False, highlight=False)
     if rows:
         print_rows(f"Options of {name}", rows, False)
     for key, recipe in (recipes or {}).items():
         settings = ", ".join(f"{field} {plain(value)}" for field, value in recipe.settings().items())
         Console().print(f"\nRecipe {key}: {settings}.\nFrom: {recipe.source}.", markup=False, highlight=False)
+    if formulas:
+        Console().print(f"\n{formulas}", markup=False, highlight=False)
 
 
 def plain(value: Any) -> str:
