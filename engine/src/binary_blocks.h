@@ -49,6 +49,12 @@ class BlockWeights {
   Buffer<int32_t> ones_;
 };
 
+// Whether there are blocks for a product, and sums short enough: for all of a long one they would take much memory.
+inline bool fit_blocks(const Product<uint64_t>& product, const BlockKernels* kernels) {
+  constexpr size_t kMostPixelBytes = 4 << 20;
+  return kernels != nullptr && kernels->pixel_bytes(product.taps().size()) <= kMostPixelBytes;
+}
+
 class BinaryBlocks {
  public:
   BinaryBlocks(const Product<uint64_t>& product, const BlockKernels& kernels)

@@ -51,7 +51,8 @@ class BinaryConv2d : public Op {
         depth_(group_depth(spec, input, window)),
         product_(make_product(spec, input, window, depth_)),
         cases_(spec, input, window, depth_) {
-    if (kernels.blocks != nullptr && groups_ == 1 && product_.panels() > 1) blocks_.emplace(product_, *kernels.blocks);
+    if (groups_ == 1 && product_.panels() > 1 && fit_blocks(product_, kernels.blocks))
+      blocks_.emplace(product_, *kernels.blocks);
     shape_ = describe(spec, input, output().bits);
   }
 
@@ -250,10 +251,7 @@ class BinaryConv2dBits final : public BinaryConv2d {
                                 block_falling_.data() + first / 64,
                                 codes + (block.first_pixel + p) * words + first / 64);
       });
-    const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
-      clear_bits(call, output(), first, count, channel, end);
-    };
-    product_.run(call, clear, row_of(limits_),
+    product_.run(call, clearing(call, output()), row_of(limits_),
                  [&](const BinaryTile& tile, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
                    const auto limits = rows_at(limits_, tile.count, places, group, panel);
                    uint16_t bits[kTilePixels];

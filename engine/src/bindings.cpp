@@ -163,7 +163,7 @@ class PyEngine {
     const char* strip = std::getenv("LOWBIT_STRIP_BYTES");
     return lowbit::Engine({input_shape[1], input_shape[2], input_shape[0]}, specs, threads, isa == nullptr ? "" : isa,
                           tune == nullptr || std::string_view(tune) != "0",
-                          strip == nullptr ? lowbit::kStripBytes : std::max(1ll, std::atoll(strip)));
+                          strip == nullptr ? lowbit::kStripBytes : std::clamp(std::strtoll(strip, nullptr, 10), 1ll, 1ll << 40));
   }
 
   lowbit::Engine engine_;

@@ -383,16 +383,6 @@ inline int64_t code_at(const Call& call, const Shape& input, int64_t pixel, int6
   return call.input<uint64_t>()[pixel * input.words() + channel / 64] >> channel % 64 & 1;
 }
 
-// Clears the words of 1-bit codes that `channel` to `end` of some pixels fall into: the bits of one pixel are joined to
-// words piece by piece.
-inline void clear_bits(const Call& call, const Shape& output, int64_t first, int64_t count, int64_t channel,
-                       int64_t end) {
-  for (int64_t p = first; p < first + count; ++p) {
-    uint64_t* words = call.result<uint64_t>() + p * output.words();
-    std::fill(words + channel / 64, words + ceil_div(end, 64), 0);
-  }
-}
-
 // The lowest bit of each of eight bytes, side by side: a product moves them together.
 inline uint64_t lowest_bits(uint64_t bytes) { return (bytes & 0x0101010101010101) * 0x0102040810204080 >> 56; }
 
@@ -409,10 +399,15 @@ void add_bits(uint64_t* words, int64_t pitch, int64_t channel, const Bits* bits,
     if (const uint64_t rest = uint64_t{bits[p]} >> (64 - shift); rest != 0) words[p * pitch + 1] |= rest;
 }
 
-// To be called before the tiles of some channels of some pixels, for codes of any number of bits.
+// To be called before the tiles of some channels of some pixels, for codes of any number of bits: clears the words that
+// 1-bit ones fall into, for the bits of a pixel are joined to words piece by piece.
 inline auto clearing(const Call& call, const Shape& output) {
   return [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
-    if (output.bits == 1) clear_bits(call, output, first, count, channel, end);
+    if (output.bits != 1) return;
+    for (int64_t p = first; p < first + count; ++p) {
+      uint64_t* words = call.result<uint64_t>() + p * output.words();
+      std::fill(words + channel / 64, words + ceil_div(end, 64), 0);
+    }
   };
 }
 

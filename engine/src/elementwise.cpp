@@ -1,4 +1,5 @@
 // Float ops that take each element by itself, with at most one other. Every step is one float32 rounding.
+#include <algorithm>
 #include <cmath>
 
 #include "op.h"

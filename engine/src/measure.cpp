@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kRuns = 4;  // of each way, in turns; the first of them warms up
 constexpr double kGain = 0.9;
+constexpr double kMostBytes = 1 << 28;  // of memory; what takes more is not measured
 
 }  // namespace
 
@@ -29,11 +30,12 @@ bool Measure::first_is_faster(const Op& op, const Shape& input, const std::strin
   static std::mutex mutex;
   static std::map<std::string, bool> known;
   const std::lock_guard lock(mutex);
-  const auto [entry, fresh] =
-      known.try_emplace(isa_ + " " + std::to_string(pool_.size()) + " " + std::to_string(batch) + " " + shape, true);
-  if (!fresh) return entry->second;
+  const std::string key = isa_ + " " + std::to_string(pool_.size()) + " " + std::to_string(batch) + " " + shape;
+  if (const auto found = known.find(key); found != known.end()) return found->second;
 
   const int64_t thread_bytes = round_up(op.thread_scratch_bytes(), kAlignment);
+  const int64_t image_bytes = input.bytes() + op.output().bytes() + op.scratch_bytes();
+  if (static_cast<double>(image_bytes) * batch + static_cast<double>(thread_bytes) * pool_.size() > kMostBytes) return true;
   Buffer<std::byte> in(input.bytes() * batch), out(op.output().bytes() * batch), scratch(op.scratch_bytes() * batch),
       thread_scratch(thread_bytes * pool_.size());
   const Call call{{{in.data()}, out.data()},         scratch.data(), thread_scratch.data(),
@@ -47,7 +49,7 @@ bool Measure::first_is_faster(const Op& op, const Shape& input, const std::strin
       const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
       if (run > 0) best[first] = std::min(best[first], time.count());
     }
-  return entry->second = best[false] > kGain * best[true];
+  return known[key] = best[false] > kGain * best[true];
 }
 
 }  // namespace lowbit

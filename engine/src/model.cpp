@@ -173,6 +173,8 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
   s.arena.resize(s.plan.image_bytes);
   s.thread_scratch.resize(s.plan.thread_bytes * s.pool->size());
   s.followers.resize(s.pool->size());
+  for (auto& followers : s.followers)  // now, for the work of a pool must not throw
+    for (const Group& group : s.plan.groups) followers.reserve(group.followers.size());
   if (tune)
     for (const auto& op : s.ops) op->tune(Measure(s.kernels.isa, *s.pool));
 }
@@ -279,7 +281,10 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
   // Every thread gets as many chunks, and they are of the same size but for one image.
   const int64_t chunks = std::min(batch, round_up(ceil_div(batch, most), lanes));
   const int64_t lane_bytes = s.plan.image_bytes * ceil_div(batch, chunks);
-  if (static_cast<int64_t>(s.arena.size()) < lane_bytes * lanes) s.arena.resize(lane_bytes * lanes);
+  if (static_cast<int64_t>(s.arena.size()) < lane_bytes * lanes) {
+    s.arena.clear();  // so that nothing is copied
+    s.arena.resize(lane_bytes * lanes);
+  }
   const auto run = [&](int64_t number, int thread, ThreadPool& pool) {
     const int64_t first = number * batch / chunks, end = (number + 1) * batch / chunks;
     s.run({s.arena.data() + thread * lane_bytes, end - first, pool,
@@ -325,9 +330,11 @@ void Engine::run_op(size_t index, const std::vector<const void*>& inputs, int64_
 }
 
 void Engine::after_fork() {
-  // What the threads of the parent held stays held, and joining them would wait for ever: both are left as they are.
+  // What the threads of the parent held stays held, and joining them would wait for ever; the arena may have been about
+  // to grow. All three are left as they are.
   (void)state_->pool.release();
   (void)state_->mutex.release();
+  new (&state_->arena) Buffer<std::byte>();
   state_->pool = std::make_unique<ThreadPool>(1);
   state_->mutex = std::make_unique<std::mutex>();
 }

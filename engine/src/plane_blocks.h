@@ -34,7 +34,7 @@ class PlaneBlocks {
         few_pixels_(window.height * window.width < kTilePixels),
         product_(make_product(spec, input, window, depth, weights)),
         starts_(panels_ * kTileChannels, 0) {
-    if (kernels.blocks != nullptr) blocks_.emplace(product_, *kernels.blocks);
+    if (fit_blocks(product_, kernels.blocks)) blocks_.emplace(product_, *kernels.blocks);
     const size_t taps = product_.taps().size();
     for (int64_t j = 0; j < width_; ++j)
       for (int64_t c = 0; c < panels_ * kTileChannels; ++c) {

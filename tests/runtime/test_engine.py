@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 import reference
-from packed_models import Builder, coded, quant_net, table_net, thresholds, vgg, window
+from packed_models import Builder, coded, quant_net, table_net, thresholds, vgg, window, words
 
 from lowbit import _engine
 from lowbit.errors import LowbitError, UsageError
@@ -153,6 +154,30 @@ def test_codes_may_be_multiplied_bit_by_bit(monkeypatch, isa):
         assert by_bits or engine.kernels[1] in ("bytes.sums", "bytes.sign_sums", "integer_sums")
         assert tune == "1" or by_bits == (isa in ("avx512_vpopcntdq", "avx512", "avx2", "avx_vnni"))
         np.testing.assert_array_equal(engine(x), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of a process's memory")
+def test_measuring_takes_no_memory_that_the_file_does_not_need(tmp_path):
+    """One pixel of 16 million is looked at: as many images as measuring wants would take 16 GB."""
+    net, rng = Builder((1, 4096, 4096)), np.random.default_rng(8)
+    net.op("threshold", tensors=thresholds(rng, np.float32, 1, 1, 1.0), bits=1)
+    shape = window((1, 1), stride=(4096, 4096), dilation=(1, 1))
+    tensors = {"weight_bits": words(rng, 32, 1, 1, depth=1), "scale": np.ones(32, np.float32)}
+    net.op("binary_conv2d", tensors=tensors, groups=1, channels=32, **shape)
+    net.model.save(tmp_path / "net.lowbit")
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30));"
+        "from lowbit.runtime import Engine; print(Engine(sys.argv[1], threads=1).kernels[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "net.lowbit"],
+        env={**os.environ, "LOWBIT_TUNE": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("blocks.floats", "binary_floats")
 
 
 def test_instruction_sets_are_those_of_the_build_and_one_is_chosen(monkeypatch):

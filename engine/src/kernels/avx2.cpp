@@ -1,8 +1,6 @@
 // AVX2 with FMA: xor and a byte-wise count by vpshufb on 4 channels at a time, one activation word broadcast to all of
 // them. Long sums are added up in carry-save form, so that only one word in eight is counted. Of many pixels, tables
 // tell how many bits differ.
-#include <bit>
-
 #include "kernels/by_count.h"
 #include "kernels/kernels.h"
 #include "kernels/pairs.h"
@@ -390,7 +388,7 @@ void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t
 }
 
 void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
-  const IntegerSums from = sums;  // as above
+  const IntegerSums from = sums;  // a copy, as store_sums has one
   for (int first = 0; first < from.panels * kTileChannels; first += 8)
     store_sums(from.count, out, first, [&](int p) { return completed(from, p, first); });
 }

@@ -10,8 +10,8 @@ namespace {
 
 constexpr size_t kNibbles = 16;  // of a word
 constexpr size_t kRowWords = kBlockChannels / 8;  // of a nibble of each channel, a byte each
-constexpr size_t kByteNibbles = 60;                 // of 4 each, in a byte of sums: see add_nibbles
-constexpr size_t kSumNibbles = 273 * kByteNibbles;  // in a sum of 16 bits
+constexpr size_t kByteNibbles = 60;  // of up to 4 each: (1 + 16 + 256) * 4 * 60 fits 16 bits, see add_nibbles
+constexpr size_t kSumNibbles = 65535 / (4 * kByteNibbles) * kByteNibbles;
 
 struct NibbleTables {
   alignas(16) uint8_t of[256][16];
@@ -19,8 +19,8 @@ struct NibbleTables {
   constexpr NibbleTables() : of() {
     for (unsigned pair = 0; pair < 256; ++pair)
       for (unsigned nibble = 0; nibble < 16; ++nibble)
-        of[pair][nibble] = static_cast<uint8_t>(std::popcount((pair & 15) ^ nibble) |
-                                                std::popcount(pair >> 4 ^ nibble) << 4);
+        of[pair][nibble] = static_cast<uint8_t>(__builtin_popcount((pair & 15) ^ nibble) |
+                                                __builtin_popcount(pair >> 4 ^ nibble) << 4);
   }
 };
 
@@ -102,7 +102,7 @@ void add_nibbles(const uint16_t* starts, const uint64_t* masks, size_t pitch, si
     for (int q = 0; q < Q; ++q) {
       auto& of = bytes[p][q];
       // In a word of the second pixel stand its own counts of both bytes and, times 16, what the upper byte has of the
-      // first one: (1 + 16 + 256) * 4 * kByteNibbles fit.
+      // first one.
       of[1] = _mm256_sub_epi16(of[1], _mm256_slli_epi16(_mm256_srli_epi16(of[0], 8), 4));
       for (int i = 0; i < 2; ++i) {
         sums[p][q][i][0] = _mm256_add_epi16(sums[p][q][i][0], _mm256_unpacklo_epi8(of[i], zero));
@@ -111,7 +111,7 @@ void add_nibbles(const uint16_t* starts, const uint64_t* masks, size_t pitch, si
     }
 }
 
-void store_sums(__m256i sums, bool add, int32_t* counts) {
+void store_counts(__m256i sums, bool add, int32_t* counts) {
   __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(sums)),
           high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(sums, 1));
   if (add) {
@@ -140,7 +140,7 @@ void count_pairs(const uint16_t* arranged, const uint64_t* masks, size_t depth, 
       for (int q = 0; q < Q; ++q)
         for (int i = 0; i < 2; ++i)
           for (int panel = 0; panel < 2; ++panel)
-            store_sums(sums[p][q][i][panel], more, counts[2 * q + panel][2 * (first + p) + i]);
+            store_counts(sums[p][q][i][panel], more, counts[2 * q + panel][2 * (first + p) + i]);
   }
 }
 
