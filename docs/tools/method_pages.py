@@ -70,8 +70,8 @@ lowbit train --method bnn --model vgg_small --data cifar10 --epochs 20 --set rec
 With `average=0.25` the weights are averaged over all steps of the last quarter of the epochs: latent weights, norms
 and learned levels; the batch norms' statistics are taken anew for the average. From there on metrics.csv, the choice of
 the epoch and model.safetensors are those of the average, while `train_loss` and the diagnostics show the weights that
-are trained. Of all recipes only `fast` of `reactnet` averages unasked. Sources: Polyak and Juditsky 1992, "Acceleration of Stochastic
-Approximation by Averaging"; Izmailov et al. 2018, [arXiv 1803.05407](https://arxiv.org/abs/1803.05407).
+are trained. Of all recipes only `fast` of `reactnet` averages unasked. Sources: Polyak and Juditsky 1992, "Acceleration
+of Stochastic Approximation by Averaging"; Izmailov et al. 2018, [arXiv 1803.05407](https://arxiv.org/abs/1803.05407).
 """
 
 

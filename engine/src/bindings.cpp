@@ -161,9 +161,10 @@ class PyEngine {
     const char* isa = std::getenv("LOWBIT_ISA");
     const char* tune = std::getenv("LOWBIT_TUNE");
     const char* strip = std::getenv("LOWBIT_STRIP_BYTES");
-    return lowbit::Engine({input_shape[1], input_shape[2], input_shape[0]}, specs, threads, isa == nullptr ? "" : isa,
-                          tune == nullptr || std::string_view(tune) != "0",
-                          strip == nullptr ? lowbit::kStripBytes : std::clamp(std::strtoll(strip, nullptr, 10), 1ll, 1ll << 40));
+    return lowbit::Engine(
+        {input_shape[1], input_shape[2], input_shape[0]}, specs, threads, isa == nullptr ? "" : isa,
+        tune == nullptr || std::string_view(tune) != "0",
+        strip == nullptr ? lowbit::kStripBytes : std::clamp(std::strtoll(strip, nullptr, 10), 1ll, 1ll << 40));
   }
 
   lowbit::Engine engine_;

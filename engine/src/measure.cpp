@@ -35,7 +35,8 @@ bool Measure::first_is_faster(const Op& op, const Shape& input, const std::strin
 
   const int64_t thread_bytes = round_up(op.thread_scratch_bytes(), kAlignment);
   const int64_t image_bytes = input.bytes() + op.output().bytes() + op.scratch_bytes();
-  if (static_cast<double>(image_bytes) * batch + static_cast<double>(thread_bytes) * pool_.size() > kMostBytes) return true;
+  if (static_cast<double>(image_bytes) * batch + static_cast<double>(thread_bytes) * pool_.size() > kMostBytes)
+    return true;
   Buffer<std::byte> in(input.bytes() * batch), out(op.output().bytes() * batch), scratch(op.scratch_bytes() * batch),
       thread_scratch(thread_bytes * pool_.size());
   const Call call{{{in.data()}, out.data()},         scratch.data(), thread_scratch.data(),

@@ -16,8 +16,8 @@ class Measure {
   Measure(std::string isa, ThreadPool& pool) : isa_(std::move(isa)), pool_(pool) {}
 
   // Runs `op` on `batch` images of zeros after choose(true) and after choose(false). The first way is the rule: the
-  // second must be faster by a tenth, and where a run would take much memory nothing is measured. The caller chooses for
-  // good.
+  // second must be faster by a tenth, and where a run would take much memory nothing is measured. The caller chooses
+  // for good.
   bool first_is_faster(const Op& op, const Shape& input, const std::string& shape, int64_t batch,
                        const std::function<void(bool first)>& choose) const;
 

@@ -41,17 +41,17 @@ constexpr int kChains = 12;
   }
 #define LOWBIT_FOUR(a, b, c, d, step) \
   LOWBIT_CHAIN(a, step) LOWBIT_CHAIN(b, step) LOWBIT_CHAIN(c, step) LOWBIT_CHAIN(d, step)
-#define LOWBIT_CHAINS(name, Sum, Factor, step)                                              \
-  void name(int64_t rounds) {                                                               \
-    Sum a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, i{}, j{}, k{}, l{};                         \
-    Factor x{}, w{};                                                                        \
-    LOWBIT_OPAQUE(w);                                                                       \
-    for (; rounds > 0; --rounds) {                                                          \
-      LOWBIT_FOUR(a, b, c, d, step)                                                         \
-      LOWBIT_FOUR(e, f, g, h, step)                                                         \
-      LOWBIT_FOUR(i, j, k, l, step)                                                         \
-    }                                                                                       \
-    for (Sum sum : {a, b, c, d, e, f, g, h, i, j, k, l}) LOWBIT_OPAQUE(sum);                \
+#define LOWBIT_CHAINS(name, Sum, Factor, step)                               \
+  void name(int64_t rounds) {                                                \
+    Sum a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, i{}, j{}, k{}, l{};          \
+    Factor x{}, w{};                                                         \
+    LOWBIT_OPAQUE(w);                                                        \
+    for (; rounds > 0; --rounds) {                                           \
+      LOWBIT_FOUR(a, b, c, d, step)                                          \
+      LOWBIT_FOUR(e, f, g, h, step)                                          \
+      LOWBIT_FOUR(i, j, k, l, step)                                          \
+    }                                                                        \
+    for (Sum sum : {a, b, c, d, e, f, g, h, i, j, k, l}) LOWBIT_OPAQUE(sum); \
   }
 
 // Plain C++, as in kernels/scalar.cpp: what the compiler makes of it, in the L1 cache.

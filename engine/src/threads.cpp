@@ -20,7 +20,8 @@ ThreadPool::ThreadPool(int threads) {
   try {
     for (int thread = 1; thread < threads; ++thread) helpers_.emplace_back(&ThreadPool::help, this, thread);
   } catch (const std::exception&) {
-    // There are no more threads, or no memory for them: those that started are enough, for results do not depend on their number.
+    // There are no more threads, or no memory for them: those that started are enough, for results do not depend on
+    // their number.
   }
 }
 

@@ -122,7 +122,7 @@ def train(
         list[str] | None,
         typer.Option(
             "--set",
-            help="KEY=VALUE of the method; model.KEY=VALUE or recipe.KEY=VALUE for theirs; `lowbit methods NAME`, `lowbit models NAME`.",
+            help="KEY=VALUE of the method (see lowbit methods NAME); model.KEY=VALUE or recipe.KEY=VALUE for theirs.",
         ),
     ] = None,
     bits_w: Annotated[int | None, typer.Option(help="Of weights; short for --set bits_w=N.")] = None,

@@ -8,7 +8,7 @@
 namespace lowbit {
 namespace {
 
-constexpr size_t kNibbles = 16;  // of a word
+constexpr size_t kNibbles = 16;                   // of a word
 constexpr size_t kRowWords = kBlockChannels / 8;  // of a nibble of each channel, a byte each
 constexpr size_t kByteNibbles = 60;  // of up to 4 each: (1 + 16 + 256) * 4 * 60 fits 16 bits, see add_nibbles
 constexpr size_t kSumNibbles = 65535 / (4 * kByteNibbles) * kByteNibbles;
@@ -93,8 +93,7 @@ void add_nibbles(const uint16_t* starts, const uint64_t* masks, size_t pitch, si
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p)
     for (int q = 0; q < Q; ++q) bytes[p][q][0] = bytes[p][q][1] = zero;
-  for (; nibbles >= 3; nibbles -= 3, starts += 3, masks += 3 * kRowWords)
-    look_up<P, Q, 3>(starts, masks, pitch, bytes);
+  for (; nibbles >= 3; nibbles -= 3, starts += 3, masks += 3 * kRowWords) look_up<P, Q, 3>(starts, masks, pitch, bytes);
   if (nibbles == 2) look_up<P, Q, 2>(starts, masks, pitch, bytes);
   if (nibbles == 1) look_up<P, Q, 1>(starts, masks, pitch, bytes);
 #pragma GCC unroll 4
@@ -180,9 +179,13 @@ void count_floats(const int32_t (*counts)[kTileChannels], int count, const int32
     store_sums(count, out, first, [&](int p) { return dots(load(counts[p] + first), bases[p] + first); });
 }
 
-constexpr BlockKernels kBlocks{
-    kNibbles * kRowWords / kBlockChannels, arrange_weights, pixel_bytes, arrange_pixels, count, count_bits,
-    count_floats};
+constexpr BlockKernels kBlocks{kNibbles * kRowWords / kBlockChannels,
+                               arrange_weights,
+                               pixel_bytes,
+                               arrange_pixels,
+                               count,
+                               count_bits,
+                               count_floats};
 
 }  // namespace
 }  // namespace lowbit
