@@ -422,6 +422,17 @@ def test_names_are_no_markup_to_the_table_that_inspect_prints(capsys):
     assert "[/b] [red]layer[/red]" in capsys.readouterr().out
 
 
+def test_what_is_the_same_in_all_rows_has_no_column_of_a_short_table(capsys):
+    rows = [{"row": name, "seed": 0, "taught by": "", "state": "done"} for name in ("a", "b")]
+    print_rows("Rows", rows, False, short=True)
+    title, *table = capsys.readouterr().out.splitlines()
+    assert title.strip() == "Rows; all of them: seed 0, state done"
+    assert not {"seed", "state", "taught"} & set(" ".join(table).split())
+    for options, printed in (({"short": True}, rows[:1]), ({}, rows)):
+        print_rows("Rows", printed, False, **options)
+        assert {"seed", "state", "taught"} <= set(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("bits", [1, 8])
 def test_channels_may_share_the_thresholds_of_floats(bits):
     rng = np.random.default_rng(0)

@@ -116,6 +116,7 @@ def test_results_are_read_as_they_were_written(tmp_path) -> None:
     assert read_results(tmp_path / "results.csv") == [ROW, *LATER, UNFINISHED]
 
 
-def test_data_and_model_are_named_where_they_differ() -> None:
-    assert "data" not in summary_rows([ROW])[0]
-    assert summary_rows([ROW, dataclasses.replace(ROW, data="cifar10")])[1]["data"] == "cifar10"
+def test_a_summary_names_data_and_model() -> None:
+    rows = summary_rows([ROW, dataclasses.replace(ROW, data="cifar10")])
+    assert [row["data"] for row in rows] == [ROW.data, "cifar10"]
+    assert {row["model"] for row in rows} == {ROW.model}

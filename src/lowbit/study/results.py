@@ -260,12 +260,12 @@ def summarise(results: Sequence[Result]) -> list[Summary]:
 
 
 def summary_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The rows of results.md, short enough for a terminal; data and model only where there are several."""
-    several = len({(result.data, result.model) for result in results}) > 1
+    """The rows of results.md, short enough for a terminal."""
     return [
         {
             "row": summary.first.row,
-            **({"data": summary.first.data, "model": summary.first.model} if several else {}),
+            "data": summary.first.data,
+            "model": summary.first.model,
             "W": summary.first.bits_w,
             "A": summary.first.bits_a,
             "G": summary.first.bits_g,
