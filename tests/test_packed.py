@@ -425,8 +425,8 @@ def test_names_are_no_markup_to_the_table_that_inspect_prints(capsys):
 def test_what_is_the_same_in_all_rows_has_no_column_of_a_short_table(capsys):
     rows = [{"row": name, "seed": 0, "taught by": "", "state": "done"} for name in ("a", "b")]
     print_rows("Rows", rows, False, short=True)
-    title, *table = capsys.readouterr().out.splitlines()
-    assert title.strip() == "Rows; all of them: seed 0, state done"
+    same, *table = capsys.readouterr().out.splitlines()
+    assert same == "All rows: seed 0, state done."
     assert not {"seed", "state", "taught"} & set(" ".join(table).split())
     for options, printed in (({"short": True}, rows[:1]), ({}, rows)):
         print_rows("Rows", printed, False, **options)

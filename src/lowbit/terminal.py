@@ -74,8 +74,8 @@ def short(value: Any) -> str:
 
 
 def print_rows(title: str, rows: Sequence[dict[str, Any]], as_json: bool, short: bool = False) -> None:
-    """Print rows, which have the same keys, as a table or as a JSON list. If ``short``, what is the same in all of several
-    rows has no column in the table: the title names it.
+    """Print rows, which have the same keys, as a table or as a JSON list. If ``short``, what is the same in all of
+    several rows has no column in the table: a line above names it.
     """
     if as_json:
         print_json(list(rows))
@@ -83,7 +83,8 @@ def print_rows(title: str, rows: Sequence[dict[str, Any]], as_json: bool, short:
     if short and len(rows) > 1:
         same = {key: value for key, value in rows[0].items() if all(row[key] == value for row in rows)}
         named = ", ".join(f"{key} {value}" for key, value in same.items() if value not in ("", None))
-        title += f"; all of them: {named}" if named else ""
+        if named:
+            Console().print(f"All rows: {named}.", markup=False, highlight=False)
         rows = [{key: value for key, value in row.items() if key not in same} for row in rows]
     table = Table(title=escape(title), title_justify="left", header_style="bold")
     for column, value in (rows[0] if rows else {}).items():
