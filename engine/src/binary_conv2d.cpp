@@ -12,34 +12,30 @@
 namespace lowbit {
 namespace {
 
-// Sums of a binary convolution with zero padding, from counts of differing bits.
+// The bases of a binary convolution with zero padding, by border case: its sums come from counts of differing bits.
 //
 // Inside the image, sum = n - 2 * count over the n bits of all taps. A tap outside reads words of zeros and adds the
 // number of its weights' ones to the count, but must add nothing to the sum. So with base = n_inside + 2 *
 // ones_outside, per border case and channel, sum = base - 2 * count.
-class CountBases : public BorderCases {
- public:
-  CountBases(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth) : BorderCases(input, window) {
-    const int64_t words = ceil_div(depth, 64), kh = window.kernel[0], kw = window.kernel[1];
-    const auto weights = tensor<uint64_t>(spec, "weight_bits", {spec.channels, kh, kw, words});
-    std::vector<int64_t> of_tap(kh * kw);
-    for (int64_t o = 0; o < spec.channels; ++o) {
-      int64_t ones = 0;
-      for (int64_t tap = 0; tap < kh * kw; ++tap) {
-        int64_t of_this = 0;
-        for (const uint64_t word : weights.subspan((o * kh * kw + tap) * words, words)) of_this += std::popcount(word);
-        of_tap[tap] = depth - 2 * of_this;
-        ones += of_this;
-      }
-      for (const int64_t inside : sums_inside(of_tap)) bases_.push_back(static_cast<int32_t>(inside + 2 * ones));
+PerChannel<int32_t> count_bases(const OpSpec& spec, int64_t depth, const BorderCases& cases) {
+  const int64_t words = ceil_div(depth, 64), kh = spec.kernel[0], kw = spec.kernel[1];
+  const auto weights = tensor<uint64_t>(spec, "weight_bits", {spec.channels, kh, kw, words});
+  PerChannel<int32_t> bases(spec.channels, spec.groups, 0, cases.size());
+  std::vector<int64_t> of_tap(kh * kw);
+  for (int64_t o = 0; o < spec.channels; ++o) {
+    int64_t ones = 0;
+    for (int64_t tap = 0; tap < kh * kw; ++tap) {
+      int64_t of_this = 0;
+      for (const uint64_t word : weights.subspan((o * kh * kw + tap) * words, words)) of_this += std::popcount(word);
+      of_tap[tap] = depth - 2 * of_this;
+      ones += of_this;
     }
+    int64_t number = 0;
+    for (const int64_t inside : cases.sums_inside(of_tap))
+      bases.at(o, number++) = static_cast<int32_t>(inside + 2 * ones);
   }
-
-  int32_t base(int64_t number, int64_t channel) const { return bases_[channel * size() + number]; }
-
- private:
-  std::vector<int32_t> bases_;  // [channel][case]; at most three times kMaxElements
-};
+  return bases;
+}
 
 class BinaryConv2d : public Op {
  public:
@@ -50,7 +46,7 @@ class BinaryConv2d : public Op {
         groups_(spec.groups),
         depth_(group_depth(spec, input, window)),
         product_(make_product(spec, input, window, depth_)),
-        cases_(spec, input, window, depth_) {
+        cases_(input, window) {
     if (groups_ == 1 && product_.panels() > 1 && fit_blocks(product_, kernels.blocks))
       blocks_.emplace(product_, *kernels.blocks);
     shape_ = describe(spec, input, output().bits);
@@ -110,14 +106,6 @@ class BinaryConv2d : public Op {
     });
   }
 
-  // What the output transform needs of each border case: the bases themselves.
-  PerChannel<int32_t> base_table() const {
-    PerChannel<int32_t> bases(output().channels, groups_, 0, cases_.size());
-    for (int64_t number = 0; number < cases_.size(); ++number)
-      for (int64_t c = 0; c < output().channels; ++c) bases.at(c, number) = cases_.base(number, c);
-    return bases;
-  }
-
   // The place of a pixel: where `table` has its border case.
   auto row_of(const PerChannel<int32_t>& table) const {
     return [&](int64_t position) { return table.row(cases_.of_position(position)); };
@@ -135,7 +123,7 @@ class BinaryConv2d : public Op {
   Shape input_;
   int64_t groups_, depth_;  // depth: input channels per group
   Product<uint64_t> product_;
-  CountBases cases_;
+  BorderCases cases_;
   std::optional<BinaryBlocks> blocks_;
 
  private:
@@ -163,7 +151,9 @@ class BinaryConv2d : public Op {
 class BinaryConv2dFloat final : public BinaryConv2d {
  public:
   BinaryConv2dFloat(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
-      : BinaryConv2d(spec, input, window, kernels, 0), bases_(base_table()), epilogue_(spec, "scale") {}
+      : BinaryConv2d(spec, input, window, kernels, 0),
+        bases_(count_bases(spec, depth_, cases_)),
+        epilogue_(spec, "scale") {}
 
   const char* kernel(bool) const override { return shown_by_blocks() ? "blocks.floats" : "binary_floats"; }
 
@@ -219,6 +209,7 @@ class BinaryConv2dBits final : public BinaryConv2d {
         falling_(spec.groups * product_.panels()),
         block_falling_(output().words()) {
     const Thresholds<int32_t> thresholds(spec, spec.channels);
+    PerChannel<int32_t> bases = count_bases(spec, depth_, cases_);
     for (int64_t c = 0; c < spec.channels; ++c) {
       const int64_t group = c / product_.group_channels(), inside = c % product_.group_channels();
       const unsigned bit = thresholds.falling(c) ? 1u << inside % kTileChannels : 0;
@@ -226,7 +217,7 @@ class BinaryConv2dBits final : public BinaryConv2d {
       for (int64_t number = 0; number < cases_.size(); ++number) {
         // Rising: base - 2 * count >= t, so count <= floor((base - t) / 2). Falling: base - 2 * count <= t, so
         // count >= ceil((base - t) / 2), the opposite of count <= that - 1.
-        const int64_t twice = int64_t{cases_.base(number, c)} - *thresholds.of(c);
+        const int64_t twice = int64_t{bases.at(c, number)} - *thresholds.of(c);
         const int64_t limit = thresholds.falling(c) ? ((twice + 1) >> 1) - 1 : twice >> 1;
         limits_.at(c, number) =
             static_cast<int32_t>(std::clamp<int64_t>(limit, -1, std::numeric_limits<int32_t>::max()));
@@ -272,7 +263,7 @@ class BinaryConv2dCodes final : public BinaryConv2d {
  public:
   BinaryConv2dCodes(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
       : BinaryConv2d(spec, input, window, kernels, static_cast<int>(spec.bits)),
-        bases_(base_table()),
+        bases_(count_bases(spec, depth_, cases_)),
         thresholds_(spec, spec.channels) {}
 
   const char* kernel(bool) const override { return shown_by_blocks() ? "blocks.count" : "binary_subtract"; }
