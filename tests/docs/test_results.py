@@ -8,7 +8,7 @@ import pytest
 
 from lowbit import pretrained
 from lowbit.runs import Run
-from lowbit.study.results import read_results
+from lowbit.study.results import read_results, summarise
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,3 +108,17 @@ def test_the_ledger_holds_ours_against_theirs(ledger) -> None:
     table = ledger.ledger({"figure": [figure | say, figure | say | {"says": "user", "accuracy": [1, 2.5]}]}, [near])
     assert "| `bwn`, vgg16, W1 A32 | CIFAR-10 | 90.50 (1) |  | 1 to 2.5 (1) | 88.12 | `a`: nothing |" in table
     assert "not run on CIFAR-10 |" in ledger.ledger({"figure": [figure | say]}, others)
+
+
+def test_three_seeds_have_the_accuracies_that_the_page_says() -> None:
+    text = section("How much of a difference is chance")
+    summaries = summarise(read_results(ROOT / "results" / "fashion_mnist_seeds" / "results.csv"))
+    assert len(re.findall(r"^\| `", text, re.MULTILINE)) == len(summaries)
+    for summary in summaries:
+        (accuracy, margin), first = summary.accuracy, summary.first
+        assert accuracy is not None
+        assert margin is not None
+        assert len(summary.results) == 3
+        each = ", ".join(f"{100 * (result.test_accuracy or 0):.2f}" for result in summary.results)
+        figures = f"{100 * accuracy:.2f} ± {100 * margin:.2f} %"
+        assert f"| `{first.row}` | {first.bits_w} | {first.bits_a} | {figures} | {each} |" in text
