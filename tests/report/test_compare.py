@@ -1,5 +1,6 @@
 """What the page says, without a browser."""
 
+import html
 import json
 import re
 import subprocess
@@ -26,6 +27,20 @@ def page(runs, folder, **options):
     text = compare(runs, folder / "report.html", **options).read_text()
     start = text.index("/**\n* plotly.js")
     return text[:start] + text[text.index("</script>", start) :]
+
+
+def test_a_page_of_several_seeds_puts_them_together(tmp_path):
+    rows = [
+        {"row": "float", "data": "digits", "test accuracy, %": "89.73 ± 0.23 (n = 3)"},
+        {"row": HOSTILE, "data": "digits", "test accuracy, %": "79.67 ± 0.21 (n = 3)"},
+    ]
+    runs = [make_run(tmp_path / "float", method="float")]
+    section = page(runs, tmp_path, over_seeds=rows).partition('<h2 id="seeds">')[2].partition("</section>")[0]
+    assert all(row["test accuracy, %"] in section for row in rows)
+    assert html.escape(HOSTILE) in section
+    assert HOSTILE not in section
+    assert "digits" not in section
+    assert '<h2 id="seeds">' not in page(runs, tmp_path)
 
 
 def test_the_page_has_the_numbers(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from importlib import resources
@@ -21,7 +21,12 @@ from lowbit.report.gather import SCORES, Entry, gather
 from lowbit.runs import Run
 
 
-def compare(runs: Sequence[Run], output: str | Path, title: str = "Comparison of runs") -> Path:
+def compare(
+    runs: Sequence[Run],
+    output: str | Path,
+    title: str = "Comparison of runs",
+    over_seeds: Sequence[Mapping[str, Any]] = (),
+) -> Path:
     """Write one self-contained HTML page about ``runs`` that opens without a network.
 
     Runs in progress and runs without ``evaluation.json`` are shown as far as they go; the page says what is missing.
@@ -30,6 +35,7 @@ def compare(runs: Sequence[Run], output: str | Path, title: str = "Comparison of
         runs: one or more; the first is what the others are compared with.
         output: the page's file; an older one is replaced.
         title: the page's heading.
+        over_seeds: rows of a table that puts several seeds together, as `lowbit.study.results.summary_rows` makes them.
 
     Returns:
         ``output``.
@@ -41,11 +47,11 @@ def compare(runs: Sequence[Run], output: str | Path, title: str = "Comparison of
     if not runs:
         raise UsageError("there is nothing to compare; name at least one run folder")
     with write_whole(Path(output)) as file:
-        file.write(render(gather(runs), title).encode())
+        file.write(render(gather(runs), title, over_seeds).encode())
     return Path(output)
 
 
-def render(entries: Sequence[Entry], title: str) -> str:
+def render(entries: Sequence[Entry], title: str, over_seeds: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page as HTML."""
     diagnosed = any(entry.diagnostics for entry in entries)
     costs = compare_costs(
@@ -66,6 +72,7 @@ def render(entries: Sequence[Entry], title: str) -> str:
         style=_asset("page.css"),
         lead=tables.lead(entries),
         notes=tables.notes(entries),
+        over_seeds=tables.over_seeds(over_seeds) if over_seeds else "",
         summary=tables.summary(entries),
         costs=_costs(entries, costs) if costs.charts else "",
         legend="".join(_legend_button(i, entry) for i, entry in enumerate(entries)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -77,6 +77,20 @@ def lead(entries: Sequence[Entry]) -> str:
         ratio = _ratio(_cost(first, "weight_bytes"), _cost(entry, "weight_bytes"))
         sentences.append(sentence + (f", with {ratio:.1f} times fewer bytes." if ratio and ratio > 1.05 else "."))
     return " ".join(sentences)
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The section about several seeds: a table of rows with the same keys, whose strings are no HTML yet. What is the
+    same in all rows is left out.
+    """
+    keys = [key for key in rows[0] if key != "row" and any(row[key] != rows[0][key] for row in rows)]
+    cells = ([name(str(row["row"])), *(escape(str(row[key])) for key in keys)] for row in rows)
+    return (
+        '<section aria-labelledby="seeds"><h2 id="seeds">Over seeds</h2>'
+        f"{table(['Row', *map(escape, keys)], cells, 'numbers')}"
+        '<p class="fine">&plusmn; is half the 95&nbsp;% interval of the mean over n seeds, by Student&rsquo;s t. p is '
+        "of McNemar&rsquo;s test against the float twin of the same seed, one for each seed.</p></section>"
+    )
 
 
 def notes(entries: Sequence[Entry]) -> str:

@@ -179,7 +179,9 @@ def write_results(study: Study, results: Sequence[Result], command: str) -> None
     with write_whole(study.out / "results.md") as file:
         file.write(markdown(results, about).encode())
     if done:
-        compare([row.run for row in done], study.out / "report.html", f"Study {study.path.stem}")
+        several = len({result.seed for result in results}) > 1
+        over_seeds = summary_rows(results) if several else []
+        compare([row.run for row in done], study.out / "report.html", f"Study {study.path.stem}", over_seeds)
 
 
 def describe(name: str, done: Sequence[Row], command: str) -> dict[str, Any]:
