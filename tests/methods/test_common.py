@@ -213,6 +213,14 @@ def test_gradients_are_finite(key, dtype):
     assert x.grad.count_nonzero() > 0
 
 
+@torch.no_grad()
+def is_taken_away(network, parameter, images) -> bool:
+    """Whether a norm behind takes away what is added to a parameter: then rounding errors are all of its gradient."""
+    logits = network(images)
+    parameter += 1
+    return parameter.grad is not None and torch.allclose(network(images), logits, atol=1e-4)
+
+
 @pytest.mark.parametrize(("model", "key"), pairs(METHODS))
 def test_a_training_step(model, key):
     """Every trainable parameter moves and stays finite; eval() then changes nothing and ignores the batch.
@@ -232,7 +240,7 @@ def test_a_training_step(model, key):
     optimizer.step()
     for name, parameter in network.named_parameters():
         assert parameter.isfinite().all(), name
-        assert not torch.equal(moved[name], before[name]), name
+        assert not torch.equal(moved[name], before[name]) or is_taken_away(network, parameter, images), name
 
     network.eval()
     state = copy.deepcopy(network.state_dict())
