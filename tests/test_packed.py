@@ -422,13 +422,13 @@ def test_names_are_no_markup_to_the_table_that_inspect_prints(capsys):
     assert "[/b] [red]layer[/red]" in capsys.readouterr().out
 
 
-def test_what_is_the_same_in_all_rows_has_no_column_of_a_short_table(capsys):
+def test_what_is_the_same_in_all_rows_has_no_column_of_a_brief_table(capsys):
     rows = [{"row": name, "seed": 0, "taught by": "", "state": "done"} for name in ("a", "b")]
-    print_rows("Rows", rows, False, short=True)
+    print_rows("Rows", rows, False, brief=True)
     same, *table = capsys.readouterr().out.splitlines()
     assert same == "All rows: seed 0, state done."
     assert not {"seed", "state", "taught"} & set(" ".join(table).split())
-    for options, printed in (({"short": True}, rows[:1]), ({}, rows)):
+    for options, printed in (({"brief": True}, rows[:1]), ({}, rows)):
         print_rows("Rows", printed, False, **options)
         assert {"seed", "state", "taught"} <= set(capsys.readouterr().out.split())
 

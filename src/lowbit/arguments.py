@@ -35,7 +35,7 @@ def _data_of(source: Path) -> dict[str, Any] | None:
 
         found = (read(source).provenance or {}).get("data")
     else:
-        found = Run.open(source if source.is_dir() else source.parent).config.get("data")
+        found = Run.open(Run.of(source).path).config.get("data")
     kinds = {"spec": str, "data_dir": str | None, "image_size": int | None}
     sound = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
     return found if sound else None

@@ -401,7 +401,7 @@ def study(
     planned = read_study(file)
     if dry_run:
         check(planned, load=False)
-        print_rows(f"Rows of {file}", [row.to_dict() for row in planned.rows], as_json, short=True)
+        print_rows(f"Rows of {file}", [row.to_dict() for row in planned.rows], as_json, brief=True)
         return
     try:
         results = run_study(planned, jobs, threads)
@@ -411,7 +411,7 @@ def study(
     if as_json:
         print_json([asdict(result) for result in results])
     else:
-        print_rows(f"Results of {file}", summary_rows(results), False, short=True)
+        print_rows(f"Results of {file}", summary_rows(results), False, brief=True)
     notes.print(f"wrote results.csv, results.md, study.json and report.html in {planned.out}", markup=False)
     failed = [result for result in results if result.state == "failed"]
     if failed:

@@ -73,19 +73,24 @@ def short(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else json.dumps(value)
 
 
-def print_rows(title: str, rows: Sequence[dict[str, Any]], as_json: bool, short: bool = False) -> None:
-    """Print rows, which have the same keys, as a table or as a JSON list. If ``short``, what is the same in all of
-    several rows has no column in the table: a line above names it.
+def alike(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is the same in all of several rows, which have the same keys: it needs no column in a table of them."""
+    if len(rows) < 2:
+        return {}
+    return {key: value for key, value in rows[0].items() if all(row[key] == value for row in rows)}
+
+
+def print_rows(title: str, rows: Sequence[dict[str, Any]], as_json: bool, brief: bool = False) -> None:
+    """Print rows, which have the same keys, as a table or as a JSON list. If ``brief``, a line above the table names
+    what is `alike` in all of them, in place of its columns.
     """
     if as_json:
         print_json(list(rows))
         return
-    if short and len(rows) > 1:
-        same = {key: value for key, value in rows[0].items() if all(row[key] == value for row in rows)}
-        named = ", ".join(f"{key} {value}" for key, value in same.items() if value not in ("", None))
-        if named:
-            Console().print(f"All rows: {named}.", markup=False, highlight=False)
-        rows = [{key: value for key, value in row.items() if key not in same} for row in rows]
+    same = alike(rows) if brief else {}
+    if named := ", ".join(f"{key} {value}" for key, value in same.items() if value not in ("", None)):
+        Console().print(f"All rows: {named}.", markup=False, highlight=False)
+    rows = [{key: value for key, value in row.items() if key not in same} for row in rows]
     table = Table(title=escape(title), title_justify="left", header_style="bold")
     for column, value in (rows[0] if rows else {}).items():
         table.add_column(column, justify="right" if type(value) in (int, float) else "left", overflow="fold")

@@ -40,6 +40,7 @@ def test_a_page_of_several_seeds_puts_them_together(tmp_path):
     assert html.escape(HOSTILE) in section
     assert HOSTILE not in section
     assert "digits" not in section
+    assert rows[0]["test accuracy, %"] in page(runs, tmp_path, over_seeds=rows[:1])
     assert '<h2 id="seeds">' not in page(runs, tmp_path)
 
 

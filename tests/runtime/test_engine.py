@@ -23,6 +23,9 @@ from lowbit.packed import check_graph, container
 from lowbit.preprocessing import Preprocessing
 from lowbit.runtime import Engine, instruction_sets, load_image, peak
 
+# Instruction sets that multiply bits by blocks.
+WITH_BLOCKS = ("amx", "avx_vnni", "avx2")
+
 
 @pytest.fixture
 def model():
@@ -116,7 +119,7 @@ def test_each_op_names_the_kernel_that_it_calls(model, monkeypatch, isa):
     """The first convolution does the threshold too; the last one has too few channels for blocks."""
     monkeypatch.setenv("LOWBIT_ISA", isa)
     monkeypatch.setenv("LOWBIT_TUNE", "0")
-    bits = "blocks.bits" if isa in ("amx", "avx2", "avx_vnni") else "binary_bits"
+    bits = "blocks.bits" if isa in WITH_BLOCKS else "binary_bits"
     assert Engine(model).kernels == ["float_tile_bits", "", bits, "", "binary_floats"]
     coded = quant_net(np.random.default_rng(5))
     sums = "integer_sums" if isa in ("scalar", "neon") else "bytes.sums"
@@ -146,7 +149,7 @@ def test_codes_may_be_multiplied_bit_by_bit(monkeypatch, isa):
     net.op("quant_conv2d", tensors=tensors | {"scale": np.ones(48, np.float32)}, groups=1, channels=48, **grid, **shape)
     x = rng.normal(size=(3, 64, 9, 9)).astype(np.float32)
     expected = reference.run(net.model, x)[-1].transpose(0, 3, 1, 2)
-    planes = "planes.blocks.count" if isa in ("amx", "avx2", "avx_vnni") else "planes.binary_subtract"
+    planes = "planes.blocks.count" if isa in WITH_BLOCKS else "planes.binary_subtract"
     for tune in ("0", "1"):
         monkeypatch.setenv("LOWBIT_TUNE", tune)
         engine = Engine(net.model)

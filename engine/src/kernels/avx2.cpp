@@ -8,6 +8,8 @@
 
 LOWBIT_TARGET_OPEN("avx2,fma")
 
+#include "kernels/avx2.h"
+
 namespace lowbit {
 namespace {
 
@@ -16,8 +18,6 @@ constexpr size_t kRegisterFloats = 8;
 constexpr size_t kFewest = 24;  // words from which carry-save adders gain; 31 would fit a byte uncarried
 
 using Vector = __m256i;
-
-__m256i load(const void* data) { return _mm256_loadu_si256(static_cast<const __m256i*>(data)); }
 
 // The number of ones in each byte, from a table by nibbles.
 __m256i byte_counts(__m256i bits) {
@@ -246,13 +246,6 @@ void multiply_integers(const IntegerTile& tile, int first, int32_t (*result)[kTi
 
 void integer_sums(const IntegerTile& tile,
                   int32_t (*sums)[kTileChannels]){LOWBIT_BY_FOURS(multiply_integers, tile.count, tile, first, sums)}
-
-// Four codes of a pixel for all channels.
-__m256i four_codes(const uint8_t* codes) {
-  int32_t four;
-  __builtin_memcpy(&four, codes, 4);
-  return _mm256_set1_epi32(four);
-}
 
 // Pairs of products are added up in 16 bits for as many steps as fit, then in 32; 8 channels.
 template <int P>

@@ -6,17 +6,10 @@
 
 LOWBIT_TARGET_OPEN("avx2,fma,avxvnni")
 
+#include "kernels/avx2.h"
+
 namespace lowbit {
 namespace {
-
-__m256i load(const void* data) { return _mm256_loadu_si256(static_cast<const __m256i*>(data)); }
-
-// Four codes of a pixel for all channels.
-__m256i four_codes(const uint8_t* codes) {
-  int32_t four;
-  __builtin_memcpy(&four, codes, 4);
-  return _mm256_set1_epi32(four);
-}
 
 template <int P>
 void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, int32_t (*result)[kTileChannels]) {

@@ -11,6 +11,7 @@ from lowbit.report.costs import Comparison
 from lowbit.report.diagnostics import QUANTITIES, Diagnostics
 from lowbit.report.gather import Entry, finite, settings, test_between
 from lowbit.report.statistics import McNemar
+from lowbit.terminal import alike
 
 NOTHING = "&ndash;"
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "12 4")
@@ -80,10 +81,10 @@ def lead(entries: Sequence[Entry]) -> str:
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The section about several seeds: a table of rows with the same keys, whose strings are no HTML yet. What is the
-    same in all rows is left out.
+    """The section about several seeds: a table of rows with the same keys, whose strings are no HTML yet, without what
+    is alike in all of them.
     """
-    keys = [key for key in rows[0] if key != "row" and any(row[key] != rows[0][key] for row in rows)]
+    keys = [key for key in rows[0] if key not in {"row", *alike(rows)}]
     cells = ([name(str(row["row"])), *(escape(str(row[key])) for key in keys)] for row in rows)
     return (
         '<section aria-labelledby="seeds"><h2 id="seeds">Over seeds</h2>'
