@@ -42,6 +42,7 @@ NETS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], int]] = {
 CLASSES = {
     "AMX": ("amx", "DEFAULT"),
     "AVX-512": ("avx512_vpopcntdq", "AVX512_CORE_VNNI"),
+    "AVX-VNNI": ("avx_vnni", "AVX2_VNNI"),
     "AVX2": ("avx2", "AVX2"),
 }
 KEYS = ("net", "class", "threads", "batch")

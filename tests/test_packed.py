@@ -417,6 +417,17 @@ def test_thresholds_out_of_order_are_refused():
         packed.validate(net.model)
 
 
+def test_a_pool_of_floats_may_say_which_channels_fall():
+    net = Builder((2, 4, 4))
+    net.op("max_pool", tensors={"falling": np.array([0, 1], np.uint8)}, **window((2, 2), (2, 2)))
+    x = np.arange(32, dtype=np.float32).reshape(1, 2, 4, 4)
+    np.testing.assert_array_equal(Engine(net.model)(x), [[[[5, 7], [13, 15]], [[16, 18], [24, 26]]]])
+    for falling, message in (([0, 2], "only 0 and 1"), ([0, 1, 0], "uint8 2, but is uint8 3")):
+        net.model.tensors["0.falling"] = np.array(falling, np.uint8)
+        with pytest.raises(LowbitError, match=message):
+            packed.validate(net.model)
+
+
 def test_names_are_no_markup_to_the_table_that_inspect_prints(capsys):
     print_rows("a [/b] file", [{"source": "[/b] [red]layer[/red]"}], False)
     assert "[/b] [red]layer[/red]" in capsys.readouterr().out

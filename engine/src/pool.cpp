@@ -67,23 +67,31 @@ class SlidingWindow : public PoolOp {
 
 constexpr auto kAsItIs = [](auto*, int64_t) {};
 
+// Of floats. Where a channel falls it takes the minimum: the opposite of the maximum of the opposites.
 class MaxPool final : public SlidingWindow<float> {
  public:
   MaxPool(const OpSpec& spec, const Shape& input, const Kernels& kernels)
-      : SlidingWindow(spec, input, input.channels), rows_(*kernels.rows) {}
+      : SlidingWindow(spec, input, input.channels), rows_(*kernels.rows), flips_(input.channels, 0.0f) {
+    if (!has_tensor(spec, "falling")) return;
+    const auto falling = tensor<uint8_t>(spec, "falling", {input.channels});
+    for (int64_t c = 0; c < input.channels; ++c) flips_[c] = falling[c] != 0 ? -0.0f : 0.0f;
+  }
 
   void run(const Call& call) const override {
     slide(
         call,
-        [&](const float* const* taps, size_t count, float* y) { rows_.maximum(taps, count, y, output().channels); },
+        [&](const float* const* taps, size_t count, float* y) {
+          rows_.maximum(taps, count, flips_.data(), y, output().channels);
+        },
         kAsItIs);
   }
 
  private:
   const RowKernels& rows_;
+  std::vector<float> flips_;
 };
 
-// Of codes, in words of 64 bits or bytes. Where a channel falls it takes the minimum: the maximum of the opposites.
+// Of codes, in words of 64 bits or bytes, in the same way.
 template <class T>
 class MaxPoolCodes final : public SlidingWindow<T> {
  public:

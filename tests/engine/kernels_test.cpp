@@ -450,6 +450,7 @@ void check_rows(Comparison& comparison, size_t channels) {
   const auto any = [] { return integer(0, 7) == 0 ? -0.0f : real(); };
   const auto a = filled<float>(size, any), b = filled<float>(size, any);
   const auto scale = filled<float>(channels, any), shift = filled<float>(channels, any);
+  const auto flips = filled<float>(channels, [] { return integer(0, 1) == 0 ? -0.0f : 0.0f; });
   const auto check = [&](const char* entry, const auto& compute) {
     comparison.check<float>(entry, channels, kPixels, size, [&](const Kernels& k, float* y) {
       compute(*k.rows, a.data(), y);
@@ -469,7 +470,7 @@ void check_rows(Comparison& comparison, size_t channels) {
   for (size_t count = 1; count <= kPixels; ++count) {
     const float* taps[] = {a.data() + rows.stride, a.data(), a.data() + 2 * rows.stride};
     comparison.check<float>("rows.maximum", channels, kPixels, channels + 1,
-                            [&](const Kernels& k, float* y) { k.rows->maximum(taps, count, y, channels); });
+                            [&](const Kernels& k, float* y) { k.rows->maximum(taps, count, flips.data(), y, channels); });
     comparison.check<float>("rows.sum", channels, kPixels, channels + 1,
                             [&](const Kernels& k, float* y) { k.rows->sum(taps, count, y, channels); });
   }

@@ -372,8 +372,9 @@ def test_integer_thresholds_that_rise_almost_evenly_decide_as_they_say(isa, step
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (5, 3, 2), (1, 1, 0)])
-@pytest.mark.parametrize("bits", [1, 4, 32])
-def test_max_pool_equals_the_reference(isa, kernel, stride, padding, bits):
+@pytest.mark.parametrize(("bits", "falls"), [(1, True), (4, True), (32, True), (32, False)])
+def test_max_pool_equals_the_reference(isa, kernel, stride, padding, bits, falls):
+    """Codes always say which channels fall; of floats it may be left out."""
     rng = np.random.default_rng(4)
     channels, shape = 70, window((kernel, kernel), (stride, stride), (padding, padding))
     net = Builder((channels, 7, 9))
@@ -385,7 +386,8 @@ def test_max_pool_equals_the_reference(isa, kernel, stride, padding, bits):
         net.op("relu", inputs=[0])
         x = rng.integers(0, 2**bits, x.shape, dtype=np.uint8)
     else:
-        net.op("max_pool", **shape)
+        falling = {"falling": rng.integers(0, 2, channels, dtype=np.uint8)} if falls else {}
+        net.op("max_pool", tensors=falling, **shape)
     index = 1 if bits < 32 else 0
     expected = reference.run_op(net.model.ops[index], net.model.op_tensors(index), [x])
     np.testing.assert_array_equal(Engine(net.model, threads=2).run_op(index, [x]), expected)

@@ -61,11 +61,10 @@ class Interpreter:
         return codes(tensors, x)
 
     def max_pool(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-        if x.dtype != np.uint8:
-            return windows(op, x, -np.inf).max(axis=(3, 4)).astype(np.float32)
-        highest = windows(op, x.astype(np.int64), -1).max(axis=(3, 4))
-        lowest = windows(op, x.astype(np.int64), 256).min(axis=(3, 4))
-        return np.where(tensors["falling"] == 1, lowest, highest).astype(np.uint8)
+        highest = windows(op, x.astype(np.float64), -np.inf).max(axis=(3, 4))
+        lowest = windows(op, x.astype(np.float64), np.inf).min(axis=(3, 4))
+        falling = tensors.get("falling", np.zeros(x.shape[-1], np.uint8))
+        return np.where(falling == 1, lowest, highest).astype(x.dtype)
 
     def avg_pool(self, op: dict[str, Any], tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
         total = windows(op, x.astype(np.float64), 0).sum(axis=(3, 4))

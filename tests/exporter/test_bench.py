@@ -137,18 +137,12 @@ def test_networks_of_the_package_have_twins(name: str) -> None:
 def test_the_twin_of_a_residual_net_has_its_norms_pools_and_slopes(
     name: str, method: str, options: dict[str, Any], rest: str
 ) -> None:
-    """Codes may be made of the stem's sums, in front of its pool, beside floats that go on from there."""
     images = torch.randn(2, 3, 32, 32)
     model = models.create(name, method=lowbit.methods.registry[method](**options))
     if rest == "int8":
         models.quantize_rest_(model, {"name": "affine", "options": {}})
     model(images)
     packed = lowbit.export(model.eval(), images).packed
-    if (name, rest) == ("poolnet", "int8"):
-        assert any(
-            op["op"] == "max_pool" and value.kind == "codes"
-            for op, value in zip(packed.ops, packed.values()[1:], strict=True)
-        )
     twin = peers.float_twin(packed)
     assert twin(images).shape == (2, 10)
     kinds = nn.BatchNorm2d, nn.MaxPool2d, nn.PReLU | PReLU

@@ -258,7 +258,8 @@ def _append(net: Builder, number: int, values: list[Any], rng: random.Random, nu
     elif kind.endswith("pool"):
         falling = numbers.integers(0, 2, channels, dtype=np.uint8)
         attributes = {"count_include_pad": rng.random() < 0.5} if kind == "avg_pool" else {}
-        net.op(kind, [number], {"falling": falling} if value.kind == "codes" else {}, **geometry, **attributes)
+        falls = kind == "max_pool" and (value.kind == "codes" or rng.random() < 0.5)
+        net.op(kind, [number], {"falling": falling} if falls else {}, **geometry, **attributes)
     elif kind == "abs_mean":
         groups = rng.choice([g for g in range(1, channels + 1) if channels % g == 0])
         net.op(kind, [number], groups=groups, dilation=dilation, **geometry)

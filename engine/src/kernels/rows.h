@@ -8,6 +8,7 @@ namespace {
 
 // A vector of GCC and Clang, which both know arithmetic, comparison and ?: for it.
 typedef float Lanes __attribute__((vector_size(kRegisterFloats * sizeof(float))));
+typedef uint32_t LaneBits __attribute__((vector_size(kRegisterFloats * sizeof(float))));
 
 // Copies, for channels lie at any address, and Clang takes a reference to a vector to be aligned like one.
 template <class T>
@@ -77,12 +78,24 @@ void divide(const float* x, float divisor, float* y, const Rows& rows) {
     });
 }
 
-void maximum(const float* const* taps, size_t count, float* y, size_t channels) {
+// x, or its opposite where the sign bit of `flips`, which is a zero, is set.
+inline Lanes flipped(Lanes x, Lanes flips) {
+  return __builtin_bit_cast(Lanes, __builtin_bit_cast(LaneBits, x) ^ __builtin_bit_cast(LaneBits, flips));
+}
+inline float flipped(float x, float flips) {
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, x) ^ __builtin_bit_cast(uint32_t, flips));
+}
+
+void maximum(const float* const* taps, size_t count, const float* flips, float* y, size_t channels) {
   for_chunks(channels, [&](auto chunk, size_t c) {
     using T = typename decltype(chunk)::Type;
-    T most = chunk.load(taps[0], c);
-    for (size_t tap = 1; tap < count; ++tap) most = most < chunk.load(taps[tap], c) ? chunk.load(taps[tap], c) : most;
-    chunk.store(y, c, most);
+    const T flip = chunk.load(flips, c);
+    T most = flipped(chunk.load(taps[0], c), flip);
+    for (size_t tap = 1; tap < count; ++tap) {
+      const T next = flipped(chunk.load(taps[tap], c), flip);
+      most = most < next ? next : most;
+    }
+    chunk.store(y, c, flipped(most, flip));
   });
 }
 

@@ -63,6 +63,7 @@ class Step:
         module: what computes it; None for the model's input and for an addition of two inputs.
         inputs: the steps that it reads.
         rank: of the tensor that it reads: 4 for (N, C, H, W), 2 for (N, features).
+        falling: of a max-pool that was moved (`lowbit.exporter.pools`), the channels of which it takes the minimum.
     """
 
     source: str
@@ -70,6 +71,7 @@ class Step:
     module: nn.Module | None = None
     inputs: list[Step] = field(default_factory=list)
     rank: int = 4
+    falling: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from lowbit.exporter.grids import (
     widths,
 )
 from lowbit.exporter.ops import Array, bias_of, float_op, float_weight, integer_op, kind_of, stored, window_of
+from lowbit.exporter.pools import move_pools
 from lowbit.exporter.thresholds import Chain, Thresholds, find, floats, sums
 from lowbit.layers import PReLU, QuantizedLayer
 from lowbit.packed import PackedModel
@@ -173,11 +174,16 @@ class _Lowering:
             elif not _is_between(step):
                 for value in step.inputs:
                     read_as_float.setdefault(value, []).append(f"'{step.source}'")
+        made: set[Step] = set()  # steps between layers whose results are there in float32
         for value, readers in read_as_float.items():
             self.float_readers[_root(value)] += readers
+            while _is_between(value):
+                made.add(value)
+                (value,) = value.inputs
+        move_pools(self.graph, made)
         self.readings = {
-            layer: _Reading(layer, layer.inputs[0], ()) if layer in by_float else _trace_back(layer, read_as_float)
-            for layer in layers
+            step: _Reading(step, step.inputs[0], ()) if step in by_float else _trace_back(step, read_as_float, made)
+            for step in layers
         }
 
     def _find_thresholds(self) -> None:
@@ -317,14 +323,16 @@ def _bits(layer: Step) -> int:
     return weight_codes(layer)[1].bits + activation_grid(layer).bits
 
 
-def _trace_back(layer: Step, read_as_float: Container[Step]) -> _Reading:
-    """From a layer to the sums that its codes can come of, or else to the nearest value that is made in float anyway:
-    behind a stem's max-pool, where a shortcut begins, it has a quarter of the numbers.
+def _trace_back(layer: Step, read_as_float: Container[Step], made: Container[Step]) -> _Reading:
+    """From a layer to the sums that its codes can come of, or what a pool that is ``made`` in float takes of them, or
+    else to the nearest value that is made in float anyway: behind a stem's max-pool it has a quarter of the numbers.
     """
     between: list[Step] = []
     (step,) = layer.inputs
     from_sums = is_quantized(_root(step))
     while _is_between(step) and (from_sums or step not in read_as_float):
+        if step in made and isinstance(step.module, nn.MaxPool2d) and not _is_between(step.inputs[0]):
+            break
         between.append(step)
         (step,) = step.inputs
     return _Reading(layer, step, tuple(reversed(between)))
@@ -349,7 +357,7 @@ def _thresholds(reading: _Reading, from_sums: bool) -> Thresholds:
         traces = []
         for step in reading.between:
             if isinstance(step.module, nn.MaxPool2d):
-                traces.append(value.clone())
+                traces.append(value.clone() if step.falling is None else value.where(step.falling == 0, -value))
             else:
                 assert step.module is not None
                 value = step.module(shaped(value, step.rank)).reshape(-1, channels)

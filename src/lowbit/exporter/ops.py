@@ -146,6 +146,11 @@ def _lower_hardtanh(step: Step) -> Lowered:
     return "hardtanh", {"min": float(clamp.min_val), "max": float(clamp.max_val)}, {}
 
 
+def _lower_max_pool(step: Step) -> Lowered:
+    falling = {} if step.falling is None else {"falling": step.falling.numpy()}
+    return "max_pool", window_of(cast(nn.MaxPool2d, step.module)), falling
+
+
 def _lower_average(step: Step) -> Lowered:
     module = step.module
     if isinstance(module, nn.AvgPool2d):
@@ -190,7 +195,7 @@ _FLOAT_OPS: dict[type, Callable[[Step], Lowered]] = {
     PReLU: _lower_slope,
     Shift: _lower_shift,
     Repeat: _lower_repeat,
-    nn.MaxPool2d: lambda step: ("max_pool", window_of(cast(nn.MaxPool2d, step.module)), {}),
+    nn.MaxPool2d: _lower_max_pool,
     nn.AvgPool2d: _lower_average,
     nn.AdaptiveAvgPool2d: _lower_average,
 }

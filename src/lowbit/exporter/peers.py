@@ -84,27 +84,28 @@ def float_twin(packed: PackedModel) -> nn.Module:
         filters = tensors["weight"].reshape(len(tensors["weight"]), -1)
         return bool(((filters == 1).sum(1) == 1).all() and ((filters == 0).sum(1) == filters.shape[1] - 1).all())
 
-    def passed() -> list[frozenset[str]]:
+    def passed(steps: list[tuple[int, list[int]]]) -> dict[int, frozenset[str]]:
         """Which of "affine" and "relu" each value has been through since its sums; the input needs neither."""
-        result = [frozenset({"affine", "relu"})]
-        for index, op in enumerate(packed.ops):
-            before = result[op["inputs"][0]]
-            match op["op"]:
+        result = {0: frozenset({"affine", "relu"})}
+        for index, inputs in steps:
+            before = result[inputs[0]]
+            match packed.ops[index]["op"]:
                 case "affine":
-                    result.append(frozenset({"affine"}))
+                    after = frozenset({"affine"})
                 case "relu":
-                    result.append(before | {"relu"})
+                    after = before | {"relu"}
                 case "prelu":
                     # What has learned slopes is normalised before them, in every paper's order.
-                    result.append(frozenset({"affine", "relu"}))
+                    after = frozenset({"affine", "relu"})
                 case "add":
-                    result.append(before & result[op["inputs"][1]] - {"relu"})
+                    after = before & result[inputs[1]] - {"relu"}
                 case "max_pool" | "avg_pool" | "hardtanh" | "multiply":
-                    result.append(before)
+                    after = before
                 case "conv2d" if repeats(packed.op_tensors(index)):
-                    result.append(before)
+                    after = before
                 case _:
-                    result.append(frozenset())
+                    after = frozenset()
+            result[index + 1] = after
         return result
 
     def made(op: dict[str, Any], tensors: dict[str, Any], channels: int, done: frozenset[str]) -> nn.Module:
@@ -149,7 +150,7 @@ def float_twin(packed: PackedModel) -> nn.Module:
             values = packed.values()
             reads = _reads(packed)
             self.steps = [(value - 1, reads[value]) for value in _in_order(reads, len(packed.ops))]
-            done = passed()
+            done = passed(self.steps)
             self.ops = nn.ModuleList(
                 made(packed.ops[index], packed.op_tensors(index), values[inputs[0]].channels, done[inputs[0]])
                 for index, inputs in self.steps
@@ -170,7 +171,8 @@ def _reads(packed: PackedModel) -> dict[int, list[int]]:
 
     A product with a K map passes its first factor on. Codes of a layer's sums, where the layer's own block also pools,
     normalises or activates these in float, are made of what that leads to, and a pool that floats have been through is
-    not there for the codes again.
+    not there for the codes again. A pool that the exporter has moved in front of its norm is behind it, where other
+    runtimes make the norm a part of the convolution.
     """
     blocks = {number: op["source"].rpartition(".")[0] for number, op in enumerate(packed.ops, start=1)}
     floats = {number: op for number, op in enumerate(packed.ops, start=1) if op["op"] in _BEFORE_CODES}
@@ -195,6 +197,14 @@ def _reads(packed: PackedModel) -> dict[int, list[int]]:
             case "max_pool" if op["source"] in pools.get(inputs[0], ()):
                 instead[number] = inputs[0]
         reads[number] = inputs
+    for pool, op in floats.items():
+        if op["op"] == "max_pool" and "falling" in packed.op_tensors(pool - 1):
+            passed = [pool]
+            while len(after := onward(passed[-1], blocks[pool])) == 1:
+                passed += after
+            reads = {n: [pool if value == passed[-1] else value for value in read] for n, read in reads.items()}
+            if len(passed) > 1:
+                reads[passed[1]], reads[pool] = reads[pool], passed[-1:]
     return reads
 
 

@@ -385,7 +385,7 @@ class _Checker:
         return Value(value.kind, height, width, value.channels, value.bits)
 
     def _max_pool(self, value: Value) -> Value:
-        if value.kind == "codes":
+        if value.kind == "codes" or "falling" in self.tensors:
             self._falling(value.channels)
         return self._pool(value)
 

@@ -1,0 +1,55 @@
+"""Max-pools in front of what only rises or falls, so that norms and activations meet a quarter of the numbers.
+
+    max(f(v)) = f(max(v)) where f rises        max(f(v)) = f(min(v)) where it falls
+
+Roundings keep the order of numbers, so both sides are the same float32; of a zero the sign may be another.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.exporter.capture import NORMS, POINTWISE, Graph, Step
+from lowbit.layers import PReLU
+
+
+def move_pools(graph: Graph, made: Container[Step]) -> None:
+    """Move each max-pool of ``made``, the steps whose results are there in float32, in front of pointwise steps.
+
+    It passes those that nothing else reads, as far as each channel only rises or falls. Steps stay where they are and
+    exchange what they do, so that whoever reads the last of them reads the same.
+    """
+    readers = Counter(value for step in graph.steps for value in step.inputs)
+    for step in graph.steps:
+        if not isinstance(step.module, nn.MaxPool2d) or step not in made:
+            continue
+        moved = [step]
+        falling = torch.zeros(step.shape[0], dtype=torch.bool)
+        while readers[before := moved[0].inputs[0]] == 1 and (falls := _falls(before)) is not None:
+            moved.insert(0, before)
+            falling = falling ^ falls
+        if len(moved) == 1:
+            continue
+        *passed, pool = [(s.source, s.module, s.rank) for s in moved]
+        for place, content in zip(moved, [pool, *passed], strict=True):
+            place.source, place.module, place.rank = content
+            place.shape = step.shape
+        moved[0].falling = falling.to(torch.uint8)
+
+
+def _falls(step: Step) -> Tensor | None:
+    """Where a pointwise step falls, (C,) or for all channels; None if it does both, or is none."""
+    module = step.module
+    if type(module) not in POINTWISE:
+        return None
+    if isinstance(module, NORMS):
+        return torch.tensor(False) if module.weight is None else module.weight.detach() < 0
+    if isinstance(module, nn.LeakyReLU) and module.negative_slope < 0:
+        return None
+    if isinstance(module, nn.PReLU | PReLU) and bool((module.weight < 0).any()):
+        return None
+    return torch.tensor(False)
