@@ -91,7 +91,7 @@ def network(
         signs = 2.0 * _bits(found["weight_bits"], depth) - 1
         return (signs * found["weight_scale"].reshape(-1, 1, 1, 1)).transpose(0, 3, 1, 2).astype(np.float32)
 
-    def made(op: Mapping[str, Any], found: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
+    def made(op: Mapping[str, Any], found: Mapping[str, Any], inputs: Sequence[Any], coded: bool) -> Any:
         value, *others = inputs
         depth = value.get_output_shape(0)[1]
         if op.get("groups", 1) != 1:
@@ -110,9 +110,11 @@ def network(
             case "threshold":
                 return codes(value, found, op["bits"])
             case "max_pool":
-                if "falling" in found:
+                if coded:
                     raise UsageError("a pool of codes has no counterpart here")
-                return make.max_pool(value, *window(op), op["kernel"])
+                # Products by signs become parts of the convolution in front and of the norm behind.
+                signs = per_channel(1.0 - 2.0 * found.get("falling", np.zeros(depth)))
+                return make.multiply(make.max_pool(make.multiply(value, signs), *window(op), op["kernel"]), signs)
             case "avg_pool":
                 return make.avg_pool(value, *window(op), op["kernel"], not op["count_include_pad"])
             case "affine":
@@ -127,9 +129,11 @@ def network(
                 raise UsageError(f"op '{kind}' has no counterpart here")
         return make.add(result, per_channel(found["bias"])) if "bias" in found else result
 
-    values = [make.parameter(list(shape), np.float32)]
+    values, coded = [make.parameter(list(shape), np.float32)], [False]
     for op, found in zip(ops, tensors, strict=True):
-        values.append(made(op, found, [values[number] for number in op["inputs"]]))
+        first, *_ = numbers = op["inputs"]
+        values.append(made(op, found, [values[number] for number in numbers], coded[first]))
+        coded.append("bits" in op)
     return openvino.Model([values[-1]], [values[0]]), kept
 
 

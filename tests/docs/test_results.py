@@ -47,7 +47,7 @@ def section(title: str) -> str:
         ("One bit in minutes", "cifar10_fast/*", 3),
         ("One bit within 45 minutes", "cifar10_minutes/*", 9),
         ("The same in one study, the rest in 8 bits", "cifar10_minutes_int8/*", 9),
-        ("With squares cleared", "cifar10_cutout/*", 4),
+        ("With squares cleared", "cifar10_cutout/*", 5),
         ("The NIN of 2018", "cifar10_nin/*", 6),
         ("One bit by two on CIFAR-10", "cifar10_vgg_small/*", 5),
     ],
