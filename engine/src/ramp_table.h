@@ -34,13 +34,15 @@ class RampTable {
       else if (!table.add(i, std::span(limits, thresholds.levels()), thresholds.falling(channels[i])))
         return std::nullopt;
     }
+    table.alike_ = seen.size() == 1 && std::find(channels.begin(), channels.end(), -1) == channels.end();
     return table;
   }
 
   // For values from number `first` of the row on.
   Ramp<T> from(int64_t first) const {
     return {slope_.data() + first, start_.data() + first, low_.data() + first, high_.data() + first,
-            flips_.data() + first, rows_.data() + first,  limits_.data(),      slack_};
+            flips_.data() + first, rows_.data() + first,  limits_.data(),      slack_,
+            alike_};
   }
 
   size_t size() const { return slope_.size(); }
@@ -115,6 +117,7 @@ class RampTable {
   std::vector<int32_t> rows_;
   std::vector<T> limits_;
   float slack_ = 0;
+  bool alike_ = false;
 };
 
 }  // namespace lowbit

@@ -15,6 +15,10 @@ namespace {
 
 constexpr size_t kRegisterFloats = 8;
 
+// As rows.h has them.
+__m256 larger(__m256 a, __m256 b) { return _mm256_max_ps(b, a); }
+__m256 smaller(__m256 a, __m256 b) { return _mm256_min_ps(b, a); }
+
 constexpr size_t kFewest = 24;  // words from which carry-save adders gain; 31 would fit a byte uncarried
 
 using Vector = __m256i;

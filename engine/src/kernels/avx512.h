@@ -11,6 +11,10 @@ namespace {
 
 constexpr size_t kRegisterFloats = 16;
 
+// As rows.h has them.
+__m512 larger(__m512 a, __m512 b) { return _mm512_max_ps(b, a); }
+__m512 smaller(__m512 a, __m512 b) { return _mm512_min_ps(b, a); }
+
 __m512 scaled(__m512 sums, const FloatOutput& out) {
   return _mm512_add_ps(_mm512_mul_ps(sums, _mm512_loadu_ps(out.scale)), _mm512_loadu_ps(out.bias));
 }

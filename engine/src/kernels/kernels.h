@@ -113,6 +113,7 @@ struct Ramp {
   const int32_t* rows;
   const T* limits;
   float slack;
+  bool alike = false;  // all values are as the first one here
 };
 
 struct ByteKernels {

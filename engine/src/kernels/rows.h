@@ -33,6 +33,32 @@ inline void for_chunks(size_t channels, const Work& work) {
   for (; c < channels; ++c) work(Single{}, c);
 }
 
+// Calls work(Wide or Single, Number<N>, c) for all of `channels`, for N chunks of them at a time.
+template <size_t N>
+struct Number {
+  static constexpr size_t value = N;
+};
+
+template <class Work>
+inline void for_many_chunks(size_t channels, const Work& work) {
+  constexpr size_t kMany = 4;
+  size_t c = 0;
+  for (; c + kMany * kRegisterFloats <= channels; c += kMany * kRegisterFloats) work(Wide{}, Number<kMany>{}, c);
+  for (; c + kRegisterFloats <= channels; c += kRegisterFloats) work(Wide{}, Number<1>{}, c);
+  for (; c < channels; ++c) work(Single{}, Number<1>{}, c);
+}
+
+// The first of two that are equal, or not ordered. An instruction set may have its own for its registers.
+template <class T>
+T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <class T>
+T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+
 void add(const float* a, const float* b, float* y, const Rows& rows) {
   for (size_t p = 0; p < rows.pixels; ++p, a += rows.stride, b += rows.stride, y += rows.stride)
     for_chunks(rows.channels, [&](auto chunk, size_t c) { chunk.store(y, c, chunk.load(a, c) + chunk.load(b, c)); });
@@ -65,16 +91,19 @@ void clamp(const float* x, float low, float high, float* y, const Rows& rows) {
     for_chunks(rows.channels, [&](auto chunk, size_t c) {
       using T = typename decltype(chunk)::Type;
       const T least = low - T{}, most = high - T{};  // of a zero with its sign
-      const T raised = chunk.load(x, c) < least ? least : chunk.load(x, c);
-      chunk.store(y, c, most < raised ? most : raised);
+      chunk.store(y, c, smaller(larger(chunk.load(x, c), least), most));
     });
 }
 
 void divide(const float* x, float divisor, float* y, const Rows& rows) {
+  constexpr uint32_t kMantissa = (1u << 23) - 1;
+  const bool of_two = (__builtin_bit_cast(uint32_t, divisor) & kMantissa) == 0;  // a power: its inverse is exact
+  const float factor = 1.0f / divisor;
   for (size_t p = 0; p < rows.pixels; ++p, x += rows.stride, y += rows.stride)
     for_chunks(rows.channels, [&](auto chunk, size_t c) {
       using T = typename decltype(chunk)::Type;
-      chunk.store(y, c, chunk.load(x, c) / (divisor - T{}));
+      const T value = chunk.load(x, c);
+      chunk.store(y, c, of_two ? value * (factor - T{}) : value / (divisor - T{}));
     });
 }
 
@@ -87,24 +116,39 @@ inline float flipped(float x, float flips) {
 }
 
 void maximum(const float* const* taps, size_t count, const float* flips, float* y, size_t channels) {
-  for_chunks(channels, [&](auto chunk, size_t c) {
+  for_many_chunks(channels, [&](auto chunk, auto number, size_t c) {
     using T = typename decltype(chunk)::Type;
-    const T flip = chunk.load(flips, c);
-    T most = flipped(chunk.load(taps[0], c), flip);
-    for (size_t tap = 1; tap < count; ++tap) {
-      const T next = flipped(chunk.load(taps[tap], c), flip);
-      most = most < next ? next : most;
+    constexpr size_t kNumber = decltype(number)::value, kStep = sizeof(T) / sizeof(float);
+    T flip[kNumber], most[kNumber];
+#pragma GCC unroll 4
+    for (size_t n = 0; n < kNumber; ++n) {
+      flip[n] = chunk.load(flips, c + n * kStep);
+      most[n] = flipped(chunk.load(taps[0], c + n * kStep), flip[n]);
     }
-    chunk.store(y, c, flipped(most, flip));
+    for (size_t tap = 1; tap < count; ++tap) {
+      const float* x = taps[tap] + c;
+#pragma GCC unroll 4
+      for (size_t n = 0; n < kNumber; ++n) most[n] = larger(most[n], flipped(chunk.load(x, n * kStep), flip[n]));
+    }
+#pragma GCC unroll 4
+    for (size_t n = 0; n < kNumber; ++n) chunk.store(y, c + n * kStep, flipped(most[n], flip[n]));
   });
 }
 
 void sum(const float* const* taps, size_t count, float* y, size_t channels) {
-  for_chunks(channels, [&](auto chunk, size_t c) {
+  for_many_chunks(channels, [&](auto chunk, auto number, size_t c) {
     using T = typename decltype(chunk)::Type;
-    T total = chunk.load(taps[0], c);
-    for (size_t tap = 1; tap < count; ++tap) total = total + chunk.load(taps[tap], c);
-    chunk.store(y, c, total);
+    constexpr size_t kNumber = decltype(number)::value, kStep = sizeof(T) / sizeof(float);
+    T total[kNumber];
+#pragma GCC unroll 4
+    for (size_t n = 0; n < kNumber; ++n) total[n] = chunk.load(taps[0], c + n * kStep);
+    for (size_t tap = 1; tap < count; ++tap) {
+      const float* x = taps[tap] + c;
+#pragma GCC unroll 4
+      for (size_t n = 0; n < kNumber; ++n) total[n] = total[n] + chunk.load(x, n * kStep);
+    }
+#pragma GCC unroll 4
+    for (size_t n = 0; n < kNumber; ++n) chunk.store(y, c + n * kStep, total[n]);
   });
 }
 
