@@ -18,7 +18,7 @@ check: setup
 	$(BIN)/lint-imports
 
 # The engine beside its peers, XNOR-Net's headline, how cost grows, where time goes, what a second thread gains, how fast
-# training is; some twenty-five minutes, on an idle machine. Writes over the published figures, which are from several
+# training is; some thirty minutes, on an idle machine. Writes over the published figures, which are from several
 # machines: docs/engine.md says how to measure beside them.
 bench: setup
 	$(BIN)/python benchmarks/engine.py

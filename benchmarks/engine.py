@@ -1,6 +1,6 @@
 """The engine beside torch, onnxruntime and OpenVINO, by network, batch, threads and class of instruction sets.
 
-    python benchmarks/engine.py                                # all of it, about fifteen minutes on an idle machine
+    python benchmarks/engine.py                                # all of it, some twenty minutes on an idle machine
     python benchmarks/engine.py --nets conv256 --batches 1     # some rows anew; the others of results.json stay
     python benchmarks/engine.py --missing                      # what results.json does not have yet
 

@@ -112,8 +112,10 @@ def network(
             case "max_pool":
                 if coded:
                     raise UsageError("a pool of codes has no counterpart here")
+                if "falling" not in found:
+                    return make.max_pool(value, *window(op), op["kernel"])
                 # Products by signs become parts of the convolution in front and of the norm behind.
-                signs = per_channel(1.0 - 2.0 * found.get("falling", np.zeros(depth)))
+                signs = per_channel(1.0 - 2.0 * found["falling"])
                 return make.multiply(make.max_pool(make.multiply(value, signs), *window(op), op["kernel"]), signs)
             case "avg_pool":
                 return make.avg_pool(value, *window(op), op["kernel"], not op["count_include_pad"])

@@ -1,6 +1,6 @@
 """Where an image's time goes in the engine: products by kind, and what lies between them.
 
-    python benchmarks/where_time_goes.py            # a minute on an idle machine
+    python benchmarks/where_time_goes.py            # two minutes on an idle machine
 
 The networks of benchmarks/engine.py, with their float rest and with an 8-bit one, one image on one thread, on each of
 its instruction sets that this CPU has. Every op is timed in place (`lowbit.Engine.profile`); what an op does for the

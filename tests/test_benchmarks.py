@@ -126,8 +126,13 @@ def test_a_layer_is_timed_from_codes_to_codes(
 
 
 def residual() -> nn.Module:
+    """With norms of either sign."""
     options = {"width": 1 / 8, "image_size": 32, "stem": "imagenet", "shortcut": "conv"}
-    return lowbit.models.create("resnet18", method="xnor_net", **options).eval()
+    model = lowbit.models.create("resnet18", method="xnor_net", **options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, -1, 1)
+    return model.eval()
 
 
 def test_openvino_computes_the_same_binary_network(script: Any) -> None:

@@ -40,8 +40,14 @@ class RampTable {
 
   // For values from number `first` of the row on.
   Ramp<T> from(int64_t first) const {
-    return {slope_.data() + first, start_.data() + first, low_.data() + first, high_.data() + first,
-            flips_.data() + first, rows_.data() + first,  limits_.data(),      slack_,
+    return {slope_.data() + first,
+            start_.data() + first,
+            low_.data() + first,
+            high_.data() + first,
+            flips_.data() + first,
+            rows_.data() + first,
+            limits_.data(),
+            slack_,
             alike_};
   }
 

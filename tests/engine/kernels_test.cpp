@@ -326,17 +326,21 @@ void check_ramp(Comparison& comparison, const char* entry, size_t count, const s
   constexpr int kLevels = 255;
   const bool is_float = std::is_same_v<T, float>;
   const float slope = 1 / static_cast<float>(step);
-  const auto flips =
-      filled<uint32_t>(count, [&] { return integer(0, 1) ? (is_float ? 0x80000000u : 0xffffffffu) : 0u; });
-  const auto rows = filled<int32_t>(count, [] { return kLevels * static_cast<int32_t>(integer(0, 2)); });
+  auto flips = filled<uint32_t>(count, [&] { return integer(0, 1) ? (is_float ? 0x80000000u : 0xffffffffu) : 0u; });
+  auto rows = filled<int32_t>(count, [] { return kLevels * static_cast<int32_t>(integer(0, 2)); });
   std::vector<T> limits;
   for (int row = 0; row < 3; ++row)
     for (int level = 0; level < kLevels; ++level) limits.push_back(step * static_cast<T>(level - 40 * row));
   std::vector<float> slopes(count, slope), low(count, 0.5f), high(count, kLevels + 0.4375f), start;
   for (size_t i = 0; i < count; ++i) start.push_back(1 + 40 * static_cast<float>(rows[i] / kLevels));
-  for (const float slack : {0.03125f, 1.0f}) {
-    const Ramp<T> ramp{slopes.data(), start.data(), low.data(),    high.data(),
-                       flips.data(),  rows.data(),  limits.data(), slack};
+  for (const auto& [slack, alike] : {std::pair{0.03125f, false}, {1.0f, false}, {0.03125f, true}, {1.0f, true}}) {
+    if (alike) {
+      std::fill(flips.begin(), flips.end(), flips[0]);
+      std::fill(rows.begin(), rows.end(), rows[0]);
+      std::fill(start.begin(), start.end(), start[0]);
+    }
+    const Ramp<T> ramp{slopes.data(), start.data(),  low.data(), high.data(), flips.data(),
+                       rows.data(),   limits.data(), slack,      alike};
     Results<uint8_t> expected(count + 1, 77), found = expected;
     for (size_t i = 0; i < count; ++i) {
       T value = values[i];
@@ -447,7 +451,10 @@ void check_rows(Comparison& comparison, size_t channels) {
   constexpr size_t kPixels = 3;
   const Rows rows{kPixels, channels, channels + 2};
   const size_t size = (kPixels - 1) * rows.stride + channels;
-  const auto any = [] { return integer(0, 7) == 0 ? -0.0f : real(); };
+  const auto any = [] {
+    const int64_t kind = integer(0, 7);
+    return kind == 0 ? -0.0f : kind == 1 ? 0.0f : real();
+  };
   const auto a = filled<float>(size, any), b = filled<float>(size, any);
   const auto scale = filled<float>(channels, any), shift = filled<float>(channels, any);
   const auto flips = filled<float>(channels, [] { return integer(0, 1) == 0 ? -0.0f : 0.0f; });
@@ -466,11 +473,13 @@ void check_rows(Comparison& comparison, size_t channels) {
   check("rows.affine",
         [&](const RowKernels& k, const float* x, float* y) { k.affine(x, scale.data(), shift.data(), y, rows); });
   check("rows.clamp", [&](const RowKernels& k, const float* x, float* y) { k.clamp(x, -0.0f, 0.5f, y, rows); });
-  check("rows.divide", [&](const RowKernels& k, const float* x, float* y) { k.divide(x, 3.0f, y, rows); });
+  for (const float divisor : {3.0f, 4.0f})
+    check("rows.divide", [&](const RowKernels& k, const float* x, float* y) { k.divide(x, divisor, y, rows); });
   for (size_t count = 1; count <= kPixels; ++count) {
     const float* taps[] = {a.data() + rows.stride, a.data(), a.data() + 2 * rows.stride};
-    comparison.check<float>("rows.maximum", channels, kPixels, channels + 1,
-                            [&](const Kernels& k, float* y) { k.rows->maximum(taps, count, flips.data(), y, channels); });
+    comparison.check<float>("rows.maximum", channels, kPixels, channels + 1, [&](const Kernels& k, float* y) {
+      k.rows->maximum(taps, count, flips.data(), y, channels);
+    });
     comparison.check<float>("rows.sum", channels, kPixels, channels + 1,
                             [&](const Kernels& k, float* y) { k.rows->sum(taps, count, y, channels); });
   }

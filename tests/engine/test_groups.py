@@ -168,7 +168,7 @@ def test_pools_follow_a_convolution_strip_by_strip(name, kind, sizes):
     falling = {"falling": rng.integers(0, 2, channels).astype(np.uint8)}
     pooled = net.op("max_pool", [codes], falling, **shape)
     scaled = net.op("affine", [made], {"scale": floats["scale"], "shift": floats["shift"]})
-    net.op("max_pool", [net.op("prelu", [scaled], {"slope": floats["slope"]})], **shape)
+    net.op("max_pool", [net.op("prelu", [scaled], {"slope": floats["slope"]})], falling, **shape)
     net.op("add", [of_codes(net, rng, "binary_conv2d", pooled, channels, channels), pooled + 3])
     same_as_one_by_one(net.model, name, 0, 2, 2, 1)
 

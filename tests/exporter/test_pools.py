@@ -113,3 +113,30 @@ def test_the_float_twin_has_its_pool_where_the_network_has_it(rest: bool) -> Non
             module.register_forward_hook(lambda m, _, y: seen.append(f"{type(m).__name__} {y.shape[-1]}"))
     twin(IMAGES)
     assert seen[:4] == ["Conv2d 9", "BatchNorm2d 9", "ReLU 9", "MaxPool2d 5"]
+
+
+class Flat(nn.Module):
+    """Norms of one block: what the first makes is read by the second and by an addition."""
+
+    def __init__(self, *pools: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.norm, self.pools = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sequential(*pools)
+        self.second, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 8, 3)
+        self.end = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pools(self.norm(self.stem(x)))
+        return self.end(self.head(self.conv(self.second(x)) + x))
+
+
+@pytest.mark.parametrize("k_map", [False, True])
+@pytest.mark.parametrize("pools", [[nn.MaxPool2d(3, 2, 1)], [nn.MaxPool2d(2, 1), nn.BatchNorm2d(8), nn.MaxPool2d(3)]])
+def test_the_twin_of_several_pools_writes_as_many_numbers(pools: list[nn.Module], k_map: bool) -> None:
+    """The last pool, which is the output, is moved too."""
+    model = Flat(*pools)
+    lowbit.quantize_(model, "xnor_net")
+    model.conv.k_map = k_map
+    packed = checked(awkward_(model), IMAGES)[0].packed
+    assert packed.ops[-1]["op"] == "relu"
+    assert peers.float_twin(packed)(IMAGES).shape == (len(IMAGES), packed.values()[-1].elements)

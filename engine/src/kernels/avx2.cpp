@@ -248,8 +248,9 @@ void multiply_integers(const IntegerTile& tile, int first, int32_t (*result)[kTi
   }
 }
 
-void integer_sums(const IntegerTile& tile,
-                  int32_t (*sums)[kTileChannels]){LOWBIT_BY_FOURS(multiply_integers, tile.count, tile, first, sums)}
+void integer_sums(const IntegerTile& tile, int32_t (*sums)[kTileChannels]) {
+  LOWBIT_BY_FOURS(multiply_integers, tile.count, tile, first, sums)
+}
 
 // Pairs of products are added up in 16 bits for as many steps as fit, then in 32; 8 channels.
 template <int P>

@@ -165,8 +165,8 @@ struct RowKernels {
 
   void (*divide)(const float* x, float divisor, float* y, const Rows&);
 
-  // Of the same channel of `count` pixels, at least one, in this order. A tap may lie where the result does. The minimum
-  // of a channel whose flip is -0, not 0.
+  // Of the same channel of `count` pixels, at least one, in this order. A tap may lie where the result does. The
+  // minimum of a channel whose flip is -0, not 0.
   void (*maximum)(const float* const* taps, size_t count, const float* flips, float* y, size_t channels);
   void (*sum)(const float* const* taps, size_t count, float* y, size_t channels);
 };

@@ -33,12 +33,12 @@ inline void for_chunks(size_t channels, const Work& work) {
   for (; c < channels; ++c) work(Single{}, c);
 }
 
-// Calls work(Wide or Single, Number<N>, c) for all of `channels`, for N chunks of them at a time.
 template <size_t N>
 struct Number {
   static constexpr size_t value = N;
 };
 
+// Calls work(Wide or Single, Number<N>, c) for all of `channels`, for N chunks of them at a time.
 template <class Work>
 inline void for_many_chunks(size_t channels, const Work& work) {
   constexpr size_t kMany = 4;

@@ -148,8 +148,8 @@ def float_twin(packed: PackedModel) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             values = packed.values()
-            reads = _reads(packed)
-            self.steps = [(value - 1, reads[value]) for value in _in_order(reads, len(packed.ops))]
+            reads, last = _reads(packed)
+            self.steps = [(value - 1, reads[value]) for value in _in_order(reads, last)]
             done = passed(self.steps)
             self.ops = nn.ModuleList(
                 made(packed.ops[index], packed.op_tensors(index), values[inputs[0]].channels, done[inputs[0]])
@@ -166,20 +166,29 @@ def float_twin(packed: PackedModel) -> nn.Module:
     return _Twin().eval()
 
 
-def _reads(packed: PackedModel) -> dict[int, list[int]]:
-    """What the twin of each value but the input is made of.
+def _reads(packed: PackedModel) -> tuple[dict[int, list[int]], int]:
+    """What the twin of each value but the input is made of, and the value that is its output.
 
     A product with a K map passes its first factor on. Codes of a layer's sums, where the layer's own block also pools,
     normalises or activates these in float, are made of what that leads to, and a pool that floats have been through is
-    not there for the codes again. A pool that the exporter has moved in front of its norm is behind it, where other
-    runtimes make the norm a part of the convolution.
+    not there for the codes again. A pool that the exporter has moved stands behind norm and activation, which other
+    runtimes make a part of the convolution.
     """
     blocks = {number: op["source"].rpartition(".")[0] for number, op in enumerate(packed.ops, start=1)}
     floats = {number: op for number, op in enumerate(packed.ops, start=1) if op["op"] in _BEFORE_CODES}
 
-    def onward(value: int, block: str | None) -> list[int]:
-        return [number for number, op in floats.items() if op["inputs"] == [value] and blocks[number] == block]
+    moved = [
+        number
+        for number, value in enumerate(packed.values())
+        if number in floats and value.kind == "float" and "falling" in packed.op_tensors(number - 1)
+    ]
 
+    def onward(value: int, block: str | None) -> list[int]:
+        """Behind a pool that was moved, what it passed, which has its own block."""
+        after = [number for number, op in floats.items() if op["inputs"] == [value]]
+        return after if value in moved else [number for number in after if blocks[number] == block]
+
+    last = len(packed.ops)
     reads: dict[int, list[int]] = {}
     pools: dict[int, set[str]] = {}
     instead: dict[int, int] = {}
@@ -191,21 +200,25 @@ def _reads(packed: PackedModel) -> dict[int, list[int]]:
             case "threshold":
                 pools[number], block = set(), blocks.get(inputs[0])
                 while len(after := onward(inputs[0], block)) == 1:
-                    inputs = after
+                    inputs, block = after, blocks[after[0]]
                     if floats[after[0]]["op"] == "max_pool":
                         pools[number].add(floats[after[0]]["source"])
             case "max_pool" if op["source"] in pools.get(inputs[0], ()):
                 instead[number] = inputs[0]
         reads[number] = inputs
-    for pool, op in floats.items():
-        if op["op"] == "max_pool" and "falling" in packed.op_tensors(pool - 1):
-            passed = [pool]
-            while len(after := onward(passed[-1], blocks[pool])) == 1:
-                passed += after
+    for pool in moved:
+        passed = [pool]
+        while len(after := [number for number, read in reads.items() if passed[-1] in read]) == 1:
+            if after[0] not in floats or floats[after[0]]["op"] == "max_pool":
+                break
+            passed += after
+            if floats[after[0]]["op"] != "affine":
+                break
+        if len(passed) > 1:
             reads = {n: [pool if value == passed[-1] else value for value in read] for n, read in reads.items()}
-            if len(passed) > 1:
-                reads[passed[1]], reads[pool] = reads[pool], passed[-1:]
-    return reads
+            reads[passed[1]], reads[pool] = reads[pool], passed[-1:]
+            last = pool if last == passed[-1] else last
+    return reads, last
 
 
 def _in_order(reads: dict[int, list[int]], last: int) -> list[int]:

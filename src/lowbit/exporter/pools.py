@@ -1,4 +1,4 @@
-"""Max-pools in front of what only rises or falls, so that norms and activations meet a quarter of the numbers.
+"""Max-pools in front of what only rises or falls, so that norms and activations meet fewer numbers, mostly a quarter.
 
     max(f(v)) = f(max(v)) where f rises        max(f(v)) = f(min(v)) where it falls
 
