@@ -130,8 +130,11 @@ class Flat(nn.Module):
         return self.end(self.head(self.conv(self.second(x)) + x))
 
 
+TWO = [nn.MaxPool2d(2, 1), nn.BatchNorm2d(8), nn.MaxPool2d(3, 2)]
+
+
 @pytest.mark.parametrize("k_map", [False, True])
-@pytest.mark.parametrize("pools", [[nn.MaxPool2d(3, 2, 1)], [nn.MaxPool2d(2, 1), nn.BatchNorm2d(8), nn.MaxPool2d(3)]])
+@pytest.mark.parametrize("pools", [[nn.MaxPool2d(*POOL)], TWO], ids=["one", "two"])
 def test_the_twin_of_several_pools_writes_as_many_numbers(pools: list[nn.Module], k_map: bool) -> None:
     """The last pool, which is the output, is moved too."""
     model = Flat(*pools)
