@@ -43,6 +43,7 @@ def section(title: str) -> str:
     ("title", "runs", "count"),
     [
         ("One bit on CIFAR-10", "cifar10/patchnet_*", 4),
+        ("The float VGG16, longer", "cifar10/float_longer", 1),
         ("One bit on Fashion-MNIST", "fashion_mnist_patchnet/*", 5),
         ("One bit in minutes", "cifar10_fast/*", 3),
         ("One bit within 45 minutes", "cifar10_minutes/*", 9),
