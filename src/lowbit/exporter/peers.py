@@ -207,18 +207,23 @@ def _reads(packed: PackedModel) -> tuple[dict[int, list[int]], int]:
                 instead[number] = inputs[0]
         reads[number] = inputs
     for pool in moved:
-        passed = [pool]
-        while len(after := [number for number, read in reads.items() if passed[-1] in read]) == 1:
-            if after[0] not in floats or floats[after[0]]["op"] == "max_pool":
-                break
-            passed += after
-            if floats[after[0]]["op"] != "affine":
-                break
-        if len(passed) > 1:
+        passed = _passed(pool, reads, floats)
+        if passed:
             reads = {n: [pool if value == passed[-1] else value for value in read] for n, read in reads.items()}
-            reads[passed[1]], reads[pool] = reads[pool], passed[-1:]
+            reads[passed[0]], reads[pool] = reads[pool], passed[-1:]
             last = pool if last == passed[-1] else last
     return reads, last
+
+
+def _passed(pool: int, reads: dict[int, list[int]], floats: dict[int, dict[str, Any]]) -> list[int]:
+    """What a moved pool goes back behind: norms, each read by the next alone, up to an activation."""
+    passed = [pool]
+    while len(passed) == 1 or floats[passed[-1]]["op"] == "affine":
+        after = [number for number, read in reads.items() if passed[-1] in read]
+        if len(after) != 1 or after[0] not in floats or floats[after[0]]["op"] == "max_pool":
+            break
+        passed += after
+    return passed[1:]
 
 
 def _in_order(reads: dict[int, list[int]], last: int) -> list[int]:

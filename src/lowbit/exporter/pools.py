@@ -13,15 +13,14 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
-from lowbit.exporter.capture import NORMS, POINTWISE, Graph, Step
-from lowbit.layers import PReLU
+from lowbit.exporter.capture import NORMS, Graph, Step
 
 
 def move_pools(graph: Graph, made: Container[Step]) -> None:
-    """Move each max-pool of ``made``, the steps whose results are there in float32, in front of pointwise steps.
+    """Move each max-pool of ``made``, the steps between layers whose results are there in float32, to its layer.
 
-    It passes those that nothing else reads, as far as each channel only rises or falls. Steps stay where they are and
-    exchange what they do, so that whoever reads the last of them reads the same.
+    It passes steps of ``made`` that nothing else reads, as far as each channel only rises or falls. Steps stay where
+    they are and exchange what they do, so that whoever reads the last of them reads the same.
     """
     readers = Counter(value for step in graph.steps for value in step.inputs)
     for step in graph.steps:
@@ -29,7 +28,7 @@ def move_pools(graph: Graph, made: Container[Step]) -> None:
             continue
         moved = [step]
         falling = torch.zeros(step.shape[0], dtype=torch.bool)
-        while readers[before := moved[0].inputs[0]] == 1 and (falls := _falls(before)) is not None:
+        while readers[before := moved[0].inputs[0]] == 1 and before in made and (falls := _falls(before)) is not None:
             moved.insert(0, before)
             falling = falling ^ falls
         if len(moved) == 1:
@@ -42,14 +41,9 @@ def move_pools(graph: Graph, made: Container[Step]) -> None:
 
 
 def _falls(step: Step) -> Tensor | None:
-    """Where a pointwise step falls, (C,) or for all channels; None if it does both, or is none."""
+    """Where a step between layers falls, (C,) or for all channels; None if it does both, or is a pool."""
     module = step.module
-    if type(module) not in POINTWISE:
-        return None
-    if isinstance(module, NORMS):
-        return torch.tensor(False) if module.weight is None else module.weight.detach() < 0
-    if isinstance(module, nn.LeakyReLU) and module.negative_slope < 0:
-        return None
-    if isinstance(module, nn.PReLU | PReLU) and bool((module.weight < 0).any()):
-        return None
-    return torch.tensor(False)
+    if isinstance(module, NORMS) and module.weight is not None:
+        return module.weight.detach() < 0
+    bends = isinstance(module, nn.LeakyReLU) and module.negative_slope < 0
+    return None if bends or isinstance(module, nn.MaxPool2d) else torch.tensor(False)
