@@ -7,14 +7,6 @@
 
 namespace lowbit {
 
-// Counts that are there, of some panels of up to 32 pixels.
-struct CountBlock {
-  const BlockCounts* counts;  // [panel]
-  int64_t first_pixel, count;
-  const int64_t* places;  // of each pixel, see Product::run
-  int64_t first_panel, panels;
-};
-
 // The weights of a product of one group, laid out for blocks.
 class BlockWeights {
  public:
@@ -62,7 +54,7 @@ class BinaryBlocks {
 
   int64_t thread_scratch_bytes() const { return counts_offset() + weights_.panels() * sizeof(BlockCounts); }
 
-  // Calls emit(CountBlock) for every block; its channels begin with a word of bits. For place see Product::run.
+  // Calls emit(SumBlock) for every block; its channels begin with a word of bits. For place see Product::run.
   template <class Place, class Emit>
   void run(const Call& call, const Place& place, const Emit& emit) const {
     const Span span = product_.span(call);
@@ -78,7 +70,7 @@ class BinaryBlocks {
       kernels_.arrange_pixels(product_.planes_of(call, 0), product_.taps().data(), depth_, offsets, size, arranged);
       kernels_.count(arranged, weights_.masks(panel), weights_.ones(panel), depth_, size, static_cast<int>(end - panel),
                      counts);
-      emit(CountBlock{counts, first, count, places, panel, std::min(end, product_.panels()) - panel});
+      emit(SumBlock{counts, first, count, places, 0, panel, std::min(end, product_.panels()) - panel});
       call.done({first, count, panel * kTileChannels, std::min(end * kTileChannels, product_.channels())});
     });
   }

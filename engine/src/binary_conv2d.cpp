@@ -6,6 +6,7 @@
 #include "binary_blocks.h"
 #include "border_cases.h"
 #include "convolution.h"
+#include "matrix_blocks.h"
 #include "measure.h"
 #include "output_transform.h"
 
@@ -47,20 +48,25 @@ class BinaryConv2d : public Op {
         depth_(group_depth(spec, input, window)),
         product_(make_product(spec, input, window, depth_)),
         cases_(input, window) {
-    if (groups_ == 1 && product_.panels() > 1 && fit_blocks(product_, kernels.blocks))
+    if (MatrixBlocks::fits(spec, input, window, kernels.matrices))
+      matrices_.emplace(make_matrices(spec, input, window, depth_, *kernels.matrices));
+    else if (groups_ == 1 && product_.panels() > 1 && fit_blocks(product_, kernels.blocks))
       blocks_.emplace(product_, *kernels.blocks);
     shape_ = describe(spec, input, output().bits);
   }
 
   bool makes_strips() const override { return true; }
-  int64_t scratch_bytes() const override { return product_.planes_bytes(); }
+  int64_t scratch_bytes() const override {
+    return std::max(product_.planes_bytes(), matrices_ ? matrices_->scratch_bytes() : int64_t{0});
+  }
   int64_t thread_scratch_bytes() const override {
-    return std::max(product_.block_bytes(), blocks_ ? blocks_->thread_scratch_bytes() : int64_t{0});
+    return std::max({product_.block_bytes(), blocks_ ? blocks_->thread_scratch_bytes() : int64_t{0},
+                     matrices_ ? matrices_->thread_scratch_bytes() : int64_t{0}});
   }
 
-  // Blocks or tiles, for few pixels and for many: they give the same bits.
+  // Blocks or matrices, or tiles, for few pixels and for many: they give the same bits.
   void tune(const Measure& measure) override {
-    if (!blocks_) return;
+    if (!blocks_ && !matrices_) return;
     for (const int64_t fewest : {kMinBlockPixels, kManyPixels}) {
       bool& blocks = by_blocks_[fewest == kManyPixels];
       const int64_t batch = ceil_div(fewest, output().pixels());
@@ -70,21 +76,39 @@ class BinaryConv2d : public Op {
   }
 
  protected:
-  bool by_blocks(const Call& call) const {
-    const int64_t pixels = product_.span(call).count;
-    return blocks_ && pixels >= kMinBlockPixels && by_blocks_[pixels >= kManyPixels];
+  // Calls emit(SumBlock) for all counts if there are pixels enough for blocks or matrices; else returns false. The same
+  // for all strips of an image, for they share what the first has prepared.
+  template <class Place, class Emit>
+  bool run_blocks(const Call& call, const Place& place, const Emit& emit) const {
+    const int64_t pixels = call.batch * output().pixels();
+    if (pixels < kMinBlockPixels || !by_blocks_[pixels >= kManyPixels]) return false;
+    if (matrices_) {
+      matrices_->fill(call);
+      matrices_->run(call, kNoBegin, place, emit);
+    } else if (blocks_) {
+      fill_planes(call);
+      blocks_->run(call, place, emit);
+    }
+    return matrices_ || blocks_;
   }
 
-  // Of one image, if it has pixels enough.
-  bool shown_by_blocks() const { return blocks_ && by_blocks_[output().pixels() >= kManyPixels]; }
+  // What it calls for one image, if that has pixels enough.
+  const char* shown(const char* by_blocks, const char* by_matrices, const char* by_tiles) const {
+    if (!by_blocks_[output().pixels() >= kManyPixels]) return by_tiles;
+    return matrices_ ? by_matrices : blocks_ ? by_blocks : by_tiles;
+  }
 
-  // Calls emit(counts, pixels, first pixel, places, panel) for up to 8 pixels times 16 channels of a block.
+  // Calls emit(counts, pixels, panels, first pixel, places, panel) for up to 8 pixels of a block times all its panels
+  // that are full, or one that is not.
   template <class Emit>
-  static void for_tiles(const CountBlock& block, const Emit& emit) {
-    for (int64_t panel = 0; panel < block.panels; ++panel)
+  void for_tiles(const SumBlock& block, int64_t most_panels, const Emit& emit) const {
+    for (int64_t number = 0, size; number < block.panels; number += size) {
+      const int64_t panel = block.first_panel + number;
+      size = full_panels(product_.group_channels(), panel, std::min(block.panels - number, most_panels));
       for (int64_t p = 0; p < block.count; p += kTilePixels)
-        emit(block.counts[panel] + p, static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p)),
-             block.first_pixel + p, block.places + p, block.first_panel + panel);
+        emit(block.sums[number] + p, static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p)),
+             static_cast<int>(size), block.first_pixel + p, block.places + p, panel);
+    }
   }
 
   void fill_planes(const Call& call) const {
@@ -125,6 +149,7 @@ class BinaryConv2d : public Op {
   Product<uint64_t> product_;
   BorderCases cases_;
   std::optional<BinaryBlocks> blocks_;
+  std::optional<MatrixBlocks> matrices_;
 
  private:
   static constexpr int64_t kMinBlockPixels = 8, kManyPixels = 64, kMostImages = 64;
@@ -146,6 +171,21 @@ class BinaryConv2d : public Op {
     return {spec, input, window, words,
             [&](int64_t o, int64_t tap, int64_t w) { return bits[(o * taps + tap) * words + w]; }};
   }
+
+  // A pixel's bit is 1 or 0, and a weight -1 where its bit is set: what that adds to the ones of the weights is the
+  // count of bits that differ.
+  static MatrixBlocks make_matrices(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth,
+                                    const MatrixKernels& kernels) {
+    const int64_t words = ceil_div(depth, 64), taps = spec.kernel[0] * spec.kernel[1];
+    const auto bits = tensor<uint64_t>(spec, "weight_bits", {spec.channels, spec.kernel[0], spec.kernel[1], words});
+    const auto ones = [&](int64_t o) {
+      int64_t count = 0;
+      for (const uint64_t word : bits.subspan(o * taps * words, taps * words)) count += std::popcount(word);
+      return static_cast<int32_t>(count);
+    };
+    return {spec, input, window, [&](int64_t o, int64_t tap, int64_t w) { return ~bits[(o * taps + tap) * words + w]; },
+            ones, kernels};
+  }
 };
 
 class BinaryConv2dFloat final : public BinaryConv2d {
@@ -155,7 +195,7 @@ class BinaryConv2dFloat final : public BinaryConv2d {
         bases_(count_bases(spec, depth_, cases_)),
         epilogue_(spec, "scale") {}
 
-  const char* kernel(bool) const override { return shown_by_blocks() ? "blocks.floats" : "binary_floats"; }
+  const char* kernel(bool) const override { return shown("blocks.floats", "matrices.floats", "binary_floats"); }
 
   void run(const Call& call) const override { run(call, nullptr); }
   bool joins(const PixelwiseOp& next) const override { return next.is_sum(); }
@@ -163,16 +203,18 @@ class BinaryConv2dFloat final : public BinaryConv2d {
 
  private:
   void run(const Call& call, const float* added) const {
+    if (run_blocks(call, row_of(bases_), [&](const SumBlock& block) {
+          const auto write = [&](auto counts, int count, int panels, int64_t pixel, const int64_t* places,
+                                 int64_t panel) {
+            store(call, added, count, pixel, places, 0, panel,
+                  [&](const int32_t* const* bases, const FloatOutput& output) {
+                    kernels_.counts->floats(counts, count, panels, bases, output);
+                  });
+          };
+          for_tiles(block, block.panels, write);
+        }))
+      return;
     fill_planes(call);
-    if (by_blocks(call))
-      return blocks_->run(call, row_of(bases_), [&](const CountBlock& block) {
-        for_tiles(block, [&](auto counts, int count, int64_t pixel, const int64_t* places, int64_t panel) {
-          store(call, added, count, pixel, places, 0, panel,
-                [&](const int32_t* const* bases, const FloatOutput& output) {
-                  kernels_.blocks->floats(counts, count, bases, output);
-                });
-        });
-      });
     product_.run(
         call, kNoBegin, row_of(bases_),
         [&](const BinaryTile& tiles, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
@@ -223,25 +265,25 @@ class BinaryConv2dBits final : public BinaryConv2d {
             static_cast<int32_t>(std::clamp<int64_t>(limit, -1, std::numeric_limits<int32_t>::max()));
       }
     }
-    for (int64_t panel = 0; blocks_ && panel < product_.panels(); ++panel)
+    for (int64_t panel = 0; groups_ == 1 && panel < product_.panels(); ++panel)
       block_falling_[panel / 4] |= static_cast<uint64_t>(falling_[panel]) << panel % 4 * kTileChannels;
   }
 
-  const char* kernel(bool) const override { return shown_by_blocks() ? "blocks.bits" : "binary_bits"; }
+  const char* kernel(bool) const override { return shown("blocks.bits", "matrices.bits", "binary_bits"); }
 
   void run(const Call& call) const override {
-    fill_planes(call);
     const int64_t words = output().words();
     auto* codes = call.result<uint64_t>();
-    if (by_blocks(call))
-      return blocks_->run(call, row_of(limits_), [&](const CountBlock& block) {
-        const int64_t first = block.first_panel * kTileChannels;
-        for (int64_t p = 0; p < block.count; ++p)
-          kernels_.blocks->bits(block.counts[0] + p, static_cast<int>(block.panels),
-                                limits_.panel(0, block.first_panel) + block.places[p],
-                                block_falling_.data() + first / 64,
-                                codes + (block.first_pixel + p) * words + first / 64);
-      });
+    if (run_blocks(call, row_of(limits_), [&](const SumBlock& block) {
+          const int64_t first = block.first_panel * kTileChannels;
+          for (int64_t p = 0; p < block.count; ++p)
+            kernels_.counts->bits(block.sums[0] + p, static_cast<int>(block.panels),
+                                  limits_.panel(0, block.first_panel) + block.places[p],
+                                  block_falling_.data() + first / 64,
+                                  codes + (block.first_pixel + p) * words + first / 64);
+        }))
+      return;
+    fill_planes(call);
     product_.run(call, clearing(call, output()), row_of(limits_),
                  [&](const BinaryTile& tile, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
                    const auto limits = rows_at(limits_, tile.count, places, group, panel);
@@ -266,19 +308,20 @@ class BinaryConv2dCodes final : public BinaryConv2d {
         bases_(count_bases(spec, depth_, cases_)),
         thresholds_(spec, spec.channels) {}
 
-  const char* kernel(bool) const override { return shown_by_blocks() ? "blocks.count" : "binary_subtract"; }
+  const char* kernel(bool) const override { return shown("blocks.count", "matrices.multiply", "binary_subtract"); }
 
   void run(const Call& call) const override {
+    if (run_blocks(call, row_of(bases_), [&](const SumBlock& block) {
+          const auto write = [&](auto counts, int count, int, int64_t pixel, const int64_t* places, int64_t panel) {
+            store(call, count, pixel, places, 0, panel, [&](int32_t (*sums)[kTileChannels]) {
+              for (int p = 0; p < count; ++p)
+                for (int c = 0; c < kTileChannels; ++c) sums[p][c] -= 2 * counts[p][c];
+            });
+          };
+          for_tiles(block, 1, write);
+        }))
+      return;
     fill_planes(call);
-    if (by_blocks(call))
-      return blocks_->run(call, row_of(bases_), [&](const CountBlock& block) {
-        for_tiles(block, [&](auto counts, int count, int64_t pixel, const int64_t* places, int64_t panel) {
-          store(call, count, pixel, places, 0, panel, [&](int32_t (*sums)[kTileChannels]) {
-            for (int p = 0; p < count; ++p)
-              for (int c = 0; c < kTileChannels; ++c) sums[p][c] -= 2 * counts[p][c];
-          });
-        });
-      });
     product_.run(call, kNoBegin, row_of(bases_),
                  [&](const BinaryTile& tile, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
                    store(call, tile.count, pixel, places, group, panel,

@@ -37,11 +37,7 @@ class ByteBlocks {
         runs_.push_back((ky * window.dilation[0] * padded_width_ + kx * window.dilation[1]) * input.channels);
     const int64_t terms = window.kernel[0] * window.kernel[1] * depth;
     depth_ = round_up(terms, kernels.depth_multiple);
-    by_signs_ = kernels.sign_sums != nullptr && weights.are_signs() && terms == depth_ && groups_ == 1;
-    if (by_signs_)
-      arrange_signs(weights);
-    else
-      arrange_bytes(weights, terms);
+    arrange(weights, terms);
   }
 
   int64_t panels() const { return panels_; }  // of one group
@@ -49,7 +45,7 @@ class ByteBlocks {
     return round_up(input_.channels * padded_width_ * padded_rows_, kAlignment) + kSlack;
   }
   int64_t thread_scratch_bytes() const { return sums_offset() + even_panels() * sizeof(BlockSums); }
-  const char* kernel() const { return by_signs_ ? "bytes.sign_sums" : "bytes.sums"; }
+  const char* kernel() const { return "bytes.sums"; }
 
   // Copies the input into the padded images, codes of 1 bit as bytes.
   void fill(const Call& call) const {
@@ -76,35 +72,40 @@ class ByteBlocks {
   }
 
   // Calls begin(first pixel, count, first channel, end channel) for every item of work, then emit(SumBlock) for each of
-  // its groups. Weights that fill the cache stay there while all pixels pass by.
-  template <class Begin, class Emit>
-  void run(const Call& call, const Begin& begin, const Emit& emit) const {
+  // its groups. For place see Product::run. Weights that fill the cache stay there while all pixels pass by.
+  template <class Begin, class Place, class Emit>
+  void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit) const {
     const Span span = call.span(window_.height, window_.width);
     const int64_t blocks = ceil_div(span.count, kBlockPixels);
     const int64_t at_once = panels_at_once(even_panels(), blocks, call.pool.size());
     const int64_t cached = std::max<int64_t>(kMostWeightBytes / (depth_ * kTileChannels) / 4 * 4, kPanelsPerChunk);
-    const int64_t chunk_panels = groups_ > 1 ? even_panels() : by_signs_ ? at_once : std::min(at_once, cached);
-    for_items(call, span, kBlockPixels, even_panels(), chunk_panels, [&](const Item& item) {
+    const int64_t chunk_panels = groups_ > 1 ? even_panels() : std::min(at_once, cached);
+    const int64_t most = call.pool.size() > 1 && blocks < 2 * kMostBlocks * call.pool.size() ? 1 : blocks_at_once();
+    for_items(call, span, most * kBlockPixels, even_panels(), chunk_panels, [&](const Item& item) {
       auto* arranged = reinterpret_cast<uint8_t*>(item.memory);
       auto* sums = reinterpret_cast<BlockSums*>(arranged + sums_offset());
       const int64_t count = item.count, first = item.place, panel = item.panel, end = item.end;
-      int64_t offsets[kBlockPixels], positions[kBlockPixels];
+      int64_t offsets[kMostBlocks * kBlockPixels], places[kMostBlocks * kBlockPixels];
       locate(window_, window_.stride[0] * padded_width_ * input_.channels, window_.stride[1] * input_.channels,
-             scratch_bytes(), item.first, count, offsets, positions);
+             scratch_bytes(), item.first, count, offsets, places);
+      for (int64_t p = 0; p < count; ++p) places[p] = place(places[p]);
       const int64_t channel = panel * kTileChannels;
       const int64_t end_channel = groups_ > 1 ? channels_ : std::min(end * kTileChannels, channels_);
       begin(first, count, channel, end_channel);
-      const int size = static_cast<int>(count), size_panels = static_cast<int>(end - panel);
+      if (kernels_.begin != nullptr) kernels_.begin();
       for (int64_t group = 0; group < groups_; ++group) {
         kernels_.arrange_pixels(static_cast<const uint8_t*>(call.scratch) + group * (input_.channels / groups_),
-                                runs_.data(), runs_.size(), run_bytes_, offsets, size, depth_, arranged);
-        const int64_t weights = (group * even_panels() + panel) * depth_ * kTileChannels;
-        if (by_signs_)
-          kernels_.sign_sums(arranged, masks_.data() + weights / 64, depth_, size, size_panels, sums);
-        else
-          kernels_.sums(arranged, weights_.data() + weights, depth_, size, size_panels, pair_, sums);
-        emit(SumBlock{sums, first, count, positions, group, panel, std::min(end, panels_) - panel});
+                                runs_.data(), runs_.size(), run_bytes_, offsets, static_cast<int>(count), depth_,
+                                arranged);
+        const int8_t* weights = weights_.data() + (group * even_panels() + panel) * depth_ * kTileChannels;
+        for (int64_t p = 0; p < count; p += kBlockPixels) {
+          const int64_t size = std::min<int64_t>(kBlockPixels, count - p);
+          kernels_.sums(arranged + p * depth_, weights, depth_, static_cast<int>(size), static_cast<int>(end - panel),
+                        pair_, sums);
+          emit(SumBlock{sums, first + p, size, places + p, group, panel, std::min(end, panels_) - panel});
+        }
       }
+      if (kernels_.end != nullptr) kernels_.end();
       call.done({first, count, channel, end_channel});
     });
   }
@@ -112,13 +113,19 @@ class ByteBlocks {
  private:
   static constexpr int64_t kSlack = 64;                 // see ByteKernels::arrange_pixels
   static constexpr int64_t kMostWeightBytes = 3 << 18;  // that stay in the L2 cache
+  static constexpr int64_t kMostBlocks = 4;
 
   static int64_t pair(int64_t bits, int64_t largest) { return 2 * ((int64_t{1} << bits) - 1) * largest; }
 
   int64_t even_panels() const { return round_up(panels_, 2); }
-  int64_t sums_offset() const { return round_up(kBlockPixels * depth_ + kSlack, kAlignment); }
+  // Several where they fit the L1 cache: what is arranged is then in it when it is read, and no longer on its way there.
+  int64_t blocks_at_once() const {
+    constexpr int64_t kMostArranged = 24 << 10;
+    return std::clamp<int64_t>(kMostArranged / (kBlockPixels * depth_), 1, kMostBlocks);
+  }
+  int64_t sums_offset() const { return round_up(blocks_at_once() * kBlockPixels * depth_ + kSlack, kAlignment); }
 
-  void arrange_bytes(const WeightCodes& weights, int64_t terms) {
+  void arrange(const WeightCodes& weights, int64_t terms) {
     weights_.assign(groups_ * even_panels() * depth_ * kTileChannels, 0);
     const int64_t group_channels = channels_ / groups_;
     for (int64_t o = 0; o < channels_; ++o) {
@@ -129,25 +136,12 @@ class ByteBlocks {
     }
   }
 
-  void arrange_signs(const WeightCodes& weights) {
-    masks_.assign(even_panels() * depth_ / 64 * kTileChannels, 0);
-    for (int64_t o = 0; o < channels_; ++o) {
-      const int64_t panel = o / kTileChannels, c = o % kTileChannels;
-      for (int64_t n = 0; n < depth_; ++n)
-        if (weights.at(o, n) > 0)
-          masks_[((panel / 2 * (depth_ / 64) + n / 64) * 2 + panel % 2) * kTileChannels + n % 64 / 4] |=
-              uint64_t{1} << (4 * c + n % 4);
-    }
-  }
-
   const ByteKernels& kernels_;
   Shape input_;
   Window window_;
   int64_t groups_, channels_, padded_width_, padded_rows_, pair_, panels_, run_bytes_, depth_;
-  bool by_signs_;
   std::vector<int64_t> runs_;
   Buffer<int8_t> weights_;  // [group][panel][depth / 4][16][4]
-  Buffer<uint64_t> masks_;  // as ByteKernels::sign_sums has them
 };
 
 }  // namespace lowbit

@@ -72,11 +72,11 @@ void for_items(const Call& call, const Span& span, int64_t block, int64_t panels
   });
 }
 
-// Sums that are there, of all panels of one group that an item of work covers.
+// Sums, or counts, that are there, of some panels of up to 32 pixels.
 struct SumBlock {
   const BlockSums* sums;  // [panel]
   int64_t first_pixel, count;
-  const int64_t* positions;  // of each pixel within its image
+  const int64_t* places;  // of each pixel, see Product::run
   int64_t group, first_panel, panels;
 };
 

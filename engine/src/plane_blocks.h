@@ -7,7 +7,6 @@
 #pragma once
 
 #include <bit>
-#include <functional>
 #include <optional>
 
 #include "binary_blocks.h"
@@ -71,8 +70,8 @@ class PlaneBlocks {
   }
 
   // As ByteBlocks::run; there is one group.
-  template <class Begin, class Emit>
-  void run(const Call& call, const Begin& begin, const Emit& emit) const {
+  template <class Begin, class Place, class Emit>
+  void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit) const {
     const Span span = product_.span(call);
     const int64_t most = most_pixels(), blocks = ceil_div(span.count, most);
     const int64_t chunk_panels = panels_at_once(panels_, blocks, call.pool.size());
@@ -82,8 +81,8 @@ class PlaneBlocks {
       const int64_t end = std::min(item.end, ceil_div(channels_, kTileChannels));
       const int64_t channel = panel * kTileChannels, end_channel = std::min(end * kTileChannels, channels_);
       begin(first, count, channel, end_channel);
-      int64_t offsets[kBlockPixels], positions[kBlockPixels];
-      product_.locate(item.first, count, offsets, positions, std::identity());
+      int64_t offsets[kBlockPixels], places[kBlockPixels];
+      product_.locate(item.first, count, offsets, places, place);
       for (int64_t number = panel; number < item.end; ++number)
         for (int64_t p = 0; p < count; ++p)
           std::memcpy(sums[number - panel][p], starts_.data() + number * kTileChannels, sizeof(sums[0][0]));
@@ -91,7 +90,7 @@ class PlaneBlocks {
         subtract_blocks(call, item, offsets, sums);
       else
         subtract_tiles(call, item, end, offsets, sums);
-      emit(SumBlock{sums, first, count, positions, 0, panel, end - panel});
+      emit(SumBlock{sums, first, count, places, 0, panel, end - panel});
       call.done({first, count, channel, end_channel});
     });
   }

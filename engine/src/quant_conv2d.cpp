@@ -5,6 +5,7 @@
 #include "border_cases.h"
 #include "byte_blocks.h"
 #include "convolution.h"
+#include "matrix_blocks.h"
 #include "measure.h"
 #include "output_transform.h"
 #include "plane_blocks.h"
@@ -33,7 +34,16 @@ class CodeConv2d final : public Op {
         groups_(spec.groups),
         group_channels_(spec.channels / spec.groups),
         bytes_(spec, input, window, depth, weights, largest, kernels_) {
-    if (PlaneBlocks::fits(spec, input.bits, depth)) {
+    if (weights.are_signs() && input.channels % 64 == 0 && MatrixBlocks::fits(spec, input, window, kernels.matrices)) {
+      const auto weight_at = [&](int64_t o, int64_t tap, int64_t word) {
+        uint64_t ones = 0;
+        for (int64_t i = 0; i < 64; ++i)
+          ones |= uint64_t{weights.at(o, tap * depth + word * 64 + i) > 0} << i;
+        return ones;
+      };
+      matrices_.emplace(spec, input, window, weight_at, [](int64_t) { return 0; }, *kernels.matrices);
+    }
+    if (!matrices_ && PlaneBlocks::fits(spec, input.bits, depth)) {
       planes_.emplace(spec, input, window, depth, weights, kernels);
       by_planes_ = planes_->products() <= kernels_.planes;
       shape_ = describe(spec, input, output().bits) + std::to_string(spec.weight_width);
@@ -68,12 +78,17 @@ class CodeConv2d final : public Op {
 
   bool makes_strips() const override { return true; }
   int64_t scratch_bytes() const override {
+    if (matrices_) return matrices_->scratch_bytes();
     return std::max(bytes_.scratch_bytes(), planes_ ? planes_->scratch_bytes() : int64_t{0});
   }
   int64_t thread_scratch_bytes() const override {
+    if (matrices_) return matrices_->thread_scratch_bytes();
     return std::max(bytes_.thread_scratch_bytes(), planes_ ? planes_->thread_scratch_bytes() : int64_t{0});
   }
-  const char* kernel(bool) const override { return by_planes_ ? planes_->kernel() : bytes_.kernel(); }
+  const char* kernel(bool) const override {
+    if (matrices_) return "matrices.multiply";
+    return by_planes_ ? planes_->kernel() : bytes_.kernel();
+  }
 
   void tune(const Measure& measure) override {
     if (!planes_) return;
@@ -88,7 +103,9 @@ class CodeConv2d final : public Op {
 
  private:
   void run(const Call& call, const float* added) const {
-    if (by_planes_)
+    if (matrices_)
+      run_by(*matrices_, multiplier_, call, added);
+    else if (by_planes_)
       run_by(*planes_, static_cast<int32_t>(static_cast<uint32_t>(multiplier_) * planes_->unit()), call, added);
     else
       run_by(bytes_, multiplier_, call, added);
@@ -98,14 +115,14 @@ class CodeConv2d final : public Op {
   template <class Blocks>
   void run_by(const Blocks& blocks, int32_t multiplier, const Call& call, const float* added) const {
     blocks.fill(call);
-    blocks.run(call, clearing(call, output()), [&](const SumBlock& block) {
+    const auto row_of = [&](int64_t position) { return cases_ ? bases_->row(cases_->of_position(position)) : 0; };
+    blocks.run(call, clearing(call, output()), row_of, [&](const SumBlock& block) {
       for (int64_t p = 0; p < block.count; p += kTilePixels) {
         const int count = static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p));
         const int64_t pixel = block.first_pixel + p;
         const int32_t* bases[kTilePixels];
         for (int i = 0; i < count; ++i)
-          bases[i] =
-              bases_->panel(block.group, block.first_panel, cases_ ? cases_->of_position(block.positions[p + i]) : 0);
+          bases[i] = bases_->panel(block.group, block.first_panel) + block.places[p + i];
         for (int64_t number = 0, size; number < block.panels; number += size) {
           const int64_t panel = block.first_panel + number;
           size = epilogue_ ? full_panels(group_channels_, panel, block.panels - number) : 1;
@@ -176,6 +193,7 @@ class CodeConv2d final : public Op {
   int32_t multiplier_;
   int64_t groups_, group_channels_;
   ByteBlocks bytes_;
+  std::optional<MatrixBlocks> matrices_;  // or, where there are none,
   std::optional<PlaneBlocks> planes_;
   bool by_planes_ = false;
   std::string shape_;                 // where there are planes

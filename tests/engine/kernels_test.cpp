@@ -183,31 +183,88 @@ void check_blocks(Comparison& comparison, size_t depth, int count, int panels, b
       row[o] = found[o / kTileChannels][p][o % kTileChannels];
     }
     comparison.compare("blocks.count", depth, count, expected, row);
+  }
+}
 
-    auto limits = expected;
-    for (int32_t& limit : limits) limit = integer(0, 3) == 0 ? -1 : limit + static_cast<int32_t>(integer(-1, 1));
+// What becomes of counts.
+void check_counts(Comparison& comparison, int count, int panels) {
+  const CountKernels& kernels = *comparison.kernels.counts;
+  const int channels = panels * kTileChannels, stride = channels + 3;
+  Aligned<int32_t> memory(panels * kBlockPixels * kTileChannels);
+  auto* counts = reinterpret_cast<BlockCounts*>(memory.data());
+  for (int i = 0; i < panels * kBlockPixels * kTileChannels; ++i)
+    memory.data()[i] = static_cast<int32_t>(integer(0, 1 << 24));
+  const auto count_of = [&](int p, int c) { return counts[c / kTileChannels][p][c % kTileChannels]; };
+
+  for (int p = 0; p < count; ++p) {
+    Results<int32_t> limits(channels);
+    for (int c = 0; c < channels; ++c)
+      limits[c] = integer(0, 3) == 0 ? -1 : count_of(p, c) + static_cast<int32_t>(integer(-1, 1));
     const auto falling = filled<uint64_t>((panels + 3) / 4, [] { return random_bits(); });
     Results<uint64_t> bits = falling, written(falling.size(), 77);
-    for (int o = 0; o < panels * kTileChannels; ++o)
-      bits[o / 64] ^= static_cast<uint64_t>(expected[o] <= limits[o]) << o % 64;
-    blocks.bits(found[0] + p, panels, limits.data(), falling.data(), written.data());
-    comparison.compare("blocks.bits", depth, count, bits, written);
+    for (int c = 0; c < channels; ++c) bits[c / 64] ^= static_cast<uint64_t>(count_of(p, c) <= limits[c]) << c % 64;
+    kernels.bits(counts[0] + p, panels, limits.data(), falling.data(), written.data());
+    comparison.compare("counts.bits", panels, count, bits, written);
   }
 
-  const int tile = std::min(count, kTilePixels);
-  const TileRows bases(tile, [] { return static_cast<int32_t>(integer(-(1 << 24), 1 << 24)); });
-  const auto scale = filled<float>(kTileChannels, real), bias = filled<float>(kTileChannels, real);
-  Results<float> expected(kTilePixels * kStride, 77), written = expected;
+  const TileRows bases(count, [] { return static_cast<int32_t>(integer(-(1 << 24), 1 << 24)); }, panels);
+  const auto scale = filled<float>(channels, real), bias = filled<float>(channels, real);
+  Results<float> expected(kTilePixels * stride, 77), written = expected;
   for (const bool adds : {false, true}) {  // to what was written before
-    for (int p = 0; p < tile; ++p)
-      for (int c = 0; c < kTileChannels; ++c) {
-        const float y = static_cast<float>(bases.rows[p][c] - 2 * found[0][p][c]) * scale[c] + bias[c];
-        expected[p * kStride + c] = adds ? y + expected[p * kStride + c] : y;
+    for (int p = 0; p < count; ++p)
+      for (int c = 0; c < channels; ++c) {
+        const float y = static_cast<float>(bases.rows[p][c] - 2 * count_of(p, c)) * scale[c] + bias[c];
+        expected[p * stride + c] = adds ? y + expected[p * stride + c] : y;
       }
-    blocks.floats(found[0], tile, bases.rows.data(),
-                  {scale.data(), bias.data(), written.data(), kStride, adds ? written.data() : nullptr});
-    comparison.compare("blocks.floats", depth, count, expected, written);
+    kernels.floats(counts[0], count, panels, bases.rows.data(),
+                   {scale.data(), bias.data(), written.data(), stride, adds ? written.data() : nullptr});
+    comparison.compare("counts.floats", panels, count, expected, written);
   }
+}
+
+// Rows of codes with weights of one bit. Codes are the largest, and weights those of the channel's sign, or any.
+void check_matrices(Comparison& comparison, size_t depth, int count, int panels, bool extreme) {
+  const MatrixKernels& kernels = *comparison.kernels.matrices;
+  const int64_t step = 64 * integer(1, 3), rows = 2 * kMatrixPixels;
+  const auto plane = filled<uint8_t>(depth * 64 + rows * step, [&] { return extreme ? 255 : random_bits() & 255; });
+  std::vector<int64_t> taps(depth);
+  for (size_t k = 0; k < depth; ++k) taps[k] = static_cast<int64_t>(64 * k + integer(0, kMatrixPixels - 1) * step);
+  std::shuffle(taps.begin(), taps.end(), random_bits);
+  const int channels = panels * kTileChannels;
+  const auto starts = filled<int32_t>(channels, [] { return static_cast<int32_t>(integer(-1000, 1 << 24)); });
+  Aligned<uint8_t> weights(panels * depth * kMatrixWeights);
+  for (size_t i = 0; i < panels * depth * kMatrixWeights; ++i)
+    weights.data()[i] = extreme ? (i / 4 % 2 ? 255 : 0) : static_cast<uint8_t>(random_bits());
+
+  Aligned<int32_t> memory(2 * panels * kBlockPixels * kTileChannels);
+  auto* sums = reinterpret_cast<BlockSums*>(memory.data());
+  kernels.begin();
+  kernels.multiply({plane.data(), step, taps.data(), depth, count, weights.data(), starts.data(), panels}, sums);
+  kernels.end();
+  for (int p = 0; p < count; ++p) {
+    Results<int32_t> expected(starts), row(channels);
+    for (int o = 0; o < channels; ++o) {
+      const int c = o % kTileChannels;
+      for (size_t n = 0; n < 64 * depth; ++n) {
+        const size_t k = n / 64, at = n % 64;
+        const uint8_t* packed = weights.data() + (o / kTileChannels * depth + k) * kMatrixWeights;
+        const bool set = packed[(at / 32 * kTileChannels + c) * 4 + at % 4] >> at % 32 / 4 & 1;
+        const int code = plane[taps[k] + p * step + at];
+        expected[o] += set ? code : -code;
+      }
+      row[o] = sums[p / kBlockPixels * panels + o / kTileChannels][p % kBlockPixels][c];
+    }
+    comparison.compare("matrices.multiply", depth, count, expected, row);
+  }
+}
+
+void check_spread(Comparison& comparison, size_t count) {
+  const auto words = filled<uint64_t>(count, [] { return random_bits(); });
+  Aligned<uint8_t> bytes(64 * count);
+  comparison.kernels.matrices->spread(words.data(), count, bytes.data());
+  Results<uint8_t> expected(64 * count), written(bytes.data(), bytes.data() + 64 * count);
+  for (size_t i = 0; i < expected.size(); ++i) expected[i] = words[i / 64] >> i % 64 & 1;
+  comparison.compare("matrices.spread", count, 1, expected, written);
 }
 
 // Rows of codes with signed bytes, from a plane whose codes are the largest that `bits` give, or any.
@@ -250,18 +307,10 @@ void check_bytes(Comparison& comparison, size_t length, size_t run_count, int bi
       comparison.compare(entry, depth, count, expected, row);
     }
   };
+  if (bytes.begin != nullptr) bytes.begin();
   bytes.sums(arranged.data(), arranged_weights.data(), depth, count, panels, pair, found);
+  if (bytes.end != nullptr) bytes.end();
   expect("bytes.sums", [&](int o, size_t k) { return weights[o * depth + k]; });
-  if (bytes.sign_sums != nullptr && terms == depth) {
-    Aligned<uint64_t> masks(panels * kTileChannels * depth / 64);
-    for (size_t i = 0; i < weights.size(); ++i) {
-      const size_t o = i / depth, k = i % depth;
-      masks.data()[((o / 32 * (depth / 64) + k / 64) * 2 + o / 16 % 2) * 16 + k % 64 / 4] |= uint64_t{weights[i] > 0}
-                                                                                             << (o % 16 * 4 + k % 4);
-    }
-    bytes.sign_sums(arranged.data(), masks.data(), depth, count, panels, found);
-    expect("bytes.sign_sums", [&](int o, size_t k) { return weights[o * depth + k] > 0 ? 1 : -1; });
-  }
 }
 
 // What sums become: modulo 2^32 on the way, compared with limits of either direction.
@@ -502,6 +551,16 @@ bool equals_scalar(const Kernels& kernels) {
     for (const size_t depth : {3, 4, 6, 7, 1023, 1024, 2050})
       for (const bool opposite : {false, true})
         for (const int panels : {2, 4}) check_blocks(comparison, depth, 5, panels, opposite);
+  }
+  if (kernels.counts != nullptr)
+    for (int count = 1; count <= kTilePixels; ++count)
+      for (int panels = 1; panels <= 9; ++panels) check_counts(comparison, count, panels);
+  if (kernels.matrices != nullptr) {
+    for (const size_t depth : {1, 2, 3, 5, 8, 9, 36})
+      for (const int count : {1, 2, 15, 16, 17, 31, 32, 33, 48, 49, 63, 64})
+        for (const int panels : {1, 2, 3, 4, 5, 8})
+          for (const bool extreme : {false, true}) check_matrices(comparison, depth, count, panels, extreme);
+    for (const size_t count : {1, 2, 63}) check_spread(comparison, count);
   }
   if (kernels.bytes != nullptr) {
     for (const auto& [length, run_count] :

@@ -1,145 +1,148 @@
-// AMX: 16 x 64 bytes times 64 x 16 bytes in one instruction, added to 16 x 16 sums. Bits stay packed in memory and
-// become bytes on their way into a tile: a pixel's set bit is -1 and others 0 (one masked move makes a row of 64), a
-// weight is 1 where its bit is set and -1 where not. The sum of products is then the pixel's ones where the weight has
-// none, less those where it has one: a tile that starts at the weight's ones ends as the number of bits that differ.
+// AMX: 16 x 64 bytes times 64 x 16 bytes in one instruction, added to 16 x 16 sums. Weights of one bit stay packed in
+// memory and become bytes, 1 and -1, on their way into a tile: one instruction makes a row of 64.
+#include <utility>
+
 #include "kernels/amx_tiles.h"
 #include "kernels/kernels.h"
 #include "kernels/target.h"
 
-LOWBIT_TARGET_OPEN("avx512f,avx512dq,avx512bw,avx512vl,amx-tile,amx-int8")
+LOWBIT_TARGET_OPEN("avx512f,avx512dq,avx512bw,avx512vl,gfni,amx-tile,amx-int8")
 
 namespace lowbit {
 namespace {
 
 constexpr size_t kTileBytes = 1024;
 constexpr size_t kSlice = 1024;  // of 32 pixels: 32 KB
-constexpr size_t kRing = 4;      // pairs of weight tiles that are kept: they never leave the L1 cache
-constexpr size_t kAhead = 3;  // how far expanding runs ahead of multiplying, so that a tile is not read while written
+constexpr size_t kRing = 8;      // weight tiles that are kept: they never leave the L1 cache
+constexpr size_t kAhead = 7;     // how far expanding runs ahead of multiplying, so that a tile is not read while written
 
-// Row r of a weight tile holds bits 4r to 4r+3 of each of the 16 channels: one mask of 64 bits makes the row.
-void arrange_weights(const uint64_t* words, uint64_t* masks) {
-  for (int panel = 0; panel < 2; ++panel, words += kTileChannels)
-    for (int row = 0; row < kTileChannels; ++row) {
-      uint64_t mask = 0;
-      for (int c = 0; c < kTileChannels; ++c) mask |= (words[c] >> 4 * row & 15) << 4 * c;
-      *masks++ = mask;
-    }
+void begin() { _tile_loadconfig(&kTiles); }
+void end() { _tile_release(); }
+
+void spread(const uint64_t* words, size_t count, uint8_t* bytes) {
+  const __m512i one = _mm512_set1_epi8(1);
+  for (size_t i = 0; i < count; ++i) _mm512_store_si512(bytes + i * 64, _mm512_maskz_mov_epi8(words[i], one));
 }
 
-size_t pixel_bytes(size_t depth) { return 2 * depth * kTileBytes; }
-
-void arrange_pixels(const uint64_t* plane, const int64_t* taps, size_t depth, const int64_t* pixels, int count,
-                    std::byte* arranged) {
-  const __m512i set = _mm512_set1_epi8(-1);
-  for (int first = 0; first < count; first += 16) {
-    for (size_t k = 0; k < depth; ++k, arranged += kTileBytes) {
-      const uint64_t* words = plane + taps[k];
-      if (count - first >= 16) {
-#pragma GCC unroll 16
-        for (int p = 0; p < 16; ++p)
-          _mm512_store_si512(arranged + p * 64, _mm512_maskz_mov_epi8(words[pixels[first + p]], set));
-      } else {
-        for (int p = 0; p < count - first; ++p)
-          _mm512_store_si512(arranged + p * 64, _mm512_maskz_mov_epi8(words[pixels[first + p]], set));
-      }
-    }
+// A row takes the bit of its number from each byte: bits 7 to 1 of its own byte are the opposite of that bit, bit 0 is 1.
+template <size_t... Row>
+void expand(const uint8_t* packed, std::byte* tile, std::index_sequence<Row...>) {
+  constexpr uint64_t kBits1To7 = 0x0001010101010101;  // the matrix's rows for them, each a byte, when multiplied
+  for (int half = 0; half < 2; ++half) {
+    const __m512i bits = _mm512_load_si512(packed + half * 64);
+    (_mm512_store_si512(tile + (half * 8 + Row) * 64,
+                        _mm512_gf2p8affine_epi64_epi8(bits, _mm512_set1_epi64(kBits1To7 << Row), 0xff)),
+     ...);
   }
 }
 
-// A pair of weight tiles.
-void expand(const uint64_t* masks, std::byte* tiles) {
-  const __m512i plus = _mm512_set1_epi8(1), minus = _mm512_set1_epi8(-1);
-#pragma GCC unroll 32
-  for (int row = 0; row < 32; ++row)
-    _mm512_store_si512(tiles + row * 64, _mm512_mask_blend_epi8(masks[row], minus, plus));
-}
-
-// Where a block's pixels lie: bytes from one to the next, and from 64 of their depth to the next 64.
-struct PixelRows {
-  const void* start;
-  size_t row, step, second;  // second: where pixel 16 starts
-};
-
-// All panels for 16 pixels or, where Both, 32. Codes are products of unsigned bytes, and start from 0.
-template <bool Codes, bool Both>
-void multiply(const PixelRows& rows, const uint64_t* masks, const int32_t* ones, size_t depth, int panels,
-              BlockCounts* counts) {
-  alignas(64) std::byte ring[kRing * 2 * kTileBytes];
-  const auto* pixels = static_cast<const std::byte*>(rows.start);
-  const size_t pairs = depth * static_cast<size_t>(panels / 2);
-  size_t expanded = 0;
+// Panels first to end - 1 for Tiles times 16 pixels: 4 times 1 panel at a time, 3 times 1, 2 times 2 or 1 times 4, or
+// times 1 where that leaves some. So about four sums are on their way at once: each waits for the one before it.
+template <int Tiles, int Panels>
+void multiply_panels(const MatrixProduct& product, int first, int end, BlockSums* sums) {
+  static_assert(Tiles * Panels <= 4);
+  alignas(64) std::byte ring[kRing * kTileBytes];
+  const int64_t step = product.step;
+  const size_t depth = product.depth, pitch = depth * kMatrixWeights, all = depth * static_cast<size_t>(end - first);
+  const uint8_t* packed = product.weights + first * pitch;
+  size_t expanded = 0, used = 0, expanded_depth = 0;
   const auto expand_next = [&]() __attribute__((always_inline)) {
-    if (expanded == pairs) return;
-    expand(masks + expanded * 32, ring + expanded % kRing * 2 * kTileBytes);
-    ++expanded;
+    if (expanded == all) return;
+    expand(packed, ring + expanded % kRing * kTileBytes, std::make_index_sequence<8>());
+    packed += pitch;
+    if (++expanded % Panels != 0) return;
+    packed += kMatrixWeights - Panels * pitch;
+    if (++expanded_depth < depth) return;
+    expanded_depth = 0;
+    packed += (Panels - 1) * pitch;
   };
+  const auto next_weights = [&]() __attribute__((always_inline)) { return ring + used++ % kRing * kTileBytes; };
   for (size_t i = 0; i < kAhead; ++i) expand_next();
-  size_t pair = 0;
-  for (int panel = 0; panel < panels; panel += 2) {
-    if constexpr (Codes) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    } else {
-      const int32_t* start = ones + panel * kTileChannels;
-      _tile_loadd(0, start, 0);  // a stride of 0: every row is the same
+  for (int panel = first; panel < end; panel += Panels) {
+    const int32_t* start = product.starts + panel * kTileChannels;
+    BlockSums *low = sums + panel, *high = low + product.panels;
+    _tile_loadd(0, start, 0);  // a stride of 0: every row is the same
+    if constexpr (Panels == 4) {
       _tile_loadd(1, start + kTileChannels, 0);
-      _tile_loadd(2, start, 0);
+      _tile_loadd(2, start + 2 * kTileChannels, 0);
+      _tile_loadd(3, start + 3 * kTileChannels, 0);
+    } else if constexpr (Panels == 2) {
+      _tile_loadd(1, start, 0);
+      _tile_loadd(2, start + kTileChannels, 0);
       _tile_loadd(3, start + kTileChannels, 0);
+    } else {
+      if constexpr (Tiles > 1) _tile_loadd(1, start, 0);
+      if constexpr (Tiles > 2) _tile_loadd(2, start, 0);
+      if constexpr (Tiles > 3) _tile_loadd(3, start, 0);
     }
-    for (size_t k = 0; k < depth; ++k, ++pair) {
-      const std::byte* weights = ring + pair % kRing * 2 * kTileBytes;
-      _tile_loadd(4, pixels + k * rows.step, rows.row);
-      _tile_loadd(6, weights, 64);
-      if constexpr (Codes)
-        _tile_dpbusd(0, 4, 6);
-      else
-        _tile_dpbssd(0, 4, 6);
-      _tile_loadd(7, weights + kTileBytes, 64);
-      if constexpr (Codes)
-        _tile_dpbusd(1, 4, 7);
-      else
-        _tile_dpbssd(1, 4, 7);
-      if constexpr (Both) {
-        _tile_loadd(5, pixels + rows.second + k * rows.step, rows.row);
-        if constexpr (Codes) {
-          _tile_dpbusd(2, 5, 6);
-          _tile_dpbusd(3, 5, 7);
-        } else {
-          _tile_dpbssd(2, 5, 6);
-          _tile_dpbssd(3, 5, 7);
+    for (size_t k = 0; k < depth; ++k) {
+      const uint8_t* pixels = product.pixels + product.taps[k];
+      _tile_loadd(5, pixels, step);
+      _tile_loadd(4, next_weights(), 64);
+      _tile_dpbusd(0, 5, 4);
+      expand_next();
+      if constexpr (Panels == 4) {
+        _tile_loadd(6, next_weights(), 64);
+        _tile_dpbusd(1, 5, 6);
+        expand_next();
+        _tile_loadd(7, next_weights(), 64);
+        _tile_dpbusd(2, 5, 7);
+        expand_next();
+        _tile_loadd(4, next_weights(), 64);
+        _tile_dpbusd(3, 5, 4);
+        expand_next();
+      } else {
+        if constexpr (Tiles > 1) {
+          _tile_loadd(6, pixels + 16 * step, step);
+          _tile_dpbusd(1, 6, 4);
+        }
+        if constexpr (Panels == 2) {
+          _tile_loadd(7, next_weights(), 64);
+          _tile_dpbusd(2, 5, 7);
+          _tile_dpbusd(3, 6, 7);
+          expand_next();
+        }
+        if constexpr (Tiles > 2) {
+          _tile_loadd(7, pixels + 32 * step, step);
+          _tile_dpbusd(2, 7, 4);
+        }
+        if constexpr (Tiles > 3) {
+          _tile_loadd(5, pixels + 48 * step, step);
+          _tile_dpbusd(3, 5, 4);
         }
       }
-      expand_next();
     }
-    _tile_stored(0, counts[panel], 64);
-    _tile_stored(1, counts[panel + 1], 64);
-    if constexpr (Both) {
-      _tile_stored(2, counts[panel] + 16, 64);
-      _tile_stored(3, counts[panel + 1] + 16, 64);
+    _tile_stored(0, low[0], 64);
+    if constexpr (Panels == 4) {
+      _tile_stored(1, low[1], 64);
+      _tile_stored(2, low[2], 64);
+      _tile_stored(3, low[3], 64);
+    } else {
+      if constexpr (Tiles > 1) _tile_stored(1, low[0] + 16, 64);
+      if constexpr (Panels == 2) {
+        _tile_stored(2, low[1], 64);
+        _tile_stored(3, low[1] + 16, 64);
+      }
+      if constexpr (Tiles > 2) _tile_stored(2, high[0], 64);
+      if constexpr (Tiles > 3) _tile_stored(3, high[0] + 16, 64);
     }
   }
 }
 
-template <bool Codes>
-void multiply_by_bits(const PixelRows& rows, const uint64_t* masks, const int32_t* ones, size_t depth, int count,
-                      int panels, BlockCounts* counts) {
-  _tile_loadconfig(&kTiles);
-  if (count > 16)
-    multiply<Codes, true>(rows, masks, ones, depth, panels, counts);
-  else
-    multiply<Codes, false>(rows, masks, ones, depth, panels, counts);
-  _tile_release();
+template <int Tiles, int Panels>
+void multiply_tiles(const MatrixProduct& product, BlockSums* sums) {
+  const int grouped = product.panels / Panels * Panels;
+  if (grouped > 0) multiply_panels<Tiles, Panels>(product, 0, grouped, sums);
+  if (grouped < product.panels) multiply_panels<Tiles, 1>(product, grouped, product.panels, sums);
 }
 
-void count(const std::byte* arranged, const uint64_t* masks, const int32_t* ones, size_t depth, int count, int panels,
-           BlockCounts* counts) {
-  multiply_by_bits<false>({arranged, 64, kTileBytes, depth * kTileBytes}, masks, ones, depth, count, panels, counts);
-}
-
-void sign_sums(const uint8_t* pixels, const uint64_t* masks, size_t depth, int count, int panels, BlockSums* sums) {
-  multiply_by_bits<true>({pixels, depth, 64, 16 * depth}, masks, nullptr, depth / 64, count, panels, sums);
+void multiply(const MatrixProduct& product, BlockSums* sums) {
+  switch ((product.count + 15) / 16) {
+    case 1: return multiply_tiles<1, 4>(product, sums);
+    case 2: return multiply_tiles<2, 2>(product, sums);
+    case 3: return multiply_tiles<3, 1>(product, sums);
+    default: return multiply_tiles<4, 1>(product, sums);
+  }
 }
 
 // Weights that are bytes in memory. A slice of the depth at a time, so that its pixels stay in the L1 cache.
@@ -186,12 +189,10 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
 
 void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t,
                BlockSums* sums) {
-  _tile_loadconfig(&kTiles);
   if (count > 16)
     multiply_bytes<true>(pixels, weights, depth, panels, sums);
   else
     multiply_bytes<false>(pixels, weights, depth, panels, sums);
-  _tile_release();
 }
 
 void bits(const int32_t (*counts)[kTileChannels], int panels, const int32_t* limits, const uint64_t* falling,
@@ -207,18 +208,50 @@ void bits(const int32_t (*counts)[kTileChannels], int panels, const int32_t* lim
   }
 }
 
-void floats(const int32_t (*counts)[kTileChannels], int count, const int32_t* const* bases, const FloatOutput& out) {
-  const __m512 scale = _mm512_loadu_ps(out.scale), bias = _mm512_loadu_ps(out.bias);
-  for (int p = 0; p < count; ++p) {
-    const __m512i row = _mm512_loadu_si512(counts[p]);
-    const __m512i dots = _mm512_sub_epi32(_mm512_loadu_si512(bases[p]), _mm512_add_epi32(row, row));
-    __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale), bias);
-    if (out.added != nullptr) y = _mm512_add_ps(y, _mm512_loadu_ps(out.added + p * out.stride));
-    _mm512_storeu_ps(out.output + p * out.stride, y);
+// Of 16 channels for each panel, from `channel` on.
+template <int Panels, bool Adds>
+void panel_floats(const int32_t (*counts)[kTileChannels], int count, int64_t channel, const int32_t* const* bases,
+                  const FloatOutput& out) {
+  __m512 scale[Panels], bias[Panels];
+  for (int i = 0; i < Panels; ++i) {
+    scale[i] = _mm512_loadu_ps(out.scale + channel + i * kTileChannels);
+    bias[i] = _mm512_loadu_ps(out.bias + channel + i * kTileChannels);
+  }
+  counts += channel / kTileChannels * kBlockPixels;
+  float* y = out.output + channel;
+  const float* added = Adds ? out.added + channel : nullptr;
+  const ptrdiff_t stride = out.stride;
+  for (int p = 0; p < count; ++p, y += stride, added += Adds ? stride : 0) {
+    const int32_t* base = bases[p] + channel;
+#pragma GCC unroll 4
+    for (int i = 0; i < Panels; ++i) {
+      const __m512i row = _mm512_load_si512(counts[i * kBlockPixels + p]);
+      const __m512i dots = _mm512_sub_epi32(_mm512_loadu_si512(base + i * kTileChannels), _mm512_add_epi32(row, row));
+      __m512 value = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale[i]), bias[i]);
+      if constexpr (Adds) value = _mm512_add_ps(value, _mm512_loadu_ps(added + i * kTileChannels));
+      _mm512_storeu_ps(y + i * kTileChannels, value);
+    }
   }
 }
 
-constexpr BlockKernels kBlocks{1, arrange_weights, pixel_bytes, arrange_pixels, count, bits, floats};
+template <bool Adds>
+void all_floats(const int32_t (*counts)[kTileChannels], int count, int panels, const int32_t* const* bases,
+                const FloatOutput& out) {
+  int panel = 0;
+  for (; panel + 4 <= panels; panel += 4) panel_floats<4, Adds>(counts, count, panel * kTileChannels, bases, out);
+  for (; panel < panels; ++panel) panel_floats<1, Adds>(counts, count, panel * kTileChannels, bases, out);
+}
+
+void floats(const int32_t (*counts)[kTileChannels], int count, int panels, const int32_t* const* bases,
+            const FloatOutput& out) {
+  if (out.added != nullptr)
+    all_floats<true>(counts, count, panels, bases, out);
+  else
+    all_floats<false>(counts, count, panels, bases, out);
+}
+
+constexpr CountKernels kCounts{bits, floats};
+constexpr MatrixKernels kMatrices{spread, begin, end, multiply};
 
 }  // namespace
 }  // namespace lowbit
@@ -229,12 +262,14 @@ LOWBIT_TARGET_CLOSE
 lowbit::Kernels lowbit::amx_kernels() {
   Kernels kernels = kAvx512VpopcntdqKernels;
   kernels.isa = "amx";
-  kernels.blocks = &kBlocks;
+  kernels.counts = &kCounts;
+  kernels.matrices = &kMatrices;
   static const ByteKernels bytes = [](ByteKernels table) {
     table.depth_multiple = 64;
     table.planes = 0;
     table.sums = byte_sums;
-    table.sign_sums = sign_sums;
+    table.begin = begin;
+    table.end = end;
     return table;
   }(*kernels.bytes);
   kernels.bytes = &bytes;

@@ -444,6 +444,6 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 
 const lowbit::Kernels lowbit::kAvx2Kernels{"avx2",          binary_subtract, binary_bits, binary_floats, float_tile,
                                            float_tile_bits, integer_sums,    float_bits,  float_codes,   ramp<float>,
-                                           &kRows,          &kBlocks,        &kBytes};
+                                           &kRows,          &kBlocks,        &kBytes,     1,           &kCounts};
 
 LOWBIT_TARGET_CLOSE

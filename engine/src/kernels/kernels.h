@@ -40,7 +40,7 @@ struct FloatOutput {
   const float* bias;
   float* output;
   ptrdiff_t stride;
-  const float* added = nullptr;  // for binary_floats, BlockKernels::floats and ByteKernels::floats
+  const float* added = nullptr;  // for binary_floats, CountKernels::floats and ByteKernels::floats
 };
 
 // A binary product by blocks: pixels and channels meet 32 by 32, too many for the tiles above. Weights are laid out for
@@ -67,14 +67,18 @@ struct BlockKernels {
   // number, masks are [panels / 2][depth][32 * mask_words], ones[panel][16] the set bits of each channel.
   void (*count)(const std::byte* arranged, const uint64_t* masks, const int32_t* ones, size_t depth, int count,
                 int panels, BlockCounts* counts);
+};
 
+// What becomes of counts.
+struct CountKernels {
   // One pixel of the counts, `panels` of them kBlockPixels rows apart. Bit c of words = (count <= limits[c]) xor bit c
   // of falling; limits and falling go on to the last panel, and a last word is filled up with zeros.
   void (*bits)(const int32_t (*counts)[kTileChannels], int panels, const int32_t* limits, const uint64_t* falling,
                uint64_t* words);
 
-  // As binary_floats, of up to 8 pixels of one panel.
-  void (*floats)(const int32_t (*counts)[kTileChannels], int count, const int32_t* const* bases, const FloatOutput&);
+  // As binary_floats, of up to 8 pixels; panels as above.
+  void (*floats)(const int32_t (*counts)[kTileChannels], int count, int panels, const int32_t* const* bases,
+                 const FloatOutput&);
 };
 
 // A product of codes, a byte each, with signed bytes, by blocks: up to 32 pixels meet any even number of panels. A
@@ -137,11 +141,39 @@ struct ByteKernels {
 
   void (*floats)(const IntegerSums&, const FloatOutput&);
 
-  // As sums, with weights that are 1 where their bit is set and -1 where not, and nothing beyond the depth, a multiple
-  // of 64. Masks are [panels / 2][depth / 64][2][16], each of four weights of 16 channels. Null where bytes are as
-  // good.
-  void (*sign_sums)(const uint8_t* pixels, const uint64_t* masks, size_t depth, int count, int panels,
-                    BlockSums* sums) = nullptr;
+  // A thread makes sums between these two; null where that is nothing.
+  void (*begin)() = nullptr;
+  void (*end)() = nullptr;
+};
+
+// A product of codes, a byte each, with weights of one bit, 1 where it is set and -1 where not: some panels of up to 64
+// pixels.
+inline constexpr int kMatrixPixels = 2 * kBlockPixels;
+inline constexpr int kMatrixWeights = 64 * kTileChannels / 8;  // bytes of 64 weights of 16 channels
+
+struct MatrixProduct {
+  // 64 codes of pixel p under tap k: pixels[taps[k] + p * step]. Of 16 pixels at a time, whatever the count.
+  const uint8_t* pixels;
+  int64_t step;
+  const int64_t* taps;
+  size_t depth;
+  int count;
+
+  const uint8_t* weights;  // [panel][depth][2][16][4]: bit r of byte [h][c][i] is channel c's weight 32 h + 4 r + i
+  const int32_t* starts;   // [panel][16], to which the products come
+  int panels;
+};
+
+struct MatrixKernels {
+  // Bit i of a word becomes the byte bytes[i] of 64, 0 or 1.
+  void (*spread)(const uint64_t* words, size_t count, uint8_t* bytes);
+
+  // A thread multiplies between these two.
+  void (*begin)();
+  void (*end)();
+
+  // The sums of the first kBlockPixels pixels, panel by panel, and then those of the others.
+  void (*multiply)(const MatrixProduct&, BlockSums* sums);
 };
 
 // What channels are held against: x >= thresholds, both with their sign flipped (bit 31 of flips set) where the
@@ -214,6 +246,12 @@ struct Kernels {
 
   // Panels that float_tile and float_tile_bits take at once, 1 or 2.
   int float_panels = 1;
+
+  // For what becomes of blocks or matrices.
+  const CountKernels* counts = nullptr;
+
+  // For products with weights of one bit; null where there is no unit for matrices.
+  const MatrixKernels* matrices = nullptr;
 };
 
 extern const Kernels kScalarKernels;
@@ -233,7 +271,7 @@ extern const Kernels kAvx512VpopcntdqKernels;
 extern const Kernels kNeonKernels;
 #endif
 #ifdef LOWBIT_AMX
-Kernels amx_kernels();  // the AVX-512 kernels, and blocks
+Kernels amx_kernels();  // the AVX-512 kernels, and matrices
 #endif
 
 }  // namespace lowbit

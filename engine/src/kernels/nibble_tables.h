@@ -173,19 +173,18 @@ void count_bits(const int32_t (*counts)[kTileChannels], int panels, const int32_
   }
 }
 
-void count_floats(const int32_t (*counts)[kTileChannels], int count, const int32_t* const* bases,
+void count_floats(const int32_t (*counts)[kTileChannels], int count, int panels, const int32_t* const* bases,
                   const FloatOutput& out) {
-  for (int first = 0; first < kTileChannels; first += 8)
-    store_sums(count, out, first, [&](int p) { return dots(load(counts[p] + first), bases[p] + first); });
+  for (int first = 0; first < panels * kTileChannels; first += 8) {
+    const auto* panel = counts + first / kTileChannels * kBlockPixels;
+    store_sums(count, out, first,
+               [&](int p) { return dots(load(panel[p] + first % kTileChannels), bases[p] + first); });
+  }
 }
 
-constexpr BlockKernels kBlocks{kNibbles * kRowWords / kBlockChannels,
-                               arrange_weights,
-                               pixel_bytes,
-                               arrange_pixels,
-                               count,
-                               count_bits,
-                               count_floats};
+constexpr BlockKernels kBlocks{kNibbles * kRowWords / kBlockChannels, arrange_weights, pixel_bytes, arrange_pixels,
+                               count};
+constexpr CountKernels kCounts{count_bits, count_floats};
 
 }  // namespace
 }  // namespace lowbit

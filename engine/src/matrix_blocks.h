@@ -1,0 +1,241 @@
+// The product of codes with weights of one bit where the instruction set multiplies matrices.
+//
+// A copy of the input has a byte for each code, and a row of whole 64s for a pixel. What outputs of one image see under
+// a tap lies in such rows, in the order of the outputs, and is multiplied where it lies. Lines have a border of zeros,
+// and 64 rows that go on from one line to the next make something of it that is left. Where they are short there is a
+// copy of them for each column of taps instead, without a border.
+#pragma once
+
+#include "convolution.h"
+
+namespace lowbit {
+
+class MatrixBlocks {
+ public:
+  static bool fits(const OpSpec& spec, const Shape& input, const Window& window, const MatrixKernels* kernels) {
+    return kernels != nullptr && spec.groups == 1 && spec.channels > kTileChannels &&
+           window.kernel[0] * window.kernel[1] * row_bytes(input) <= kMostTerms &&
+           Layout(input, window).rows() * row_bytes(input) <= kMostBytes;
+  }
+
+  // Bit i of weight_at(o, tap, word) is set where the weight of channel 64 * word + i is 1, else it is -1. The sums of
+  // output channel o begin with start_at(o).
+  template <class WeightAt, class StartAt>
+  MatrixBlocks(const OpSpec& spec, const Shape& input, const Window& window, const WeightAt& weight_at,
+               const StartAt& start_at, const MatrixKernels& kernels)
+      : kernels_(kernels),
+        input_(input),
+        window_(window),
+        layout_(input, window),
+        row_bytes_(row_bytes(input)),
+        channels_(spec.channels),
+        panels_(ceil_div(channels_, kTileChannels)),
+        starts_(panels_ * kTileChannels, 0) {
+    const int64_t words = input.words(), taps = window.kernel[0] * window.kernel[1];
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t word = 0; word < words; ++word)
+        taps_.push_back(layout_.of_tap(window, tap) * row_bytes_ + 64 * word);
+    weights_.assign(panels_ * taps * words * kMatrixWeights, 0);
+    for (int64_t o = 0; o < channels_; ++o) {
+      const int64_t panel = o / kTileChannels, c = o % kTileChannels;
+      starts_[o] = start_at(o);
+      for (int64_t k = 0; k < taps * words; ++k) {
+        const uint64_t bits = weight_at(o, k / words, k % words);
+        uint8_t* weights = weights_.data() + (panel * taps * words + k) * kMatrixWeights + 4 * c;
+        for (int n = 0; n < 64; ++n)
+          weights[n / 32 * 4 * kTileChannels + n % 4] |= static_cast<uint8_t>((bits >> n & 1) << n % 32 / 4);
+      }
+    }
+  }
+
+  // Rows are read behind the last one, too.
+  int64_t scratch_bytes() const { return (layout_.rows() + kMatrixPixels) * row_bytes_; }
+  int64_t thread_scratch_bytes() const { return 2 * kPanelsPerChunk * sizeof(BlockSums); }
+
+  void fill(const Call& call) const {
+    if (!call.begins()) return;
+    const int64_t lines = input_.height + 2 * window_.padding[0];
+    call.pool.run(static_cast<size_t>(call.batch * lines), [&](size_t number, int) {
+      const int64_t image = number / lines, line = number % lines, y = line - window_.padding[0];
+      for (int64_t part = 0; part < layout_.parts(); ++part) {
+        const int64_t row = image * layout_.rows() + layout_.of_line(part, line);
+        uint8_t* bytes = static_cast<uint8_t*>(call.scratch) + row * row_bytes_;
+        if (y >= 0 && y < input_.height)
+          fill_line(call, image * input_.height + y, layout_.first(window_, part), bytes);
+        else
+          std::fill_n(bytes, layout_.columns * row_bytes_, uint8_t{0});
+      }
+    });
+  }
+
+  // Calls begin(first pixel, count, first channel, end channel) for every item of work, and emit(SumBlock) for pixels of
+  // it that lie together. Channels begin with a word of bits. For place see Product::run.
+  template <class Begin, class Place, class Emit>
+  void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit) const {
+    const Span span = call.span(window_.height, window_.width);
+    const int64_t threads = call.pool.size(), blocks = ceil_div(span.count, kMatrixPixels);
+    const bool shared = threads > 1 && blocks >= 2 * threads;  // by pixels, not by channels
+    const int64_t most = shared ? ceil_div(blocks, 2 * threads) * kMatrixPixels : blocks * kMatrixPixels;
+    for_items(call, span, most, panels_, panels_at_once(panels_, blocks, threads), [&](const Item& item) {
+      const int64_t first = item.panel * kTileChannels, end = std::min(item.end * kTileChannels, channels_);
+      begin(item.place, item.count, first, end);
+      kernels_.begin();
+      Walk walk(window_, item.first);
+      for (int64_t pixel = item.place, left = item.count, count; left > 0; pixel += count, left -= count) {
+        const Rows rows = take(walk, left);
+        count = rows.pixels;
+        for (int64_t panel = item.panel; panel < item.end; panel += kPanelsPerChunk)
+          multiply(call, rows, pixel, panel, std::min(panel + kPanelsPerChunk, item.end), item.memory, place, emit);
+        call.done({pixel, count, first, end});
+      }
+      kernels_.end();
+    });
+  }
+
+ private:
+  static constexpr int64_t kMostBytes = 64 << 20;  // of an image
+  static constexpr int64_t kMostTerms = 1 << 16;   // of a sum
+  static constexpr int64_t kShortLine = 5;
+
+  // Where the rows of an image lie: [phase or copy][line][column]. For a stride of s, lines 0, s, 2s, ... come first,
+  // then 1, s + 1, ..., so that those of outputs follow each other, and so do columns, unless lines are short: then
+  // copy number i has what the outputs of a line see under column i of the taps.
+  struct Layout {
+    std::array<int64_t, 2> phases;
+    int64_t phase_lines, copies, columns;
+
+    Layout(const Shape& input, const Window& window)
+        : phases{window.height > 1 ? window.stride[0] : 1, window.width > 1 ? window.stride[1] : 1},
+          phase_lines(ceil_div(input.height + 2 * window.padding[0], phases[0])),
+          copies(window.width < kShortLine ? window.kernel[1] : 0),
+          columns(copies > 0 ? window.width : ceil_div(input.width + 2 * window.padding[1], phases[1])) {}
+
+    int64_t parts() const { return copies > 0 ? copies : phases[1]; }
+    int64_t rows() const { return parts() * phases[0] * phase_lines * columns; }
+    int64_t of_line(int64_t part, int64_t line) const {
+      return ((part * phases[0] + line % phases[0]) * phase_lines + line / phases[0]) * columns;
+    }
+    int64_t of_tap(const Window& window, int64_t tap) const {
+      const int64_t line = tap / window.kernel[1] * window.dilation[0], number = tap % window.kernel[1];
+      if (copies > 0) return of_line(number, line);
+      const int64_t column = number * window.dilation[1];
+      return of_line(column % phases[1], line) + column / phases[1];
+    }
+    // Between the columns of the input that neighbours in a line are, and the first of them.
+    int64_t stride(const Window& window) const { return copies > 0 ? window.stride[1] : phases[1]; }
+    int64_t first(const Window& window, int64_t part) const {
+      return (copies > 0 ? part * window.dilation[1] : part) - window.padding[1];
+    }
+  };
+
+  // Outputs that lie side by side, and the row that the first of them is.
+  struct Run {
+    int64_t position, count, row;
+  };
+
+  // What outputs see of a tap: rows of bytes from `start` on, and which of them are outputs.
+  struct Rows {
+    int64_t start, pixels = 0;
+    int count = 0, run_count = 0;
+    Run runs[kMatrixPixels];
+  };
+
+  // The outputs of all images one after the other.
+  struct Walk {
+    const Window& window;
+    int64_t image, y, x;
+
+    Walk(const Window& window, int64_t pixel)
+        : window(window),
+          image(pixel / (window.height * window.width)),
+          y(pixel / window.width % window.height),
+          x(pixel % window.width) {}
+
+    void advance(int64_t count) {  // at most to the end of the line
+      if ((x += count) < window.width) return;
+      x = 0;
+      if (++y < window.height) return;
+      y = 0;
+      ++image;
+    }
+  };
+
+  static int64_t row_bytes(const Shape& input) { return round_up(input.channels, 64); }
+
+  // From column `first` of a line of the input on, which may lie in the border.
+  void fill_line(const Call& call, int64_t line, int64_t first, uint8_t* bytes) const {
+    const int64_t stride = layout_.stride(window_), columns = layout_.columns;
+    const int64_t begin = std::min(ceil_div(std::max<int64_t>(-first, 0), stride), columns);
+    const int64_t end = std::clamp(ceil_div(std::max<int64_t>(input_.width - first, 0), stride), begin, columns);
+    std::fill_n(bytes, begin * row_bytes_, uint8_t{0});
+    std::fill_n(bytes + end * row_bytes_, (columns - end) * row_bytes_, uint8_t{0});
+    const int64_t pixel = line * input_.width + first, step = stride == 1 ? end - begin : 1;
+    for (int64_t column = begin; column < end; column += step)
+      copy(call, pixel + column * stride, step, bytes + column * row_bytes_);
+  }
+
+  // Pixels that lie side by side.
+  void copy(const Call& call, int64_t pixel, int64_t count, uint8_t* bytes) const {
+    if (input_.bits == 1)
+      kernels_.spread(call.input<uint64_t>() + pixel * input_.words(), static_cast<size_t>(count * input_.words()),
+                      bytes);
+    else
+      std::copy_n(call.input<uint8_t>() + pixel * input_.channels, count * row_bytes_, bytes);
+  }
+
+  // As many of the next outputs, up to `most`, as a product's rows have.
+  Rows take(Walk& walk, int64_t most) const {
+    const auto row_of = [&] { return walk.image * layout_.rows() + walk.y * layout_.columns + walk.x; };
+    Rows rows{row_of()};
+    while (rows.pixels < most) {
+      const int64_t row = row_of() - rows.start;
+      if (row >= kMatrixPixels) break;
+      const int64_t end = row < kBlockPixels ? kBlockPixels : kMatrixPixels;  // of the rows whose sums lie together
+      const int64_t count = std::min({window_.width - walk.x, most - rows.pixels, end - row});
+      Run* last = rows.runs + rows.run_count - 1;
+      if (rows.run_count > 0 && last->row + last->count == row && row != kBlockPixels)
+        last->count += count;
+      else
+        rows.runs[rows.run_count++] = {walk.y * window_.width + walk.x, count, row};
+      rows.pixels += count;
+      rows.count = static_cast<int>(row + count);
+      walk.advance(count);
+    }
+    return rows;
+  }
+
+  // Multiplies some panels, and calls emit for each run.
+  template <class Place, class Emit>
+  void multiply(const Call& call, const Rows& rows, int64_t pixel, int64_t panel, int64_t end, std::byte* memory,
+                const Place& place, const Emit& emit) const {
+    auto* sums = reinterpret_cast<BlockSums*>(memory);
+    const int64_t panels = end - panel;
+    kernels_.multiply({static_cast<const uint8_t*>(call.scratch) + rows.start * row_bytes_, row_bytes_, taps_.data(),
+                       taps_.size(), rows.count, weights_.data() + panel * taps_.size() * kMatrixWeights,
+                       starts_.data() + panel * kTileChannels, static_cast<int>(panels)},
+                      sums);
+    for (int i = 0; i < rows.run_count; ++i) {
+      const Run& run = rows.runs[i];
+      int64_t places[kBlockPixels], position = run.position;
+      for (int64_t p = 0; p < run.count; ++p) {
+        places[p] = place(position);
+        if (++position == window_.height * window_.width) position = 0;
+      }
+      const BlockSums* of_half = sums + run.row / kBlockPixels * panels;
+      const auto* of_run = reinterpret_cast<const BlockSums*>(of_half[0] + run.row % kBlockPixels);
+      emit(SumBlock{of_run, pixel, run.count, places, 0, panel, panels});
+      pixel += run.count;
+    }
+  }
+
+  const MatrixKernels& kernels_;
+  Shape input_;
+  Window window_;
+  Layout layout_;
+  int64_t row_bytes_, channels_, panels_;
+  std::vector<int64_t> taps_;  // in bytes
+  Buffer<uint8_t> weights_;    // as MatrixProduct has them
+  Buffer<int32_t> starts_;
+};
+
+}  // namespace lowbit
