@@ -2,7 +2,7 @@
 //
 // A copy of the input has a byte for each code, and a row of whole 64s for a pixel. What outputs of one image see under
 // a tap lies in such rows, in the order of the outputs, and is multiplied where it lies. Lines have a border of zeros,
-// and 64 rows that go on from one line to the next make something of it that is left. Where they are short there is a
+// and rows that go on from one line to the next make something of it that is left. Where they are short there is a
 // copy of them for each column of taps instead, without a border.
 #pragma once
 
@@ -50,7 +50,7 @@ class MatrixBlocks {
 
   // Rows are read behind the last one, too.
   int64_t scratch_bytes() const { return (layout_.rows() + kMatrixPixels) * row_bytes_; }
-  int64_t thread_scratch_bytes() const { return 2 * kPanelsPerChunk * sizeof(BlockSums); }
+  int64_t thread_scratch_bytes() const { return kMatrixBlocks * kPanelsPerChunk * sizeof(BlockSums); }
 
   void fill(const Call& call) const {
     if (!call.begins()) return;
@@ -190,10 +190,10 @@ class MatrixBlocks {
     while (rows.pixels < most) {
       const int64_t row = row_of() - rows.start;
       if (row >= kMatrixPixels) break;
-      const int64_t end = row < kBlockPixels ? kBlockPixels : kMatrixPixels;  // of the rows whose sums lie together
+      const int64_t end = std::min<int64_t>((row / kBlockPixels + 1) * kBlockPixels, kMatrixPixels);  // of a block of sums
       const int64_t count = std::min({window_.width - walk.x, most - rows.pixels, end - row});
       Run* last = rows.runs + rows.run_count - 1;
-      if (rows.run_count > 0 && last->row + last->count == row && row != kBlockPixels)
+      if (rows.run_count > 0 && last->row + last->count == row && row % kBlockPixels != 0)
         last->count += count;
       else
         rows.runs[rows.run_count++] = {walk.y * window_.width + walk.x, count, row};
@@ -221,8 +221,8 @@ class MatrixBlocks {
         places[p] = place(position);
         if (++position == window_.height * window_.width) position = 0;
       }
-      const BlockSums* of_half = sums + run.row / kBlockPixels * panels;
-      const auto* of_run = reinterpret_cast<const BlockSums*>(of_half[0] + run.row % kBlockPixels);
+      const BlockSums* block = sums + run.row / kBlockPixels * panels;
+      const auto* of_run = reinterpret_cast<const BlockSums*>(block[0] + run.row % kBlockPixels);
       emit(SumBlock{of_run, pixel, run.count, places, 0, panel, panels});
       pixel += run.count;
     }

@@ -236,7 +236,7 @@ void check_matrices(Comparison& comparison, size_t depth, int count, int panels,
   for (size_t i = 0; i < panels * depth * kMatrixWeights; ++i)
     weights.data()[i] = extreme ? (i / 4 % 2 ? 255 : 0) : static_cast<uint8_t>(random_bits());
 
-  Aligned<int32_t> memory(2 * panels * kBlockPixels * kTileChannels);
+  Aligned<int32_t> memory(kMatrixBlocks * panels * kBlockPixels * kTileChannels);
   auto* sums = reinterpret_cast<BlockSums*>(memory.data());
   kernels.begin();
   kernels.multiply({plane.data(), step, taps.data(), depth, count, weights.data(), starts.data(), panels}, sums);
@@ -557,7 +557,7 @@ bool equals_scalar(const Kernels& kernels) {
       for (int panels = 1; panels <= 9; ++panels) check_counts(comparison, count, panels);
   if (kernels.matrices != nullptr) {
     for (const size_t depth : {1, 2, 3, 5, 8, 9, 36})
-      for (const int count : {1, 2, 15, 16, 17, 31, 32, 33, 48, 49, 63, 64})
+      for (const int count : {1, 2, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65, 80})
         for (const int panels : {1, 2, 3, 4, 5, 8})
           for (const bool extreme : {false, true}) check_matrices(comparison, depth, count, panels, extreme);
     for (const size_t count : {1, 2, 63}) check_spread(comparison, count);

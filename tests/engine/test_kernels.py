@@ -163,6 +163,14 @@ def test_products_of_the_bits_of_codes_equal_the_reference(isa, case, bits, kind
     check_coded_layer(isa, case, 1, *bits, kind, grid, kernel=kernel)
 
 
+@pytest.mark.parametrize("kind", ["1", "3", "scale and bias"])
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("case", ["plain", "dilation", "even kernel", "many tiles"])
+def test_codes_times_signs_are_matrices_where_there_are_units_for_them(isa, case, bits, kind):
+    kernel = "matrices.multiply" if isa == "amx" else None
+    check_coded_layer(isa, case, 1, bits, 1, kind, (2, -1), kernel=kernel)
+
+
 def test_sums_may_fill_an_int32(isa):
     """Two products of 32767 * 32767 lie just inside the range; one more is refused."""
     largest, x = 2**15 - 1, np.ones((1, 1, 1, 3), np.uint8)

@@ -13,8 +13,6 @@ namespace {
 
 constexpr size_t kTileBytes = 1024;
 constexpr size_t kSlice = 1024;  // of 32 pixels: 32 KB
-constexpr size_t kRing = 8;      // weight tiles that are kept: they never leave the L1 cache
-constexpr size_t kAhead = 7;     // how far expanding runs ahead of multiplying, so that a tile is not read while written
 
 void begin() { _tile_loadconfig(&kTiles); }
 void end() { _tile_release(); }
@@ -36,11 +34,12 @@ void expand(const uint8_t* packed, std::byte* tile, std::index_sequence<Row...>)
   }
 }
 
-// Panels first to end - 1 for Tiles times 16 pixels: 4 times 1 panel at a time, 3 times 1, 2 times 2 or 1 times 4, or
-// times 1 where that leaves some. So about four sums are on their way at once: each waits for the one before it.
+// Panels first to end - 1 for Tiles times 16 pixels: 5, 4 or 3 times 1 panel at a time, 2 times 2 or 1 times 4, or times
+// 1 where that leaves some. So about four sums are on their way at once: each waits for the one before it.
 template <int Tiles, int Panels>
 void multiply_panels(const MatrixProduct& product, int first, int end, BlockSums* sums) {
-  static_assert(Tiles * Panels <= 4);
+  constexpr size_t kRing = Tiles == 1 ? 8 : 4;  // weight tiles that are kept: they never leave the L1 cache
+  constexpr size_t kAhead = kRing - 1;          // how far expanding runs ahead, so that a tile is not read while written
   alignas(64) std::byte ring[kRing * kTileBytes];
   const int64_t step = product.step;
   const size_t depth = product.depth, pitch = depth * kMatrixWeights, all = depth * static_cast<size_t>(end - first);
@@ -74,43 +73,55 @@ void multiply_panels(const MatrixProduct& product, int first, int end, BlockSums
       if constexpr (Tiles > 1) _tile_loadd(1, start, 0);
       if constexpr (Tiles > 2) _tile_loadd(2, start, 0);
       if constexpr (Tiles > 3) _tile_loadd(3, start, 0);
+      if constexpr (Tiles > 4) _tile_loadd(4, start, 0);
     }
     for (size_t k = 0; k < depth; ++k) {
       const uint8_t* pixels = product.pixels + product.taps[k];
-      _tile_loadd(5, pixels, step);
-      _tile_loadd(4, next_weights(), 64);
-      _tile_dpbusd(0, 5, 4);
-      expand_next();
       if constexpr (Panels == 4) {
+        _tile_loadd(7, pixels, step);
+        _tile_loadd(5, next_weights(), 64);
+        _tile_dpbusd(0, 7, 5);
+        expand_next();
         _tile_loadd(6, next_weights(), 64);
-        _tile_dpbusd(1, 5, 6);
+        _tile_dpbusd(1, 7, 6);
         expand_next();
-        _tile_loadd(7, next_weights(), 64);
-        _tile_dpbusd(2, 5, 7);
+        _tile_loadd(5, next_weights(), 64);
+        _tile_dpbusd(2, 7, 5);
         expand_next();
-        _tile_loadd(4, next_weights(), 64);
-        _tile_dpbusd(3, 5, 4);
+        _tile_loadd(6, next_weights(), 64);
+        _tile_dpbusd(3, 7, 6);
+      } else if constexpr (Panels == 2) {
+        _tile_loadd(6, pixels, step);
+        _tile_loadd(5, next_weights(), 64);
+        _tile_dpbusd(0, 6, 5);
+        _tile_loadd(7, pixels + 16 * step, step);
+        _tile_dpbusd(1, 7, 5);
         expand_next();
+        _tile_loadd(5, next_weights(), 64);
+        _tile_dpbusd(2, 6, 5);
+        _tile_dpbusd(3, 7, 5);
       } else {
+        _tile_loadd(6, pixels, step);
+        _tile_loadd(5, next_weights(), 64);
+        _tile_dpbusd(0, 6, 5);
         if constexpr (Tiles > 1) {
-          _tile_loadd(6, pixels + 16 * step, step);
-          _tile_dpbusd(1, 6, 4);
-        }
-        if constexpr (Panels == 2) {
-          _tile_loadd(7, next_weights(), 64);
-          _tile_dpbusd(2, 5, 7);
-          _tile_dpbusd(3, 6, 7);
-          expand_next();
+          _tile_loadd(7, pixels + 16 * step, step);
+          _tile_dpbusd(1, 7, 5);
         }
         if constexpr (Tiles > 2) {
-          _tile_loadd(7, pixels + 32 * step, step);
-          _tile_dpbusd(2, 7, 4);
+          _tile_loadd(6, pixels + 32 * step, step);
+          _tile_dpbusd(2, 6, 5);
         }
         if constexpr (Tiles > 3) {
-          _tile_loadd(5, pixels + 48 * step, step);
-          _tile_dpbusd(3, 5, 4);
+          _tile_loadd(7, pixels + 48 * step, step);
+          _tile_dpbusd(3, 7, 5);
+        }
+        if constexpr (Tiles > 4) {
+          _tile_loadd(6, pixels + 64 * step, step);
+          _tile_dpbusd(4, 6, 5);
         }
       }
+      expand_next();
     }
     _tile_stored(0, low[0], 64);
     if constexpr (Panels == 4) {
@@ -125,6 +136,7 @@ void multiply_panels(const MatrixProduct& product, int first, int end, BlockSums
       }
       if constexpr (Tiles > 2) _tile_stored(2, high[0], 64);
       if constexpr (Tiles > 3) _tile_stored(3, high[0] + 16, 64);
+      if constexpr (Tiles > 4) _tile_stored(4, high[product.panels], 64);
     }
   }
 }
@@ -141,7 +153,8 @@ void multiply(const MatrixProduct& product, BlockSums* sums) {
     case 1: return multiply_tiles<1, 4>(product, sums);
     case 2: return multiply_tiles<2, 2>(product, sums);
     case 3: return multiply_tiles<3, 1>(product, sums);
-    default: return multiply_tiles<4, 1>(product, sums);
+    case 4: return multiply_tiles<4, 1>(product, sums);
+    default: return multiply_tiles<5, 1>(product, sums);
   }
 }
 

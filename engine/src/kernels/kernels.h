@@ -146,9 +146,9 @@ struct ByteKernels {
   void (*end)() = nullptr;
 };
 
-// A product of codes, a byte each, with weights of one bit, 1 where it is set and -1 where not: some panels of up to 64
-// pixels.
-inline constexpr int kMatrixPixels = 2 * kBlockPixels;
+// A product of codes, a byte each, with weights of one bit, 1 where it is set and -1 where not: some panels of up to 80
+// pixels, which lie in this many BlockSums.
+inline constexpr int kMatrixPixels = 80, kMatrixBlocks = 3;
 inline constexpr int kMatrixWeights = 64 * kTileChannels / 8;  // bytes of 64 weights of 16 channels
 
 struct MatrixProduct {
@@ -172,7 +172,7 @@ struct MatrixKernels {
   void (*begin)();
   void (*end)();
 
-  // The sums of the first kBlockPixels pixels, panel by panel, and then those of the others.
+  // The sums of the first kBlockPixels pixels, panel by panel, then those of the next.
   void (*multiply)(const MatrixProduct&, BlockSums* sums);
 };
 
