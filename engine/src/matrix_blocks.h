@@ -35,7 +35,7 @@ class MatrixBlocks {
     for (int64_t tap = 0; tap < taps; ++tap)
       for (int64_t word = 0; word < words; ++word)
         taps_.push_back(layout_.of_tap(window, tap) * row_bytes_ + 64 * word);
-    weights_.assign(panels_ * taps * words * kMatrixWeights, 0);
+    weights_.assign(panels_ * taps * words * kMatrixWeights, 0xff);  // of spare channels: no sum is below its start
     for (int64_t o = 0; o < channels_; ++o) {
       const int64_t panel = o / kTileChannels, c = o % kTileChannels;
       starts_[o] = start_at(o);
@@ -43,7 +43,7 @@ class MatrixBlocks {
         const uint64_t bits = weight_at(o, k / words, k % words);
         uint8_t* weights = weights_.data() + (panel * taps * words + k) * kMatrixWeights + 4 * c;
         for (int n = 0; n < 64; ++n)
-          weights[n / 32 * 4 * kTileChannels + n % 4] |= static_cast<uint8_t>((bits >> n & 1) << n % 32 / 4);
+          weights[n / 32 * 4 * kTileChannels + n % 4] ^= static_cast<uint8_t>((~bits >> n & 1) << n % 32 / 4);
       }
     }
   }

@@ -116,6 +116,20 @@ def test_binary_convolution_equals_the_reference(isa, case, kind):
         np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.parametrize("channels", [8, 24, 40, 72, 100, 130])
+def test_no_bit_is_set_behind_the_last_channel(isa, channels):
+    """The second convolution would count it."""
+    rng, net, shape = np.random.default_rng(channels), Builder((3, 9, 9)), window((3, 3), padding=(1, 1), dilation=(1, 1))
+    net.op("threshold", tensors=thresholds(rng, np.float32, 3, 1, 1.0), bits=1)
+    bits = {"weight_bits": words(rng, channels, 3, 3, depth=3)}
+    tensors = bits | thresholds(rng, np.int32, channels, 1, 5.0)
+    net.op("binary_conv2d", tensors=tensors, groups=1, channels=channels, bits=1, **shape)
+    tensors = {"weight_bits": words(rng, 20, 3, 3, depth=channels), "scale": np.ones(20, np.float32)}
+    net.op("binary_conv2d", tensors=tensors, groups=1, channels=20, **shape)
+    x = rng.normal(size=(2, 3, 9, 9)).astype(np.float32)
+    np.testing.assert_array_equal(Engine(net.model)(x), reference.run(net.model, x)[-1].transpose(0, 3, 1, 2))
+
+
 def check_coded_layer(isa, *layer, kernel=None):
     model, x = coded_layer(*layer)
     expected = reference.run_op(model.ops[1], model.op_tensors(1), [x])
