@@ -67,6 +67,7 @@ def append(net, rng, kind, read, other, value, draw):
         net.op(kind, [read], thresholds(rng, np.float32, channels, bits, 1.0), bits=bits)
     elif kind.endswith("pool"):
         sizes = [((3, 3), (1, 1), (1, 1)), ((2, 2), (2, 2), (1, 1)), ((2, 1), (1, 1), (0, 0)), ((1, 2), (3, 1), (0, 0))]
+        sizes.append(((1, 1), (1, 1), (0, 0)))  # fits any
         fitting = [size for size in sizes if value.shape[0] >= size[0][0] and value.shape[1] >= size[0][1]]
         shape = window(*draw(st.sampled_from(fitting)))
         net.op(kind, [read], **shape, **({"count_include_pad": False} if kind == "avg_pool" else {}))
