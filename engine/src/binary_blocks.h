@@ -52,7 +52,7 @@ class BinaryBlocks {
   BinaryBlocks(const Product<uint64_t>& product, const BlockKernels& kernels)
       : product_(product), kernels_(kernels), depth_(product.taps().size()), weights_(product, kernels) {}
 
-  int64_t thread_scratch_bytes() const { return counts_offset() + weights_.panels() * sizeof(BlockCounts); }
+  int64_t thread_scratch_bytes() const { return counts_offset() + weights_.panels() * sizeof(BlockSums); }
 
   // Calls emit(SumBlock) for every block; its channels begin with a word of bits. For place see Product::run.
   template <class Place, class Emit>
@@ -62,7 +62,7 @@ class BinaryBlocks {
     const int64_t panels = weights_.panels(), chunk_panels = panels_at_once(panels, blocks, call.pool.size());
     for_items(call, span, kBlockPixels, panels, chunk_panels, [&](const Item& item) {
       std::byte* arranged = item.memory;
-      auto* counts = reinterpret_cast<BlockCounts*>(arranged + counts_offset());
+      auto* counts = reinterpret_cast<BlockSums*>(arranged + counts_offset());
       const int64_t count = item.count, first = item.place, panel = item.panel, end = item.end;
       int64_t offsets[kBlockPixels], places[kBlockPixels];
       product_.locate(item.first, count, offsets, places, place);

@@ -93,9 +93,9 @@ class BinaryConv2d : public Op {
   }
 
   // What it calls for one image, if that has pixels enough.
-  const char* shown(const char* by_blocks, const char* by_matrices, const char* by_tiles) const {
+  const char* shown(const char* by_tiles) const {
     if (!by_blocks_[output().pixels() >= kManyPixels]) return by_tiles;
-    return matrices_ ? by_matrices : blocks_ ? by_blocks : by_tiles;
+    return matrices_ ? "matrices.multiply" : blocks_ ? "blocks.count" : by_tiles;
   }
 
   // Calls emit(counts, pixels, panels, first pixel, places, panel) for up to 8 pixels of a block times all its panels
@@ -195,7 +195,7 @@ class BinaryConv2dFloat final : public BinaryConv2d {
         bases_(count_bases(spec, depth_, cases_)),
         epilogue_(spec, "scale") {}
 
-  const char* kernel(bool) const override { return shown("blocks.floats", "matrices.floats", "binary_floats"); }
+  const char* kernel(bool) const override { return shown("binary_floats"); }
 
   void run(const Call& call) const override { run(call, nullptr); }
   bool joins(const PixelwiseOp& next) const override { return next.is_sum(); }
@@ -269,7 +269,7 @@ class BinaryConv2dBits final : public BinaryConv2d {
       block_falling_[panel / 4] |= static_cast<uint64_t>(falling_[panel]) << panel % 4 * kTileChannels;
   }
 
-  const char* kernel(bool) const override { return shown("blocks.bits", "matrices.bits", "binary_bits"); }
+  const char* kernel(bool) const override { return shown("binary_bits"); }
 
   void run(const Call& call) const override {
     const int64_t words = output().words();
@@ -308,7 +308,7 @@ class BinaryConv2dCodes final : public BinaryConv2d {
         bases_(count_bases(spec, depth_, cases_)),
         thresholds_(spec, spec.channels) {}
 
-  const char* kernel(bool) const override { return shown("blocks.count", "matrices.multiply", "binary_subtract"); }
+  const char* kernel(bool) const override { return shown("binary_subtract"); }
 
   void run(const Call& call) const override {
     if (run_blocks(call, row_of(bases_), [&](const SumBlock& block) {

@@ -48,8 +48,8 @@ class MatrixBlocks {
     }
   }
 
-  // Rows are read behind the last one, too.
-  int64_t scratch_bytes() const { return (layout_.rows() + kMatrixPixels) * row_bytes_; }
+  // Whole tiles are read, also of the last rows.
+  int64_t scratch_bytes() const { return (layout_.rows() + kMatrixTile - 1) * row_bytes_; }
   int64_t thread_scratch_bytes() const { return kMatrixBlocks * kPanelsPerChunk * sizeof(BlockSums); }
 
   void fill(const Call& call) const {
@@ -73,10 +73,11 @@ class MatrixBlocks {
   template <class Begin, class Place, class Emit>
   void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit) const {
     const Span span = call.span(window_.height, window_.width);
+    if (span.count == 0) return;
     const int64_t threads = call.pool.size(), blocks = ceil_div(span.count, kMatrixPixels);
-    const bool shared = threads > 1 && blocks >= 2 * threads;  // by pixels, not by channels
-    const int64_t most = shared ? ceil_div(blocks, 2 * threads) * kMatrixPixels : blocks * kMatrixPixels;
-    for_items(call, span, most, panels_, panels_at_once(panels_, blocks, threads), [&](const Item& item) {
+    const int64_t chunk_panels = panels_at_once(panels_, blocks, static_cast<int>(threads));
+    const int64_t parts = threads == 1 ? 1 : ceil_div(2 * threads, ceil_div(panels_, chunk_panels));
+    for_items(call, span, ceil_div(blocks, parts) * kMatrixPixels, panels_, chunk_panels, [&](const Item& item) {
       const int64_t first = item.panel * kTileChannels, end = std::min(item.end * kTileChannels, channels_);
       begin(item.place, item.count, first, end);
       kernels_.begin();
@@ -189,12 +190,11 @@ class MatrixBlocks {
     Rows rows{row_of()};
     while (rows.pixels < most) {
       const int64_t row = row_of() - rows.start;
-      if (row >= kMatrixPixels) break;
+      if (row >= kMatrixPixels || row >= rows.count + kMatrixTile) break;
       const int64_t end = std::min<int64_t>((row / kBlockPixels + 1) * kBlockPixels, kMatrixPixels);  // of a block of sums
       const int64_t count = std::min({window_.width - walk.x, most - rows.pixels, end - row});
-      Run* last = rows.runs + rows.run_count - 1;
-      if (rows.run_count > 0 && last->row + last->count == row && row % kBlockPixels != 0)
-        last->count += count;
+      if (row > 0 && row == rows.count && row % kBlockPixels != 0)
+        rows.runs[rows.run_count - 1].count += count;
       else
         rows.runs[rows.run_count++] = {walk.y * window_.width + walk.x, count, row};
       rows.pixels += count;

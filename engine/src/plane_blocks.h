@@ -48,7 +48,7 @@ class PlaneBlocks {
   int32_t unit() const { return unit_; }  // what 1 stands for in the sums
   int64_t scratch_bytes() const { return product_.planes_bytes(); }
   int64_t thread_scratch_bytes() const {
-    return counts_offset() + (blocks_ ? panels_ * static_cast<int64_t>(sizeof(BlockCounts)) : 0);
+    return counts_offset() + (blocks_ ? panels_ * static_cast<int64_t>(sizeof(BlockSums)) : 0);
   }
   const char* kernel() const { return blocks_ && !few_pixels_ ? "planes.blocks.count" : "planes.binary_subtract"; }
 
@@ -151,7 +151,7 @@ class PlaneBlocks {
     const BlockKernels& kernels = *kernels_.blocks;
     const size_t depth = product_.taps().size();
     const int size = static_cast<int>(item.count), panels = static_cast<int>(item.end - item.panel);
-    auto* counts = reinterpret_cast<BlockCounts*>(item.memory + counts_offset());
+    auto* counts = reinterpret_cast<BlockSums*>(item.memory + counts_offset());
     for (int64_t i = 0; i < input_.bits; ++i) {
       kernels.arrange_pixels(product_.planes_of(call, 0, i), product_.taps().data(), depth, offsets, size, item.memory);
       for (int64_t j = 0; j < width_; ++j) {

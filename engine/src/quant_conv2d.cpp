@@ -33,7 +33,7 @@ class CodeConv2d final : public Op {
         multiplier_(static_cast<int32_t>(spec.input_multiplier)),
         groups_(spec.groups),
         group_channels_(spec.channels / spec.groups),
-        bytes_(spec, input, window, depth, weights, largest, kernels_) {
+        panels_(ceil_div(group_channels_, kTileChannels)) {
     if (weights.are_signs() && input.channels % 64 == 0 && MatrixBlocks::fits(spec, input, window, kernels.matrices)) {
       const auto weight_at = [&](int64_t o, int64_t tap, int64_t word) {
         uint64_t ones = 0;
@@ -42,8 +42,10 @@ class CodeConv2d final : public Op {
         return ones;
       };
       matrices_.emplace(spec, input, window, weight_at, [](int64_t) { return 0; }, *kernels.matrices);
+    } else {
+      bytes_.emplace(spec, input, window, depth, weights, largest, kernels_);
     }
-    if (!matrices_ && PlaneBlocks::fits(spec, input.bits, depth)) {
+    if (bytes_ && PlaneBlocks::fits(spec, input.bits, depth)) {
       planes_.emplace(spec, input, window, depth, weights, kernels);
       by_planes_ = planes_->products() <= kernels_.planes;
       shape_ = describe(spec, input, output().bits) + std::to_string(spec.weight_width);
@@ -57,14 +59,14 @@ class CodeConv2d final : public Op {
     }
     const Thresholds<int32_t> thresholds(spec, spec.channels);
     if (spec.bits > kMostCounted) {
-      std::vector<int64_t> rows(groups_ * bytes_.panels() * kTileChannels, -1);
+      std::vector<int64_t> rows(groups_ * panels_ * kTileChannels, -1);
       for (int64_t c = 0; c < spec.channels; ++c)
         rows[slot(c / group_channels_, c % group_channels_ / kTileChannels) + c % group_channels_ % kTileChannels] = c;
       ramp_ = RampTable<int32_t>::fit(thresholds, rows);
       if (ramp_) return;
     }
     levels_ = thresholds.levels();
-    limits_.assign(groups_ * bytes_.panels() * levels_ * kTileChannels, 0);
+    limits_.assign(groups_ * panels_ * levels_ * kTileChannels, 0);
     flips_.emplace(spec.channels, spec.groups, 0);
     for (int64_t c = 0; c < spec.channels; ++c) {
       const uint32_t flip = flip_of<int32_t>(thresholds.falling(c));
@@ -79,15 +81,15 @@ class CodeConv2d final : public Op {
   bool makes_strips() const override { return true; }
   int64_t scratch_bytes() const override {
     if (matrices_) return matrices_->scratch_bytes();
-    return std::max(bytes_.scratch_bytes(), planes_ ? planes_->scratch_bytes() : int64_t{0});
+    return std::max(bytes_->scratch_bytes(), planes_ ? planes_->scratch_bytes() : int64_t{0});
   }
   int64_t thread_scratch_bytes() const override {
     if (matrices_) return matrices_->thread_scratch_bytes();
-    return std::max(bytes_.thread_scratch_bytes(), planes_ ? planes_->thread_scratch_bytes() : int64_t{0});
+    return std::max(bytes_->thread_scratch_bytes(), planes_ ? planes_->thread_scratch_bytes() : int64_t{0});
   }
   const char* kernel(bool) const override {
     if (matrices_) return "matrices.multiply";
-    return by_planes_ ? planes_->kernel() : bytes_.kernel();
+    return by_planes_ ? planes_->kernel() : bytes_->kernel();
   }
 
   void tune(const Measure& measure) override {
@@ -108,7 +110,7 @@ class CodeConv2d final : public Op {
     else if (by_planes_)
       run_by(*planes_, static_cast<int32_t>(static_cast<uint32_t>(multiplier_) * planes_->unit()), call, added);
     else
-      run_by(bytes_, multiplier_, call, added);
+      run_by(*bytes_, multiplier_, call, added);
   }
 
   // `multiplier`: of the sums, which are of codes.
@@ -154,7 +156,7 @@ class CodeConv2d final : public Op {
   }
 
   // The first of 16 channels.
-  int64_t slot(int64_t group, int64_t panel) const { return (group * bytes_.panels() + panel) * kTileChannels; }
+  int64_t slot(int64_t group, int64_t panel) const { return (group * panels_ + panel) * kTileChannels; }
 
   void put_codes(const Call& call, const IntegerSums& sums, int64_t pixel, int64_t group, int64_t panel) const {
     const auto write = [&](uint8_t* target, int64_t stride) {
@@ -191,9 +193,9 @@ class CodeConv2d final : public Op {
   const ByteKernels& kernels_;
   Shape input_;
   int32_t multiplier_;
-  int64_t groups_, group_channels_;
-  ByteBlocks bytes_;
-  std::optional<MatrixBlocks> matrices_;  // or, where there are none,
+  int64_t groups_, group_channels_, panels_;  // panels: of one group
+  std::optional<MatrixBlocks> matrices_;  // where there are none,
+  std::optional<ByteBlocks> bytes_;       // and perhaps
   std::optional<PlaneBlocks> planes_;
   bool by_planes_ = false;
   std::string shape_;                 // where there are planes

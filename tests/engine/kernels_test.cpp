@@ -171,7 +171,7 @@ void check_blocks(Comparison& comparison, size_t depth, int count, int panels, b
   Aligned<std::byte> arranged(blocks.pixel_bytes(depth));
   Aligned<int32_t> counts(panels * kBlockPixels * kTileChannels);
   blocks.arrange_pixels(plane.data(), taps.data(), depth, pixels.data(), count, arranged.data());
-  auto* found = reinterpret_cast<BlockCounts*>(counts.data());
+  auto* found = reinterpret_cast<BlockSums*>(counts.data());
   blocks.count(arranged.data(), masks.data(), ones.data(), depth, count, panels, found);
 
   for (int p = 0; p < count; ++p) {
@@ -191,7 +191,7 @@ void check_counts(Comparison& comparison, int count, int panels) {
   const CountKernels& kernels = *comparison.kernels.counts;
   const int channels = panels * kTileChannels, stride = channels + 3;
   Aligned<int32_t> memory(panels * kBlockPixels * kTileChannels);
-  auto* counts = reinterpret_cast<BlockCounts*>(memory.data());
+  auto* counts = reinterpret_cast<BlockSums*>(memory.data());
   for (int i = 0; i < panels * kBlockPixels * kTileChannels; ++i)
     memory.data()[i] = static_cast<int32_t>(integer(0, 1 << 24));
   const auto count_of = [&](int p, int c) { return counts[c / kTileChannels][p][c % kTileChannels]; };

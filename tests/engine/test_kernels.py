@@ -31,6 +31,10 @@ CASES = {
     "whole map": (4, 96, 200, 1, 4, 1, 0, 1, 3),
     "even kernel": (9, 64, 80, 1, 2, 2, 0, 1, 1),
     "many tiles": (14, 192, 130, 1, 3, 1, 1, 1, 3),
+    "small maps": (4, 128, 72, 1, 3, 1, 1, 1, 5),
+    "one pixel of many images": (1, 192, 40, 1, 1, 1, 0, 1, 19),
+    "one pixel of windows": (3, 64, 40, 1, 3, 1, 0, 1, 9),
+    "no images": (6, 64, 24, 1, 3, 1, 1, 1, 0),
 }
 
 
@@ -116,10 +120,39 @@ def test_binary_convolution_equals_the_reference(isa, case, kind):
         np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.parametrize("channels", [20, 64, 130])
+@pytest.mark.parametrize("size", [(9, 12), (3, 40), (16, 3), (1, 9)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ((1, 5), (2, 1), (0, 2), (1, 2)),
+        ((3, 1), (1, 3), (1, 0), (1, 1)),
+        ((2, 3), (3, 2), (2, 1), (2, 1)),
+        ((1, 1), (4, 5), (0, 0), (1, 1)),
+    ],
+    ids=str,
+)
+def test_binary_convolution_of_windows_that_are_no_squares(isa, shape, size, channels):
+    kernel, stride, padding, dilation = shape
+    if any(e + 2 * p < d * (k - 1) + 1 for e, p, d, k in zip(size, padding, dilation, kernel, strict=True)):
+        pytest.skip("the window is larger than the map")
+    rng, net = np.random.default_rng(7), Builder((channels, *size))
+    net.op("threshold", tensors=thresholds(rng, np.float32, channels, 1, 1.0), bits=1)
+    tensors = {"weight_bits": words(rng, 50, *kernel, depth=channels), "scale": np.ones(50, np.float32)}
+    net.op("binary_conv2d", tensors=tensors, groups=1, channels=50, **window(*shape))
+    x = rng.integers(0, 2, (6, *size, channels), dtype=np.uint8)
+    expected = reference.run_op(net.model.ops[1], net.model.op_tensors(1), [x])
+    np.testing.assert_array_equal(Engine(net.model).run_op(1, [x]), expected)
+
+
 @pytest.mark.parametrize("channels", [8, 24, 40, 72, 100, 130])
 def test_no_bit_is_set_behind_the_last_channel(isa, channels):
     """The second convolution would count it."""
-    rng, net, shape = np.random.default_rng(channels), Builder((3, 9, 9)), window((3, 3), padding=(1, 1), dilation=(1, 1))
+    rng, net, shape = (
+        np.random.default_rng(channels),
+        Builder((3, 9, 9)),
+        window((3, 3), padding=(1, 1), dilation=(1, 1)),
+    )
     net.op("threshold", tensors=thresholds(rng, np.float32, 3, 1, 1.0), bits=1)
     bits = {"weight_bits": words(rng, channels, 3, 3, depth=3)}
     tensors = bits | thresholds(rng, np.int32, channels, 1, 5.0)
@@ -179,7 +212,9 @@ def test_products_of_the_bits_of_codes_equal_the_reference(isa, case, bits, kind
 
 @pytest.mark.parametrize("kind", ["1", "3", "scale and bias"])
 @pytest.mark.parametrize("bits", [2, 8])
-@pytest.mark.parametrize("case", ["plain", "dilation", "even kernel", "many tiles"])
+@pytest.mark.parametrize(
+    "case", ["plain", "dilation", "even kernel", "many tiles", "small maps", "one pixel of windows", "no images"]
+)
 def test_codes_times_signs_are_matrices_where_there_are_units_for_them(isa, case, bits, kind):
     kernel = "matrices.multiply" if isa == "amx" else None
     check_coded_layer(isa, case, 1, bits, 1, kind, (2, -1), kernel=kernel)

@@ -32,6 +32,7 @@ void expand(const uint8_t* packed, std::byte* tile, std::index_sequence<Row...>)
                         _mm512_gf2p8affine_epi64_epi8(bits, _mm512_set1_epi64(kBits1To7 << Row), 0xff)),
      ...);
   }
+  asm volatile("" ::: "memory");  // gcc does not know that tiles are loaded from memory
 }
 
 // Panels first to end - 1 for Tiles times 16 pixels: 5, 4 or 3 times 1 panel at a time, 2 times 2 or 1 times 4, or times
@@ -42,7 +43,8 @@ void multiply_panels(const MatrixProduct& product, int first, int end, BlockSums
   constexpr size_t kAhead = kRing - 1;          // how far expanding runs ahead, so that a tile is not read while written
   alignas(64) std::byte ring[kRing * kTileBytes];
   const int64_t step = product.step;
-  const size_t depth = product.depth, pitch = depth * kMatrixWeights, all = depth * static_cast<size_t>(end - first);
+  const size_t depth = product.depth, all = depth * static_cast<size_t>(end - first);
+  const auto pitch = static_cast<ptrdiff_t>(depth * kMatrixWeights);  // from a panel to the next
   const uint8_t* packed = product.weights + first * pitch;
   size_t expanded = 0, used = 0, expanded_depth = 0;
   const auto expand_next = [&]() __attribute__((always_inline)) {

@@ -48,8 +48,8 @@ struct FloatOutput {
 inline constexpr int kBlockPixels = 32;
 inline constexpr int kBlockChannels = 2 * kTileChannels;
 
-// Of one panel: [pixel][channel].
-using BlockCounts = int32_t[kBlockPixels][kTileChannels];
+// Sums or counts of one panel: [pixel][channel].
+using BlockSums = int32_t[kBlockPixels][kTileChannels];
 
 struct BlockKernels {
   size_t mask_words;  // that a word of a channel becomes
@@ -66,7 +66,7 @@ struct BlockKernels {
   // counts[panel][p][c] = number of bits in which pixel p and channel c of the panel differ. The panels are an even
   // number, masks are [panels / 2][depth][32 * mask_words], ones[panel][16] the set bits of each channel.
   void (*count)(const std::byte* arranged, const uint64_t* masks, const int32_t* ones, size_t depth, int count,
-                int panels, BlockCounts* counts);
+                int panels, BlockSums* counts);
 };
 
 // What becomes of counts.
@@ -84,7 +84,6 @@ struct CountKernels {
 // A product of codes, a byte each, with signed bytes, by blocks: up to 32 pixels meet any even number of panels. A
 // pixel has its codes in a row, zeros or anything else up to `depth`, where the weights are zero; so weights are
 // [panel][depth / 4][16][4].
-using BlockSums = int32_t[kBlockPixels][kTileChannels];
 
 // Sums of up to 8 pixels on their way out: multiplier * sums[p][c] + bases[p][c], modulo 2^32.
 struct IntegerSums {
@@ -149,10 +148,11 @@ struct ByteKernels {
 // A product of codes, a byte each, with weights of one bit, 1 where it is set and -1 where not: some panels of up to 80
 // pixels, which lie in this many BlockSums.
 inline constexpr int kMatrixPixels = 80, kMatrixBlocks = 3;
+inline constexpr int kMatrixTile = 16;  // pixels that are read at a time, whatever their number
 inline constexpr int kMatrixWeights = 64 * kTileChannels / 8;  // bytes of 64 weights of 16 channels
 
 struct MatrixProduct {
-  // 64 codes of pixel p under tap k: pixels[taps[k] + p * step]. Of 16 pixels at a time, whatever the count.
+  // 64 codes of pixel p under tap k: pixels[taps[k] + p * step].
   const uint8_t* pixels;
   int64_t step;
   const int64_t* taps;

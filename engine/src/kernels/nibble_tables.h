@@ -123,7 +123,7 @@ void store_counts(__m256i sums, bool add, int32_t* counts) {
 
 // P pairs of pixels from pair `first` on, and Q pairs of panels.
 template <int P, int Q>
-void count_pairs(const uint16_t* arranged, const uint64_t* masks, size_t depth, int first, BlockCounts* counts) {
+void count_pairs(const uint16_t* arranged, const uint64_t* masks, size_t depth, int first, BlockSums* counts) {
   const size_t pitch = depth * kNibbles;
   const uint16_t* starts = arranged + first * pitch;
   for (size_t n = 0; n < pitch;) {
@@ -145,14 +145,14 @@ void count_pairs(const uint16_t* arranged, const uint64_t* masks, size_t depth, 
 
 // All pairs of pixels, P at a time.
 template <int P, int Q>
-void count_panels(const uint16_t* arranged, const uint64_t* masks, size_t depth, int pairs, BlockCounts* counts) {
+void count_panels(const uint16_t* arranged, const uint64_t* masks, size_t depth, int pairs, BlockSums* counts) {
   int first = 0;
   for (; first + P <= pairs; first += P) count_pairs<P, Q>(arranged, masks, depth, first, counts);
   for (; first < pairs; ++first) count_pairs<1, Q>(arranged, masks, depth, first, counts);
 }
 
 void count(const std::byte* arranged, const uint64_t* masks, const int32_t*, size_t depth, int count, int panels,
-           BlockCounts* counts) {
+           BlockSums* counts) {
   const auto* starts = reinterpret_cast<const uint16_t*>(arranged);
   const int pairs = (count + 1) / 2;
   for (; panels >= 4; panels -= 4, masks += 2 * depth * kNibbles * kRowWords, counts += 4)

@@ -37,7 +37,8 @@ std::vector<Built> built() {
   const bool vpopcntdq = avx512 && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vnni");
 #ifdef LOWBIT_AMX
   static const Kernels amx = amx_kernels();
-  tables.push_back({&amx, vpopcntdq && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("amx-int8") && may_use_tiles()});
+  const bool has_tiles = __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("gfni") && may_use_tiles();
+  tables.push_back({&amx, vpopcntdq && has_tiles});
 #endif
   tables.push_back({&kAvx512VpopcntdqKernels, vpopcntdq});
 #endif
