@@ -64,9 +64,10 @@ class BinaryConv2d : public Op {
                      matrices_ ? matrices_->thread_scratch_bytes() : int64_t{0}});
   }
 
-  // Blocks or matrices, or tiles, for few pixels and for many: they give the same bits.
+  // Blocks or tiles, for few pixels and for many: they give the same bits. Matrices are not measured: they are the
+  // faster ones, except while somebody else keeps the unit busy, which says nothing about later.
   void tune(const Measure& measure) override {
-    if (!blocks_ && !matrices_) return;
+    if (!blocks_) return;
     for (const int64_t fewest : {kMinBlockPixels, kManyPixels}) {
       bool& blocks = by_blocks_[fewest == kManyPixels];
       const int64_t batch = ceil_div(fewest, output().pixels());
