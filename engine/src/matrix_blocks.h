@@ -42,8 +42,11 @@ class MatrixBlocks {
       for (int64_t k = 0; k < taps * words; ++k) {
         const uint64_t bits = weight_at(o, k / words, k % words);
         uint8_t* weights = weights_.data() + (panel * taps * words + k) * kMatrixWeights + 4 * c;
-        for (int n = 0; n < 64; ++n)
-          weights[n / 32 * 4 * kTileChannels + n % 4] ^= static_cast<uint8_t>((~bits >> n & 1) << n % 32 / 4);
+        for (int i = 0; i < 4; ++i) {
+          const uint64_t fourths = every_fourth(bits >> i);
+          weights[i] = static_cast<uint8_t>(fourths);
+          weights[4 * kTileChannels + i] = static_cast<uint8_t>(fourths >> 32);
+        }
       }
     }
   }
@@ -160,6 +163,14 @@ class MatrixBlocks {
       ++image;
     }
   };
+
+  // Bits 0, 4, ..., 28 side by side, and bits 32, 36, ..., 60 from bit 32 on.
+  static uint64_t every_fourth(uint64_t bits) {
+    bits &= 0x1111111111111111;
+    bits = (bits | bits >> 3) & 0x0303030303030303;
+    bits = (bits | bits >> 6) & 0x000f000f000f000f;
+    return (bits | bits >> 12) & 0x000000ff000000ff;
+  }
 
   static int64_t row_bytes(const Shape& input) { return round_up(input.channels, 64); }
 

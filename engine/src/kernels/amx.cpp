@@ -22,14 +22,14 @@ void spread(const uint64_t* words, size_t count, uint8_t* bytes) {
   for (size_t i = 0; i < count; ++i) _mm512_store_si512(bytes + i * 64, _mm512_maskz_mov_epi8(words[i], one));
 }
 
-// A row takes the bit of its number from each byte: bits 7 to 1 of its own byte are the opposite of that bit, bit 0 is 1.
+// A row takes the bit of its number from each byte: bits 7 to 1 of its own byte become the opposite, bit 0 becomes 1.
 template <size_t... Row>
 void expand(const uint8_t* packed, std::byte* tile, std::index_sequence<Row...>) {
-  constexpr uint64_t kBits1To7 = 0x0001010101010101;  // the matrix's rows for them, each a byte, when multiplied
+  constexpr uint64_t kTakeBit = 0x0001010101010101;  // a byte for each bit that is made: the mask of what it is made of
   for (int half = 0; half < 2; ++half) {
     const __m512i bits = _mm512_load_si512(packed + half * 64);
     (_mm512_store_si512(tile + (half * 8 + Row) * 64,
-                        _mm512_gf2p8affine_epi64_epi8(bits, _mm512_set1_epi64(kBits1To7 << Row), 0xff)),
+                        _mm512_gf2p8affine_epi64_epi8(bits, _mm512_set1_epi64(kTakeBit << Row), 0xff)),
      ...);
   }
   asm volatile("" ::: "memory");  // gcc does not know that tiles are loaded from memory

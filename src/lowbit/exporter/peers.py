@@ -290,6 +290,8 @@ def _torch(task: _Task) -> Timed:
 def _onnxruntime(task: _Task) -> Timed:
     runtime: Any = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
+    # Its threads would wait for the next call by computing, beside whoever has the turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.intra_op_num_threads, options.inter_op_num_threads = task.threads, 1
 
     def call(model: bytes) -> Callable[[], object]:
