@@ -184,8 +184,9 @@ class BinaryConv2d : public Op {
       for (const uint64_t word : bits.subspan(o * taps * words, taps * words)) count += std::popcount(word);
       return static_cast<int32_t>(count);
     };
-    return {spec, input, window, [&](int64_t o, int64_t tap, int64_t w) { return ~bits[(o * taps + tap) * words + w]; },
-            ones, kernels};
+    return {spec,   input,
+            window, [&](int64_t o, int64_t tap, int64_t w) { return ~bits[(o * taps + tap) * words + w]; },
+            ones,   kernels};
   }
 };
 

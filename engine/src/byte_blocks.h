@@ -118,7 +118,8 @@ class ByteBlocks {
   static int64_t pair(int64_t bits, int64_t largest) { return 2 * ((int64_t{1} << bits) - 1) * largest; }
 
   int64_t even_panels() const { return round_up(panels_, 2); }
-  // Several where they fit the L1 cache: what is arranged is then in it when it is read, and no longer on its way there.
+  // Several where they fit the L1 cache: what is arranged is then in it when it is read, and no longer on its way
+  // there.
   int64_t blocks_at_once() const {
     constexpr int64_t kMostArranged = 24 << 10;
     return std::clamp<int64_t>(kMostArranged / (kBlockPixels * depth_), 1, kMostBlocks);

@@ -71,8 +71,8 @@ class MatrixBlocks {
     });
   }
 
-  // Calls begin(first pixel, count, first channel, end channel) for every item of work, and emit(SumBlock) for pixels of
-  // it that lie together. Channels begin with a word of bits. For place see Product::run.
+  // Calls begin(first pixel, count, first channel, end channel) for every item of work, and emit(SumBlock) for pixels
+  // of it that lie together. Channels begin with a word of bits. For place see Product::run.
   template <class Begin, class Place, class Emit>
   void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit) const {
     const Span span = call.span(window_.height, window_.width);
@@ -202,7 +202,8 @@ class MatrixBlocks {
     while (rows.pixels < most) {
       const int64_t row = row_of() - rows.start;
       if (row >= kMatrixPixels || row >= rows.count + kMatrixTile) break;
-      const int64_t end = std::min<int64_t>((row / kBlockPixels + 1) * kBlockPixels, kMatrixPixels);  // of a block of sums
+      const int64_t end =
+          std::min<int64_t>((row / kBlockPixels + 1) * kBlockPixels, kMatrixPixels);  // of a block of sums
       const int64_t count = std::min({window_.width - walk.x, most - rows.pixels, end - row});
       if (row > 0 && row == rows.count && row % kBlockPixels != 0)
         rows.runs[rows.run_count - 1].count += count;

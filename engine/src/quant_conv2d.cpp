@@ -37,8 +37,7 @@ class CodeConv2d final : public Op {
     if (weights.are_signs() && input.channels % 64 == 0 && MatrixBlocks::fits(spec, input, window, kernels.matrices)) {
       const auto weight_at = [&](int64_t o, int64_t tap, int64_t word) {
         uint64_t ones = 0;
-        for (int64_t i = 0; i < 64; ++i)
-          ones |= uint64_t{weights.at(o, tap * depth + word * 64 + i) > 0} << i;
+        for (int64_t i = 0; i < 64; ++i) ones |= uint64_t{weights.at(o, tap * depth + word * 64 + i) > 0} << i;
         return ones;
       };
       matrices_.emplace(spec, input, window, weight_at, [](int64_t) { return 0; }, *kernels.matrices);
@@ -123,8 +122,7 @@ class CodeConv2d final : public Op {
         const int count = static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p));
         const int64_t pixel = block.first_pixel + p;
         const int32_t* bases[kTilePixels];
-        for (int i = 0; i < count; ++i)
-          bases[i] = bases_->panel(block.group, block.first_panel) + block.places[p + i];
+        for (int i = 0; i < count; ++i) bases[i] = bases_->panel(block.group, block.first_panel) + block.places[p + i];
         for (int64_t number = 0, size; number < block.panels; number += size) {
           const int64_t panel = block.first_panel + number;
           size = epilogue_ ? full_panels(group_channels_, panel, block.panels - number) : 1;
@@ -194,8 +192,8 @@ class CodeConv2d final : public Op {
   Shape input_;
   int32_t multiplier_;
   int64_t groups_, group_channels_, panels_;  // panels: of one group
-  std::optional<MatrixBlocks> matrices_;  // where there are none,
-  std::optional<ByteBlocks> bytes_;       // and perhaps
+  std::optional<MatrixBlocks> matrices_;      // where there are none,
+  std::optional<ByteBlocks> bytes_;           // and perhaps
   std::optional<PlaneBlocks> planes_;
   bool by_planes_ = false;
   std::string shape_;                 // where there are planes

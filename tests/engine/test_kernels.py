@@ -133,7 +133,7 @@ def test_binary_convolution_equals_the_reference(isa, case, kind):
     ids=str,
 )
 def test_binary_convolution_of_windows_that_are_no_squares(isa, shape, size, channels):
-    kernel, stride, padding, dilation = shape
+    kernel, _, padding, dilation = shape
     if any(e + 2 * p < d * (k - 1) + 1 for e, p, d, k in zip(size, padding, dilation, kernel, strict=True)):
         pytest.skip("the window is larger than the map")
     rng, net = np.random.default_rng(7), Builder((channels, *size))

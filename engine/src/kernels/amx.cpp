@@ -35,12 +35,12 @@ void expand(const uint8_t* packed, std::byte* tile, std::index_sequence<Row...>)
   asm volatile("" ::: "memory");  // gcc does not know that tiles are loaded from memory
 }
 
-// Panels first to end - 1 for Tiles times 16 pixels: 5, 4 or 3 times 1 panel at a time, 2 times 2 or 1 times 4, or times
-// 1 where that leaves some. So about four sums are on their way at once: each waits for the one before it.
+// Panels first to end - 1 for Tiles times 16 pixels: 5, 4 or 3 times 1 panel at a time, 2 times 2 or 1 times 4, or
+// times 1 where that leaves some. So about four sums are on their way at once: each waits for the one before it.
 template <int Tiles, int Panels>
 void multiply_panels(const MatrixProduct& product, int first, int end, BlockSums* sums) {
   constexpr size_t kRing = Tiles == 1 ? 8 : 4;  // weight tiles that are kept: they never leave the L1 cache
-  constexpr size_t kAhead = kRing - 1;          // how far expanding runs ahead, so that a tile is not read while written
+  constexpr size_t kAhead = kRing - 1;  // how far expanding runs ahead, so that a tile is not read while written
   alignas(64) std::byte ring[kRing * kTileBytes];
   const int64_t step = product.step;
   const size_t depth = product.depth, all = depth * static_cast<size_t>(end - first);
@@ -152,11 +152,16 @@ void multiply_tiles(const MatrixProduct& product, BlockSums* sums) {
 
 void multiply(const MatrixProduct& product, BlockSums* sums) {
   switch ((product.count + 15) / 16) {
-    case 1: return multiply_tiles<1, 4>(product, sums);
-    case 2: return multiply_tiles<2, 2>(product, sums);
-    case 3: return multiply_tiles<3, 1>(product, sums);
-    case 4: return multiply_tiles<4, 1>(product, sums);
-    default: return multiply_tiles<5, 1>(product, sums);
+    case 1:
+      return multiply_tiles<1, 4>(product, sums);
+    case 2:
+      return multiply_tiles<2, 2>(product, sums);
+    case 3:
+      return multiply_tiles<3, 1>(product, sums);
+    case 4:
+      return multiply_tiles<4, 1>(product, sums);
+    default:
+      return multiply_tiles<5, 1>(product, sums);
   }
 }
 

@@ -442,8 +442,9 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 #include "kernels/nibble_tables.h"
 #include "kernels/rows.h"
 
-const lowbit::Kernels lowbit::kAvx2Kernels{"avx2",          binary_subtract, binary_bits, binary_floats, float_tile,
-                                           float_tile_bits, integer_sums,    float_bits,  float_codes,   ramp<float>,
-                                           &kRows,          &kBlocks,        &kBytes,     1,           &kCounts};
+const lowbit::Kernels lowbit::kAvx2Kernels{
+    "avx2",     binary_subtract, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums,
+    float_bits, float_codes,     ramp<float>, &kRows,        &kBlocks,   &kBytes,         1,
+    &kCounts};
 
 LOWBIT_TARGET_CLOSE

@@ -148,7 +148,7 @@ struct ByteKernels {
 // A product of codes, a byte each, with weights of one bit, 1 where it is set and -1 where not: some panels of up to 80
 // pixels, which lie in this many BlockSums.
 inline constexpr int kMatrixPixels = 80, kMatrixBlocks = 3;
-inline constexpr int kMatrixTile = 16;  // pixels that are read at a time, whatever their number
+inline constexpr int kMatrixTile = 16;                         // pixels that are read at a time, whatever their number
 inline constexpr int kMatrixWeights = 64 * kTileChannels / 8;  // bytes of 64 weights of 16 channels
 
 struct MatrixProduct {
