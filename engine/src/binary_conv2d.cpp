@@ -49,7 +49,7 @@ class BinaryConv2d : public Op {
         product_(make_product(spec, input, window, depth_)),
         cases_(input, window) {
     if (MatrixBlocks::fits(spec, input, window, kernels.matrices))
-      matrices_.emplace(make_matrices(spec, input, window, depth_, *kernels.matrices));
+      matrices_.emplace(make_matrices(spec, input, window, *kernels.matrices));
     else if (groups_ == 1 && product_.panels() > 1 && fit_blocks(product_, kernels.blocks))
       blocks_.emplace(product_, *kernels.blocks);
     shape_ = describe(spec, input, output().bits);
@@ -166,27 +166,27 @@ class BinaryConv2d : public Op {
     return count == 64 ? bits : bits & ((uint64_t{1} << count) - 1);
   }
 
-  static Product<uint64_t> make_product(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth) {
-    const int64_t words = ceil_div(depth, 64), taps = spec.kernel[0] * spec.kernel[1];
+  // Calls make(word_at), where word_at(o, tap, w) is a word of the weights' bits.
+  template <class Make>
+  static auto with_words(const OpSpec& spec, int64_t words, const Make& make) {
+    const int64_t taps = spec.kernel[0] * spec.kernel[1];
     const auto bits = tensor<uint64_t>(spec, "weight_bits", {spec.channels, spec.kernel[0], spec.kernel[1], words});
-    return {spec, input, window, words,
-            [&](int64_t o, int64_t tap, int64_t w) { return bits[(o * taps + tap) * words + w]; }};
+    return make([&](int64_t o, int64_t tap, int64_t w) { return bits[(o * taps + tap) * words + w]; });
   }
 
-  // A pixel's bit is 1 or 0, and a weight -1 where its bit is set: what that adds to the ones of the weights is the
-  // count of bits that differ.
-  static MatrixBlocks make_matrices(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth,
+  static Product<uint64_t> make_product(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth) {
+    const int64_t words = ceil_div(depth, 64);
+    return with_words(spec, words,
+                      [&](const auto& word_at) { return Product<uint64_t>(spec, input, window, words, word_at); });
+  }
+
+  // A weight is -1 where its bit is set, so that counts are of bits that differ.
+  static MatrixBlocks make_matrices(const OpSpec& spec, const Shape& input, const Window& window,
                                     const MatrixKernels& kernels) {
-    const int64_t words = ceil_div(depth, 64), taps = spec.kernel[0] * spec.kernel[1];
-    const auto bits = tensor<uint64_t>(spec, "weight_bits", {spec.channels, spec.kernel[0], spec.kernel[1], words});
-    const auto ones = [&](int64_t o) {
-      int64_t count = 0;
-      for (const uint64_t word : bits.subspan(o * taps * words, taps * words)) count += std::popcount(word);
-      return static_cast<int32_t>(count);
-    };
-    return {spec,   input,
-            window, [&](int64_t o, int64_t tap, int64_t w) { return ~bits[(o * taps + tap) * words + w]; },
-            ones,   kernels};
+    return with_words(spec, input.words(), [&](const auto& word_at) {
+      const auto weight_at = [&](int64_t o, int64_t tap, int64_t w) { return ~word_at(o, tap, w); };
+      return MatrixBlocks(spec, input, window, weight_at, true, kernels);
+    });
   }
 };
 

@@ -6,6 +6,8 @@
 // copy of them for each column of taps instead, without a border.
 #pragma once
 
+#include <bit>
+
 #include "convolution.h"
 
 namespace lowbit {
@@ -18,11 +20,12 @@ class MatrixBlocks {
            Layout(input, window).rows() * row_bytes(input) <= kMostBytes;
   }
 
-  // Bit i of weight_at(o, tap, word) is set where the weight of channel 64 * word + i is 1, else it is -1. The sums of
-  // output channel o begin with start_at(o).
-  template <class WeightAt, class StartAt>
-  MatrixBlocks(const OpSpec& spec, const Shape& input, const Window& window, const WeightAt& weight_at,
-               const StartAt& start_at, const MatrixKernels& kernels)
+  // Bit i of weight_at(o, tap, word) is set where the weight of channel 64 * word + i is 1, else it is -1. Where
+  // `differ`, sums begin with the number of the latter: of 1-bit codes they then count those of 1 whose weight is 1 and
+  // those of 0 whose weight is -1.
+  template <class WeightAt>
+  MatrixBlocks(const OpSpec& spec, const Shape& input, const Window& window, const WeightAt& weight_at, bool differ,
+               const MatrixKernels& kernels)
       : kernels_(kernels),
         input_(input),
         window_(window),
@@ -38,9 +41,9 @@ class MatrixBlocks {
     weights_.assign(panels_ * taps * words * kMatrixWeights, 0xff);  // of spare channels: no sum is below its start
     for (int64_t o = 0; o < channels_; ++o) {
       const int64_t panel = o / kTileChannels, c = o % kTileChannels;
-      starts_[o] = start_at(o);
       for (int64_t k = 0; k < taps * words; ++k) {
         const uint64_t bits = weight_at(o, k / words, k % words);
+        if (differ) starts_[o] += std::popcount(~bits);
         uint8_t* weights = weights_.data() + (panel * taps * words + k) * kMatrixWeights + 4 * c;
         for (int i = 0; i < 4; ++i) {
           const uint64_t fourths = every_fourth(bits >> i);
@@ -60,7 +63,7 @@ class MatrixBlocks {
     const int64_t lines = input_.height + 2 * window_.padding[0];
     call.pool.run(static_cast<size_t>(call.batch * lines), [&](size_t number, int) {
       const int64_t image = number / lines, line = number % lines, y = line - window_.padding[0];
-      for (int64_t part = 0; part < layout_.parts(); ++part) {
+      for (int64_t part = 0; part < layout_.parts; ++part) {
         const int64_t row = image * layout_.rows() + layout_.of_line(part, line);
         uint8_t* bytes = static_cast<uint8_t*>(call.scratch) + row * row_bytes_;
         if (y >= 0 && y < input_.height)
@@ -84,13 +87,13 @@ class MatrixBlocks {
       const int64_t first = item.panel * kTileChannels, end = std::min(item.end * kTileChannels, channels_);
       begin(item.place, item.count, first, end);
       kernels_.begin();
-      Walk walk(window_, item.first);
-      for (int64_t pixel = item.place, left = item.count, count; left > 0; pixel += count, left -= count) {
-        const Rows rows = take(walk, left);
-        count = rows.pixels;
+      for (int64_t done = 0, pixels; done < item.count; done += pixels) {
+        const Rows rows = rows_from(item.first + done, item.count - done, place);
+        const int64_t pixel = item.place + done;
+        pixels = rows.pixels;
         for (int64_t panel = item.panel; panel < item.end; panel += kPanelsPerChunk)
-          multiply(call, rows, pixel, panel, std::min(panel + kPanelsPerChunk, item.end), item.memory, place, emit);
-        call.done({pixel, count, first, end});
+          multiply(call, rows, pixel, panel, std::min(panel + kPanelsPerChunk, item.end), item.memory, emit);
+        call.done({pixel, pixels, first, end});
       }
       kernels_.end();
     });
@@ -105,63 +108,42 @@ class MatrixBlocks {
   // then 1, s + 1, ..., so that those of outputs follow each other, and so do columns, unless lines are short: then
   // copy number i has what the outputs of a line see under column i of the taps.
   struct Layout {
-    std::array<int64_t, 2> phases;
-    int64_t phase_lines, copies, columns;
+    bool copies;
+    int64_t phases, phase_lines, parts, columns;  // phases: of lines; parts: phases of columns, or copies
 
     Layout(const Shape& input, const Window& window)
-        : phases{window.height > 1 ? window.stride[0] : 1, window.width > 1 ? window.stride[1] : 1},
-          phase_lines(ceil_div(input.height + 2 * window.padding[0], phases[0])),
-          copies(window.width < kShortLine ? window.kernel[1] : 0),
-          columns(copies > 0 ? window.width : ceil_div(input.width + 2 * window.padding[1], phases[1])) {}
+        : copies(window.width < kShortLine),
+          phases(window.height > 1 ? window.stride[0] : 1),
+          phase_lines(ceil_div(input.height + 2 * window.padding[0], phases)),
+          parts(copies ? window.kernel[1] : window.stride[1]),
+          columns(copies ? window.width : ceil_div(input.width + 2 * window.padding[1], parts)) {}
 
-    int64_t parts() const { return copies > 0 ? copies : phases[1]; }
-    int64_t rows() const { return parts() * phases[0] * phase_lines * columns; }
+    int64_t rows() const { return parts * phases * phase_lines * columns; }
     int64_t of_line(int64_t part, int64_t line) const {
-      return ((part * phases[0] + line % phases[0]) * phase_lines + line / phases[0]) * columns;
+      return ((part * phases + line % phases) * phase_lines + line / phases) * columns;
     }
     int64_t of_tap(const Window& window, int64_t tap) const {
       const int64_t line = tap / window.kernel[1] * window.dilation[0], number = tap % window.kernel[1];
-      if (copies > 0) return of_line(number, line);
+      if (copies) return of_line(number, line);
       const int64_t column = number * window.dilation[1];
-      return of_line(column % phases[1], line) + column / phases[1];
+      return of_line(column % parts, line) + column / parts;
     }
-    // Between the columns of the input that neighbours in a line are, and the first of them.
-    int64_t stride(const Window& window) const { return copies > 0 ? window.stride[1] : phases[1]; }
+    // The column of the input that the first one of a part is.
     int64_t first(const Window& window, int64_t part) const {
-      return (copies > 0 ? part * window.dilation[1] : part) - window.padding[1];
+      return (copies ? part * window.dilation[1] : part) - window.padding[1];
     }
   };
 
-  // Outputs that lie side by side, and the row that the first of them is.
+  // Outputs whose sums lie side by side: the first of them, and the row that it is.
   struct Run {
-    int64_t position, count, row;
+    int64_t first, count, row;
   };
 
   // What outputs see of a tap: rows of bytes from `start` on, and which of them are outputs.
   struct Rows {
-    int64_t start, pixels = 0;
+    int64_t start, places[kMatrixPixels], pixels = 0;
     int count = 0, run_count = 0;
     Run runs[kMatrixPixels];
-  };
-
-  // The outputs of all images one after the other.
-  struct Walk {
-    const Window& window;
-    int64_t image, y, x;
-
-    Walk(const Window& window, int64_t pixel)
-        : window(window),
-          image(pixel / (window.height * window.width)),
-          y(pixel / window.width % window.height),
-          x(pixel % window.width) {}
-
-    void advance(int64_t count) {  // at most to the end of the line
-      if ((x += count) < window.width) return;
-      x = 0;
-      if (++y < window.height) return;
-      y = 0;
-      ++image;
-    }
   };
 
   // Bits 0, 4, ..., 28 side by side, and bits 32, 36, ..., 60 from bit 32 on.
@@ -176,7 +158,7 @@ class MatrixBlocks {
 
   // From column `first` of a line of the input on, which may lie in the border.
   void fill_line(const Call& call, int64_t line, int64_t first, uint8_t* bytes) const {
-    const int64_t stride = layout_.stride(window_), columns = layout_.columns;
+    const int64_t stride = window_.stride[1], columns = layout_.columns;
     const int64_t begin = std::min(ceil_div(std::max<int64_t>(-first, 0), stride), columns);
     const int64_t end = std::clamp(ceil_div(std::max<int64_t>(input_.width - first, 0), stride), begin, columns);
     std::fill_n(bytes, begin * row_bytes_, uint8_t{0});
@@ -195,31 +177,30 @@ class MatrixBlocks {
       std::copy_n(call.input<uint8_t>() + pixel * input_.channels, count * row_bytes_, bytes);
   }
 
-  // As many of the next outputs, up to `most`, as a product's rows have.
-  Rows take(Walk& walk, int64_t most) const {
-    const auto row_of = [&] { return walk.image * layout_.rows() + walk.y * layout_.columns + walk.x; };
-    Rows rows{row_of()};
-    while (rows.pixels < most) {
-      const int64_t row = row_of() - rows.start;
+  // As many of the outputs from `first` on, up to `most`, as a product's rows have. For place see Product::run.
+  template <class Place>
+  Rows rows_from(int64_t first, int64_t most, const Place& place) const {
+    Rows rows;
+    int64_t offsets[kMatrixPixels];
+    most = std::min<int64_t>(most, kMatrixPixels);
+    locate(window_, layout_.columns, 1, layout_.rows(), first, most, offsets, rows.places);
+    rows.start = offsets[0];
+    for (; rows.pixels < most; ++rows.pixels) {
+      const int64_t row = offsets[rows.pixels] - rows.start;
       if (row >= kMatrixPixels || row >= rows.count + kMatrixTile) break;
-      const int64_t end =
-          std::min<int64_t>((row / kBlockPixels + 1) * kBlockPixels, kMatrixPixels);  // of a block of sums
-      const int64_t count = std::min({window_.width - walk.x, most - rows.pixels, end - row});
-      if (row > 0 && row == rows.count && row % kBlockPixels != 0)
-        rows.runs[rows.run_count - 1].count += count;
-      else
-        rows.runs[rows.run_count++] = {walk.y * window_.width + walk.x, count, row};
-      rows.pixels += count;
-      rows.count = static_cast<int>(row + count);
-      walk.advance(count);
+      if (row == 0 || row != rows.count || row % kBlockPixels == 0)  // sums of kBlockPixels rows lie together
+        rows.runs[rows.run_count++] = {rows.pixels, 0, row};
+      ++rows.runs[rows.run_count - 1].count;
+      rows.places[rows.pixels] = place(rows.places[rows.pixels]);
+      rows.count = static_cast<int>(row) + 1;
     }
     return rows;
   }
 
-  // Multiplies some panels, and calls emit for each run.
-  template <class Place, class Emit>
+  // Multiplies some panels, and calls emit for each run; `pixel` is where the first output lies.
+  template <class Emit>
   void multiply(const Call& call, const Rows& rows, int64_t pixel, int64_t panel, int64_t end, std::byte* memory,
-                const Place& place, const Emit& emit) const {
+                const Emit& emit) const {
     auto* sums = reinterpret_cast<BlockSums*>(memory);
     const int64_t panels = end - panel;
     kernels_.multiply({static_cast<const uint8_t*>(call.scratch) + rows.start * row_bytes_, row_bytes_, taps_.data(),
@@ -228,15 +209,9 @@ class MatrixBlocks {
                       sums);
     for (int i = 0; i < rows.run_count; ++i) {
       const Run& run = rows.runs[i];
-      int64_t places[kBlockPixels], position = run.position;
-      for (int64_t p = 0; p < run.count; ++p) {
-        places[p] = place(position);
-        if (++position == window_.height * window_.width) position = 0;
-      }
       const BlockSums* block = sums + run.row / kBlockPixels * panels;
       const auto* of_run = reinterpret_cast<const BlockSums*>(block[0] + run.row % kBlockPixels);
-      emit(SumBlock{of_run, pixel, run.count, places, 0, panel, panels});
-      pixel += run.count;
+      emit(SumBlock{of_run, pixel + run.first, run.count, rows.places + run.first, 0, panel, panels});
     }
   }
 

@@ -40,14 +40,14 @@ class CodeConv2d final : public Op {
         for (int64_t i = 0; i < 64; ++i) ones |= uint64_t{weights.at(o, tap * depth + word * 64 + i) > 0} << i;
         return ones;
       };
-      matrices_.emplace(spec, input, window, weight_at, [](int64_t) { return 0; }, *kernels.matrices);
+      matrices_.emplace(spec, input, window, weight_at, false, *kernels.matrices);
     } else {
       bytes_.emplace(spec, input, window, depth, weights, largest, kernels_);
-    }
-    if (bytes_ && PlaneBlocks::fits(spec, input.bits, depth)) {
-      planes_.emplace(spec, input, window, depth, weights, kernels);
-      by_planes_ = planes_->products() <= kernels_.planes;
-      shape_ = describe(spec, input, output().bits) + std::to_string(spec.weight_width);
+      if (PlaneBlocks::fits(spec, input.bits, depth)) {
+        planes_.emplace(spec, input, window, depth, weights, kernels);
+        by_planes_ = planes_->products() <= kernels_.planes;
+        shape_ = describe(spec, input, output().bits) + std::to_string(spec.weight_width);
+      }
     }
     if (spec.input_offset != 0) cases_.emplace(input, window);
     bases_.emplace(spec.channels, spec.groups, 0, cases_ ? cases_->size() : 1);

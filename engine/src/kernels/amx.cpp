@@ -151,7 +151,7 @@ void multiply_tiles(const MatrixProduct& product, BlockSums* sums) {
 }
 
 void multiply(const MatrixProduct& product, BlockSums* sums) {
-  switch ((product.count + 15) / 16) {
+  switch ((product.count + kMatrixTile - 1) / kMatrixTile) {
     case 1:
       return multiply_tiles<1, 4>(product, sums);
     case 2:
