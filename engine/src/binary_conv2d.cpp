@@ -1,9 +1,9 @@
 // Binary convolutions: counts of differing bits.
 #include <bit>
-#include <limits>
 #include <optional>
 
 #include "binary_blocks.h"
+#include "bit_limits.h"
 #include "border_cases.h"
 #include "convolution.h"
 #include "matrix_blocks.h"
@@ -248,58 +248,40 @@ class BinaryConv2dFloat final : public BinaryConv2d {
 class BinaryConv2dBits final : public BinaryConv2d {
  public:
   BinaryConv2dBits(const OpSpec& spec, const Shape& input, const Window& window, const Kernels& kernels)
-      : BinaryConv2d(spec, input, window, kernels, 1),
-        limits_(spec.channels, spec.groups, -1, cases_.size()),  // spare channels: no count is below, so bit 0
-        falling_(spec.groups * product_.panels()),
-        block_falling_(output().words()) {
+      : BinaryConv2d(spec, input, window, kernels, 1), limits_(spec, cases_.size()) {
     const Thresholds<int32_t> thresholds(spec, spec.channels);
     PerChannel<int32_t> bases = count_bases(spec, depth_, cases_);
     for (int64_t c = 0; c < spec.channels; ++c) {
-      const int64_t group = c / product_.group_channels(), inside = c % product_.group_channels();
-      const unsigned bit = thresholds.falling(c) ? 1u << inside % kTileChannels : 0;
-      falling_[group * product_.panels() + inside / kTileChannels] |= static_cast<uint16_t>(bit);
+      if (thresholds.falling(c)) limits_.invert(c);
       for (int64_t number = 0; number < cases_.size(); ++number) {
         // Rising: base - 2 * count >= t, so count <= floor((base - t) / 2). Falling: base - 2 * count <= t, so
         // count >= ceil((base - t) / 2), the opposite of count <= that - 1.
         const int64_t twice = int64_t{bases.at(c, number)} - *thresholds.of(c);
-        const int64_t limit = thresholds.falling(c) ? ((twice + 1) >> 1) - 1 : twice >> 1;
-        limits_.at(c, number) =
-            static_cast<int32_t>(std::clamp<int64_t>(limit, -1, std::numeric_limits<int32_t>::max()));
+        limits_.set(c, number, thresholds.falling(c) ? ((twice + 1) >> 1) - 1 : twice >> 1);
       }
     }
-    for (int64_t panel = 0; groups_ == 1 && panel < product_.panels(); ++panel)
-      block_falling_[panel / 4] |= static_cast<uint64_t>(falling_[panel]) << panel % 4 * kTileChannels;
   }
 
   const char* kernel(bool) const override { return shown("binary_bits"); }
 
   void run(const Call& call) const override {
-    const int64_t words = output().words();
-    auto* codes = call.result<uint64_t>();
-    if (run_blocks(call, row_of(limits_), [&](const SumBlock& block) {
-          const int64_t first = block.first_panel * kTileChannels;
-          for (int64_t p = 0; p < block.count; ++p)
-            kernels_.counts->bits(block.sums[0] + p, static_cast<int>(block.panels),
-                                  limits_.panel(0, block.first_panel) + block.places[p],
-                                  block_falling_.data() + first / 64,
-                                  codes + (block.first_pixel + p) * words + first / 64);
-        }))
+    const auto place = row_of(limits_.table());
+    if (run_blocks(call, place, [&](const SumBlock& block) { limits_.write(call, block, kernels_.counts->bits); }))
       return;
+    const int64_t words = output().words();
     fill_planes(call);
-    product_.run(call, clearing(call, output()), row_of(limits_),
+    product_.run(call, clearing(call, output()), place,
                  [&](const BinaryTile& tile, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
-                   const auto limits = rows_at(limits_, tile.count, places, group, panel);
+                   const auto limits = rows_at(limits_.table(), tile.count, places, group, panel);
                    uint16_t bits[kTilePixels];
-                   kernels_.binary_bits(tile, limits.data(), falling_[group * product_.panels() + panel], bits);
+                   kernels_.binary_bits(tile, limits.data(), limits_.inverted(group, panel), bits);
                    const int64_t first = group * product_.group_channels() + panel * kTileChannels;
-                   add_bits(codes + pixel * words, words, first, bits, tile.count);
+                   add_bits(call.result<uint64_t>() + pixel * words, words, first, bits, tile.count);
                  });
   }
 
  private:
-  PerChannel<int32_t> limits_;
-  std::vector<uint16_t> falling_;        // [group][panel], a bit per channel
-  std::vector<uint64_t> block_falling_;  // the same by words, of one group
+  BitLimits limits_;
 };
 
 // Codes of 2 to 8 bits out, a byte each.

@@ -17,6 +17,9 @@ inline constexpr size_t kAlignment = 64;  // a cache line, and the widest vector
 
 inline int64_t round_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
 inline int64_t ceil_div(int64_t number, int64_t divisor) { return (number + divisor - 1) / divisor; }
+inline int64_t floor_div(int64_t number, int64_t divisor) {
+  return number < 0 ? -ceil_div(-number, divisor) : number / divisor;
+}
 
 // Memory aligned to 64 bytes. What is at least a huge page large is aligned to one, and the system is asked for them:
 // weights then stream by without a page to be looked up every few lines.

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <optional>
 
+#include "bit_limits.h"
 #include "border_cases.h"
 #include "byte_blocks.h"
 #include "convolution.h"
@@ -19,6 +20,8 @@ constexpr int64_t kMaxSum = (int64_t{1} << 31) - 2;
 Shape output_shape(const OpSpec& spec, const Window& window) {
   return {window.height, window.width, spec.channels, has_tensor(spec, "thresholds") ? static_cast<int>(spec.bits) : 0};
 }
+
+bool makes_bits(const OpSpec& spec) { return has_tensor(spec, "thresholds") && spec.bits == 1; }
 
 // The products are of the codes themselves: with integers W of the weight, sum = m * (sum of code * W) + o * (sum of W
 // inside the image) for a grid m * code + o. A code of zero adds nothing at the border. Modulo 2^32, which the sum
@@ -57,6 +60,11 @@ class CodeConv2d final : public Op {
       return;
     }
     const Thresholds<int32_t> thresholds(spec, spec.channels);
+    if (spec.bits == 1) {
+      bit_limits_.emplace(bit_limits(spec, thresholds, multiplier_));
+      if (planes_) plane_limits_.emplace(bit_limits(spec, thresholds, multiplier_ * int64_t{planes_->unit()}));
+      return;
+    }
     if (spec.bits > kMostCounted) {
       std::vector<int64_t> rows(groups_ * panels_ * kTileChannels, -1);
       for (int64_t c = 0; c < spec.channels; ++c)
@@ -105,19 +113,29 @@ class CodeConv2d final : public Op {
  private:
   void run(const Call& call, const float* added) const {
     if (matrices_)
-      run_by(*matrices_, multiplier_, call, added);
+      run_by(*matrices_, multiplier_, bit_limits_, call, added);
     else if (by_planes_)
-      run_by(*planes_, static_cast<int32_t>(static_cast<uint32_t>(multiplier_) * planes_->unit()), call, added);
+      run_by(*planes_, static_cast<int32_t>(static_cast<uint32_t>(multiplier_) * planes_->unit()), plane_limits_, call,
+             added);
     else
-      run_by(*bytes_, multiplier_, call, added);
+      run_by(*bytes_, multiplier_, bit_limits_, call, added);
   }
 
-  // `multiplier`: of the sums, which are of codes.
+  // `multiplier`: of the sums, which are of codes; `limits`: of the sums, where bits come of them.
   template <class Blocks>
-  void run_by(const Blocks& blocks, int32_t multiplier, const Call& call, const float* added) const {
+  void run_by(const Blocks& blocks, int32_t multiplier, const std::optional<BitLimits>& limits, const Call& call,
+              const float* added) const {
     blocks.fill(call);
+    // All tables by border case have rows of one length.
     const auto row_of = [&](int64_t position) { return cases_ ? bases_->row(cases_->of_position(position)) : 0; };
-    blocks.run(call, clearing(call, output()), row_of, [&](const SumBlock& block) {
+    if (limits) {
+      const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
+        if (limits->shares_words()) clearing(call, output())(first, count, channel, end);
+      };
+      blocks.run(call, clear, row_of, [&](const SumBlock& block) { limits->write(call, block, kernels_.bits); });
+      return;
+    }
+    blocks.run(call, kNoBegin, row_of, [&](const SumBlock& block) {
       for (int64_t p = 0; p < block.count; p += kTilePixels) {
         const int count = static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p));
         const int64_t pixel = block.first_pixel + p;
@@ -153,6 +171,21 @@ class CodeConv2d final : public Op {
     }
   }
 
+  // total = multiplier * sum + base, and base is the border case's. Rising: total >= t, the opposite of
+  // total <= t - 1; falling: total <= t.
+  BitLimits bit_limits(const OpSpec& spec, const Thresholds<int32_t>& thresholds, int64_t multiplier) {
+    const int64_t cases = cases_ ? cases_->size() : 1;
+    BitLimits limits(spec, cases);
+    for (int64_t c = 0; c < spec.channels; ++c) {
+      const bool falling = thresholds.falling(c);
+      if (!falling) limits.invert(c);
+      for (int64_t number = 0; number < cases; ++number)
+        limits.set(c, number,
+                   floor_div(int64_t{*thresholds.of(c)} - (falling ? 0 : 1) - bases_->at(c, number), multiplier));
+    }
+    return limits;
+  }
+
   // The first of 16 channels.
   int64_t slot(int64_t group, int64_t panel) const { return (group * panels_ + panel) * kTileChannels; }
 
@@ -167,25 +200,13 @@ class CodeConv2d final : public Op {
     const int64_t inside = panel * kTileChannels, first = group * group_channels_ + inside;
     const int64_t wanted = std::min<int64_t>(kTileChannels, group_channels_ - inside);
     uint8_t codes[kTilePixels][kTileChannels];
-    const bool in_place = output().bits != 1 && wanted == kTileChannels;
-    if (in_place) {
+    if (wanted == kTileChannels) {
       write(call.result<uint8_t>() + pixel * output().channels + first, output().channels);
       return;
     }
     write(codes[0], kTileChannels);
-    if (output().bits != 1) {
-      for (int p = 0; p < sums.count; ++p)
-        std::copy_n(codes[p], wanted, call.result<uint8_t>() + (pixel + p) * output().channels + first);
-      return;
-    }
-    uint16_t bits[kTilePixels];
-    for (int p = 0; p < sums.count; ++p) {
-      uint64_t eights[kTileChannels / 8];
-      std::memcpy(eights, codes[p], kTileChannels);
-      bits[p] = static_cast<uint16_t>((lowest_bits(eights[0]) | lowest_bits(eights[1]) << 8) & ((1 << wanted) - 1));
-    }
-    const int64_t words = output().words();
-    add_bits(call.result<uint64_t>() + pixel * words, words, first, bits, sums.count);
+    for (int p = 0; p < sums.count; ++p)
+      std::copy_n(codes[p], wanted, call.result<uint8_t>() + (pixel + p) * output().channels + first);
   }
 
   const ByteKernels& kernels_;
@@ -199,7 +220,8 @@ class CodeConv2d final : public Op {
   std::string shape_;                 // where there are planes
   std::optional<BorderCases> cases_;  // where the grid has an offset; else there is one
   std::optional<PerChannel<int32_t>> bases_;
-  std::optional<RampTable<int32_t>> ramp_;  // for codes; where there is none, what follows
+  std::optional<BitLimits> bit_limits_, plane_limits_;  // for codes of one bit, of sums of bytes and of planes
+  std::optional<RampTable<int32_t>> ramp_;              // for other codes; where there is none, what follows
   int levels_ = 0;
   Buffer<int32_t> limits_;  // [group][panel][level][16]
   std::optional<PerChannel<int32_t>> flips_;
@@ -296,7 +318,9 @@ std::unique_ptr<Op> make_quant_conv2d(const OpSpec& spec, const Shape& input, co
       low = std::min(low, weights.at(o, n));
       high = std::max(high, weights.at(o, n));
     }
-  if (ByteBlocks::fits(spec, low, high, kernels.bytes))
+  // Bits come of sums of codes, before an offset comes to them: these must fit by themselves.
+  const bool fit = !makes_bits(spec) || terms * ((int64_t{1} << input.bits) - 1) * weights.largest() <= kMaxSum;
+  if (fit && ByteBlocks::fits(spec, low, high, kernels.bytes))
     return std::make_unique<CodeConv2d>(spec, input, window, weights, depth, std::max(-low, high), kernels);
   return std::make_unique<QuantConv2d>(spec, input, window, weights, depth, grid, kernels);
 }

@@ -164,7 +164,11 @@ def test_no_bit_is_set_behind_the_last_channel(isa, channels):
 
 
 def check_coded_layer(isa, *layer, kernel=None):
-    model, x = coded_layer(*layer)
+    return check_op(isa, *coded_layer(*layer), kernel=kernel)
+
+
+def check_op(isa, model, x, kernel=None):
+    """The second op of a model, of ``x``."""
     expected = reference.run_op(model.ops[1], model.op_tensors(1), [x])
     for threads in (1, 2):
         engine = Engine(model, threads=threads)
@@ -238,6 +242,25 @@ def test_sums_may_fill_an_int32(isa):
                 Engine(net.model)
             with pytest.raises(ValueError, match="overflow"):
                 _engine.Engine([3, 1, 1], net.model.ops, [net.model.op_tensors(i) for i in range(2)], 1)
+
+
+def test_bits_where_the_sum_of_the_codes_themselves_exceeds_an_int32(isa):
+    """Codes of 8 bits that stand for -128 to 127, all at the end: their offset brings the sum back."""
+    channels, outputs, terms = 16_600, 20, 4 * 16_600
+    assert terms * 255 * 127 > 2**31
+    net = Builder((channels, 2, 2))
+    net.op("threshold", tensors=thresholds(np.random.default_rng(0), np.float32, channels, 8, 1.0), bits=8)
+    grid, tensors = coded(np.random.default_rng(1), outputs, 2, channels, 8, 1, -128)
+    tensors["weight_codes"][::2] = np.iinfo(np.uint64).max  # 127
+    limits = 127 * 127 * terms + np.arange(outputs) % 4 // 2  # of channels 0, 4, ... the sum itself
+    tensors |= {"thresholds": limits.astype(np.int32)[:, None], "falling": np.zeros(outputs, np.uint8)}
+    grid |= {"input_multiplier": 1, "input_offset": -128}
+    net.op(
+        "quant_conv2d", tensors=tensors, groups=1, channels=outputs, bits=1, **grid, **window((2, 2), dilation=(1, 1))
+    )
+    net.op("relu", inputs=[0])  # the output must be float32
+    bits = check_op(isa, net.model, np.full((1, 2, 2, channels), 255, np.uint8))
+    np.testing.assert_array_equal(np.flatnonzero(bits), np.arange(0, outputs, 4))
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 8])

@@ -215,19 +215,6 @@ void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int c
     multiply_bytes<false>(pixels, weights, depth, panels, sums);
 }
 
-void bits(const int32_t (*counts)[kTileChannels], int panels, const int32_t* limits, const uint64_t* falling,
-          uint64_t* words) {
-  for (int panel = 0; panel < panels; panel += 4) {
-    uint64_t word = 0;
-    for (int i = 0; i < 4 && panel + i < panels; ++i) {
-      const int number = panel + i;
-      const __m512i row = _mm512_load_si512(counts[number * kBlockPixels]);
-      word |= uint64_t{_mm512_cmple_epi32_mask(row, _mm512_loadu_si512(limits + number * kTileChannels))} << 16 * i;
-    }
-    words[panel / 4] = word ^ falling[panel / 4];
-  }
-}
-
 // Of 16 channels for each panel, from `channel` on.
 template <int Panels, bool Adds>
 void panel_floats(const int32_t (*counts)[kTileChannels], int count, int64_t channel, const int32_t* const* bases,
@@ -270,7 +257,6 @@ void floats(const int32_t (*counts)[kTileChannels], int count, int panels, const
     all_floats<false>(counts, count, panels, bases, out);
 }
 
-constexpr CountKernels kCounts{bits, floats};
 constexpr MatrixKernels kMatrices{spread, begin, end, multiply};
 
 }  // namespace
@@ -282,7 +268,8 @@ LOWBIT_TARGET_CLOSE
 lowbit::Kernels lowbit::amx_kernels() {
   Kernels kernels = kAvx512VpopcntdqKernels;
   kernels.isa = "amx";
-  kernels.counts = &kCounts;
+  static const CountKernels counts{kernels.bytes->bits, floats};
+  kernels.counts = &counts;
   kernels.matrices = &kMatrices;
   static const ByteKernels bytes = [](ByteKernels table) {
     table.depth_multiple = 64;

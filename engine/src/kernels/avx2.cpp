@@ -135,10 +135,10 @@ void subtract_counts(const BinaryTile& tile, int shift, int32_t (*sums)[kTileCha
 }
 
 template <int P>
-void store_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
+void store_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t inverted, uint16_t* bits) {
   const Counts<P> sums(tile);
   for (int p = 0; p < P; ++p) {
-    unsigned word = falling;
+    unsigned word = inverted;
     for (int first = 0; first < kTileChannels; first += 8)
       word ^= within(sums.eight(p, first), limits[p] + first) << first;
     bits[p] = static_cast<uint16_t>(word);
@@ -158,8 +158,8 @@ void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileCha
   LOWBIT_BY_COUNT(subtract_counts, tile, shift, sums)
 }
 
-void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
-  LOWBIT_BY_COUNT(store_bits, tile, limits, falling, bits)
+void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t inverted, uint16_t* bits) {
+  LOWBIT_BY_COUNT(store_bits, tile, limits, inverted, bits)
 }
 
 void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {
@@ -385,13 +385,29 @@ void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t
   }
 }
 
+void sum_bits(const int32_t (*sums)[kTileChannels], int count, int panels, const SumLimits& of, uint64_t* words,
+              ptrdiff_t pitch) {
+  for (int panel = 0; panel < panels; panel += 4, sums += 4 * kBlockPixels) {
+    const int32_t* limits = of.limits + panel * kTileChannels;
+    const uint64_t inverted = of.inverted[panel / 4];
+    const int eights = panels - panel < 4 ? 2 * (panels - panel) : 8;
+    for (int p = 0; p < count; ++p) {
+      const int32_t* of_pixel = limits + of.places[p];
+      uint64_t word = 0;
+      for (int i = 0; i < eights; ++i)
+        word |= uint64_t{within(load(sums[i / 2 * kBlockPixels + p] + i % 2 * 8), of_pixel + 8 * i)} << 8 * i;
+      words[p * pitch + panel / 4] = word ^ inverted;
+    }
+  }
+}
+
 void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
   const IntegerSums from = sums;  // a copy, as store_sums has one
   for (int first = 0; first < from.panels * kTileChannels; first += 8)
     store_sums(from.count, out, first, [&](int p) { return completed(from, p, first); });
 }
 
-constexpr ByteKernels kBytes{4, 8, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};
+constexpr ByteKernels kBytes{4, 8, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats, sum_bits};
 
 uint64_t passed_word(const float* x, const FloatLimits& limits, size_t count) {
   uint64_t word = 0;

@@ -45,11 +45,11 @@ void subtract_counts(const BinaryTile& tile, int shift, int32_t (*sums)[kTileCha
 }
 
 template <int P>
-void store_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
+void store_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t inverted, uint16_t* bits) {
   const Counts<P> sums(tile);
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p)
-    bits[p] = static_cast<uint16_t>(_mm512_cmple_epi32_mask(narrow(sums, p), _mm512_loadu_si512(limits[p])) ^ falling);
+    bits[p] = static_cast<uint16_t>(_mm512_cmple_epi32_mask(narrow(sums, p), _mm512_loadu_si512(limits[p])) ^ inverted);
 }
 
 template <int P>
@@ -186,6 +186,24 @@ void sums_to_codes(const IntegerSums& sums, const IntegerLimits& limits, uint8_t
   }
 }
 
+void sum_bits(const int32_t (*sums)[kTileChannels], int count, int panels, const SumLimits& of, uint64_t* words,
+              ptrdiff_t pitch) {
+  for (int panel = 0; panel < panels; panel += 4, sums += 4 * kBlockPixels) {
+    const int32_t* limits = of.limits + panel * kTileChannels;
+    const uint64_t inverted = of.inverted[panel / 4];
+    const int left = panels - panel < 4 ? panels - panel : 4;
+    for (int p = 0; p < count; ++p) {
+      const int32_t* of_pixel = limits + of.places[p];
+      uint64_t word = 0;
+      for (int i = 0; i < left; ++i) {
+        const __m512i row = _mm512_loadu_si512(sums[i * kBlockPixels + p]);
+        word |= uint64_t{_mm512_cmple_epi32_mask(row, _mm512_loadu_si512(of_pixel + i * kTileChannels))} << 16 * i;
+      }
+      words[p * pitch + panel / 4] = word ^ inverted;
+    }
+  }
+}
+
 void sums_to_floats(const IntegerSums& sums, const FloatOutput& out) {
   const IntegerSums from = sums;  // as above
   const FloatOutput to = out;
@@ -201,8 +219,8 @@ void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileCha
   LOWBIT_BY_COUNT(subtract_counts, tile, shift, sums)
 }
 
-void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
-  LOWBIT_BY_COUNT(store_bits, tile, limits, falling, bits)
+void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t inverted, uint16_t* bits) {
+  LOWBIT_BY_COUNT(store_bits, tile, limits, inverted, bits)
 }
 
 void binary_floats(const BinaryTile& tile, const int32_t* const* bases, const FloatOutput& out) {

@@ -80,7 +80,7 @@ void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int c
                      sums[panel + 1] + first)
 }
 
-constexpr ByteKernels kBytes{4, 2, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats};
+constexpr ByteKernels kBytes{4, 2, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats, sum_bits};
 
 }  // namespace
 }  // namespace lowbit

@@ -69,12 +69,21 @@ struct BlockKernels {
                 int panels, BlockSums* counts);
 };
 
+// What sums, or counts, are held against: those of pixel p against limits[places[p] + c]. All go on to the last panel.
+struct SumLimits {
+  const int32_t* limits;
+  const int64_t* places;
+  const uint64_t* inverted;
+};
+
+// Bit c of pixel p's words, `pitch` of them after the one before's, = (sums[p][c] <= its limit) xor bit c of inverted;
+// panels are kBlockPixels rows apart, and a last word is filled up with zeros.
+using SumBits = void (*)(const int32_t (*sums)[kTileChannels], int count, int panels, const SumLimits&, uint64_t* words,
+                         ptrdiff_t pitch);
+
 // What becomes of counts.
 struct CountKernels {
-  // One pixel of the counts, `panels` of them kBlockPixels rows apart. Bit c of words = (count <= limits[c]) xor bit c
-  // of falling; limits and falling go on to the last panel, and a last word is filled up with zeros.
-  void (*bits)(const int32_t (*counts)[kTileChannels], int panels, const int32_t* limits, const uint64_t* falling,
-               uint64_t* words);
+  SumBits bits;
 
   // As binary_floats, of up to 8 pixels; panels as above.
   void (*floats)(const int32_t (*counts)[kTileChannels], int count, int panels, const int32_t* const* bases,
@@ -139,6 +148,8 @@ struct ByteKernels {
   void (*ramp)(const IntegerSums&, const Ramp<int32_t>&, uint8_t* codes, ptrdiff_t stride);
 
   void (*floats)(const IntegerSums&, const FloatOutput&);
+
+  SumBits bits;
 
   // A thread makes sums between these two; null where that is nothing.
   void (*begin)() = nullptr;
@@ -209,8 +220,8 @@ struct Kernels {
   // sums[p][c] -= count << shift, modulo 2^32: the number of bits in which pixel p and channel c differ, at most 2^24.
   void (*binary_subtract)(const BinaryTile&, int shift, int32_t (*sums)[kTileChannels]);
 
-  // Bit c of bits[p] = (count <= limits[p][c]) xor bit c of falling.
-  void (*binary_bits)(const BinaryTile&, const int32_t* const* limits, uint16_t falling, uint16_t* bits);
+  // Bit c of bits[p] = (count <= limits[p][c]) xor bit c of inverted.
+  void (*binary_bits)(const BinaryTile&, const int32_t* const* limits, uint16_t inverted, uint16_t* bits);
 
   // sum = bases[p][c] - 2 * count, for the channels of all panels of the tile.
   void (*binary_floats)(const BinaryTile&, const int32_t* const* bases, const FloatOutput&);

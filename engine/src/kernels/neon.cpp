@@ -61,7 +61,7 @@ void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileCha
   }
 }
 
-void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
+void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t inverted, uint16_t* bits) {
   constexpr uint32_t kBits[] = {1, 2, 4, 8};
   for (int p = 0; p < tile.count; ++p) {
     const Counts sums(tile, p);
@@ -71,7 +71,7 @@ void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t 
       const uint32x4_t passed = vcleq_s32(sums.four(first), vld1q_s32(limits[p] + first));
       below |= vaddvq_u32(vandq_u32(passed, vld1q_u32(kBits))) << first;
     }
-    bits[p] = static_cast<uint16_t>(below ^ falling);
+    bits[p] = static_cast<uint16_t>(below ^ inverted);
   }
 }
 

@@ -160,19 +160,6 @@ void count(const std::byte* arranged, const uint64_t* masks, const int32_t*, siz
   if (panels > 0) count_panels<4, 1>(starts, masks, depth, pairs, counts);
 }
 
-void count_bits(const int32_t (*counts)[kTileChannels], int panels, const int32_t* limits, const uint64_t* falling,
-                uint64_t* words) {
-  for (int panel = 0; panel < panels; panel += 4) {
-    uint64_t word = falling[panel / 4];
-    for (int i = 0; i < 8 && panel + i / 2 < panels; ++i) {
-      const int number = panel + i / 2, half = i % 2 * 8;
-      const unsigned eight = within(load(counts[number * kBlockPixels] + half), limits + number * kTileChannels + half);
-      word ^= uint64_t{eight} << 8 * i;
-    }
-    words[panel / 4] = word;
-  }
-}
-
 void count_floats(const int32_t (*counts)[kTileChannels], int count, int panels, const int32_t* const* bases,
                   const FloatOutput& out) {
   for (int first = 0; first < panels * kTileChannels; first += 8) {
@@ -184,7 +171,7 @@ void count_floats(const int32_t (*counts)[kTileChannels], int count, int panels,
 
 constexpr BlockKernels kBlocks{kNibbles * kRowWords / kBlockChannels, arrange_weights, pixel_bytes, arrange_pixels,
                                count};
-constexpr CountKernels kCounts{count_bits, count_floats};
+constexpr CountKernels kCounts{sum_bits, count_floats};
 
 }  // namespace
 }  // namespace lowbit

@@ -25,11 +25,11 @@ void binary_subtract(const BinaryTile& tile, int shift, int32_t (*sums)[kTileCha
           static_cast<int32_t>(static_cast<uint32_t>(sums[p][c]) - (static_cast<uint32_t>(count(tile, p, c)) << shift));
 }
 
-void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t falling, uint16_t* bits) {
+void binary_bits(const BinaryTile& tile, const int32_t* const* limits, uint16_t inverted, uint16_t* bits) {
   for (int p = 0; p < tile.count; ++p) {
     unsigned below = 0;
     for (int c = 0; c < kTileChannels; ++c) below |= static_cast<unsigned>(count(tile, p, c) <= limits[p][c]) << c;
-    bits[p] = static_cast<uint16_t>(below ^ falling);
+    bits[p] = static_cast<uint16_t>(below ^ inverted);
   }
 }
 
