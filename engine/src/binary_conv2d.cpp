@@ -52,6 +52,7 @@ class BinaryConv2d : public Op {
       matrices_.emplace(make_matrices(spec, input, window, *kernels.matrices));
     else if (groups_ == 1 && product_.panels() > 1 && fit_blocks(product_, kernels.blocks))
       blocks_.emplace(product_, *kernels.blocks);
+    product_.prepare_words(kernels);
     shape_ = describe(spec, input, output().bits);
   }
 

@@ -115,6 +115,16 @@ class Product {
     }
   }
 
+  // From now on, the words of weights and of gathered pixels are what these kernels read.
+  void prepare_words(const Kernels& kernels)
+    requires std::is_same_v<T, uint64_t>
+  {
+    prepare_ = kernels.prepare_words;
+    if (prepare_ == nullptr) return;
+    for (int64_t number = 0; number < groups_ * panels_; ++number)
+      prepare_(weights_.data() + panel_start(0, number), taps_.size(), kTileChannels);
+  }
+
   int64_t channels() const { return channels_; }
   int64_t group_channels() const { return channels_ / groups_; }
   int64_t panels() const { return panels_; }  // of one group
@@ -209,22 +219,25 @@ class Product {
 
   // What up to 8 pixels see, as a tile has it. Runs of neighbours are copied whole, with what lies behind them: the
   // next copy writes over that, and behind the last tap, as behind the last plane, there are kRowBytes for it.
-  void gather(const T* plane, const int64_t* pixels, int count, T* tile) const {
+  void gather(const T* plane, const int64_t* pixels, int count, T* const tile) const {
     int starts[kTilePixels], runs = 0;
     for (int p = 0; p < count; ++p)
       if (p == 0 || pixels[p] != pixels[p - 1] + 1) starts[runs++] = p;
     const auto copy = [&](const auto& of_tap) {
+      T* row = tile;
       for (const int64_t tap : taps_) {
-        of_tap(plane + tap);
-        tile += count;
+        of_tap(plane + tap, row);
+        row += count;
       }
     };
     if (const int64_t first = pixels[0]; runs == 1)  // as mostly, without a loop in the loop
-      copy([&](const T* from) { std::memcpy(tile, from + first, kRowBytes); });
+      copy([&](const T* from, T* row) { std::memcpy(row, from + first, kRowBytes); });
     else
-      copy([&](const T* from) {
-        for (int run = 0; run < runs; ++run) std::memcpy(tile + starts[run], from + pixels[starts[run]], kRowBytes);
+      copy([&](const T* from, T* row) {
+        for (int run = 0; run < runs; ++run) std::memcpy(row + starts[run], from + pixels[starts[run]], kRowBytes);
       });
+    if constexpr (std::is_same_v<T, uint64_t>)
+      if (prepare_ != nullptr) prepare_(tile, taps_.size(), count);
   }
 
  private:
@@ -250,6 +263,7 @@ class Product {
   int64_t groups_, channels_, set_planes_, planes_, padded_height_, phases_, padded_width_, panels_;
   std::vector<int64_t> taps_, columns_;
   Buffer<T> weights_;  // [group][panel][tap][16], zero beyond the last channel
+  decltype(Kernels::prepare_words) prepare_ = nullptr;
 };
 
 // Checks what all convolutions have in common; returns input channels per group.

@@ -42,6 +42,7 @@ class PlaneBlocks {
         for (size_t k = 0; k < taps; ++k) ones += std::popcount(words[k * kTileChannels]);
         starts_[c] += static_cast<uint32_t>(ones * ((1 << input.bits) - 1) << j);
       }
+    product_.prepare_words(kernels);
   }
 
   int64_t products() const { return input_.bits * width_; }

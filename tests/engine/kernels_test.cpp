@@ -100,6 +100,22 @@ struct Comparison {
 
 using Sums = int32_t (*)[kTileChannels];
 
+// The words of a tile as a table's kernels read them.
+struct Prepared {
+  std::vector<uint64_t> pixels, weights;
+  BinaryTile tile;
+
+  Prepared(const Kernels& kernels, const BinaryTile& raw)
+      : pixels(raw.pixels, raw.pixels + raw.depth * raw.count),
+        weights(raw.weights, raw.weights + raw.depth * raw.panels * kTileChannels),
+        tile{pixels.data(), weights.data(), raw.depth, raw.count, raw.panels} {
+    if (kernels.prepare_words == nullptr) return;
+    kernels.prepare_words(pixels.data(), raw.depth, raw.count);
+    for (int panel = 0; panel < raw.panels; ++panel)
+      kernels.prepare_words(weights.data() + panel * raw.depth * kTileChannels, raw.depth, kTileChannels);
+  }
+};
+
 void check_binary(Comparison& comparison, size_t depth, int count) {
   const auto zeros = [] { return uint64_t{0}; };
   const auto any = [] { return random_bits(); };
@@ -108,9 +124,10 @@ void check_binary(Comparison& comparison, size_t depth, int count) {
   for (uint64_t& word : opposite.weights) word = ~uint64_t{0};
   const auto shift = static_cast<int>(integer(0, 9));
   for (const BinaryTile& tile : {mixed.tile, opposite.tile}) {
-    comparison.check<int32_t>(
-        "binary_subtract", depth, count, kTilePixels * kTileChannels,
-        [&](const Kernels& k, int32_t* out) { k.binary_subtract(tile, shift, reinterpret_cast<Sums>(out)); });
+    comparison.check<int32_t>("binary_subtract", depth, count, kTilePixels * kTileChannels,
+                              [&](const Kernels& k, int32_t* out) {
+                                k.binary_subtract(Prepared(k, tile).tile, shift, reinterpret_cast<Sums>(out));
+                              });
     const auto middle = static_cast<int64_t>(32 * depth);
     const TileRows limits(count, [&] {
       constexpr int64_t kEnds[] = {INT32_MIN, -1, INT32_MAX};
@@ -118,7 +135,7 @@ void check_binary(Comparison& comparison, size_t depth, int count) {
     });
     const auto inverted = static_cast<uint16_t>(random_bits());
     comparison.check<uint16_t>("binary_bits", depth, count, kTilePixels, [&](const Kernels& k, uint16_t* out) {
-      k.binary_bits(tile, limits.rows.data(), inverted, out);
+      k.binary_bits(Prepared(k, tile).tile, limits.rows.data(), inverted, out);
     });
   }
 }
@@ -135,7 +152,7 @@ void check_binary_floats(Comparison& comparison, size_t depth, int count, int pa
   const auto others = filled<float>((count - 1) * stride + channels, real);
   const auto check = [&](const auto& added) {
     comparison.check<float>("binary_floats", depth, count, kTilePixels * stride, [&](const Kernels& k, float* out) {
-      k.binary_floats(tile, bases.rows.data(), {scale.data(), bias.data(), out, stride, added(out)});
+      k.binary_floats(Prepared(k, tile).tile, bases.rows.data(), {scale.data(), bias.data(), out, stride, added(out)});
     });
   };
   check([](float*) -> const float* { return nullptr; });

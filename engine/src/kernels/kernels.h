@@ -28,7 +28,7 @@ struct Tile {
   const T* at(size_t k) const { return pixels + (taps != nullptr ? taps[k] : static_cast<int64_t>(k) * count); }
 };
 
-using BinaryTile = Tile<uint64_t>;  // depth in 64-bit words
+using BinaryTile = Tile<uint64_t>;  // depth in 64-bit words, see Kernels::prepare_words
 using FloatTile = Tile<float>;
 using IntegerTile = Tile<int16_t>;  // what codes stand for: multiplier * code + offset, and 0 outside the image
 
@@ -263,6 +263,10 @@ struct Kernels {
 
   // For products with weights of one bit; null where there is no unit for matrices.
   const MatrixKernels* matrices = nullptr;
+
+  // What becomes of words[depth][count], pixels or weights, before binary_subtract, binary_bits and binary_floats read
+  // them; null where they read words as they are.
+  void (*prepare_words)(uint64_t* words, size_t depth, int count) = nullptr;
 };
 
 extern const Kernels kScalarKernels;
