@@ -43,8 +43,9 @@ Plan::Plan(const std::vector<Shape>& shapes, const std::vector<std::vector<size_
   place_values(graph);
 }
 
-// A pixelwise op follows the op, or a follower of the op, that runs last of those whose outputs it reads, if that has
-// as many channels: parts are the same to all.
+// A pixelwise op follows the op, or a follower of the op, that runs last of those whose outputs it reads, if parts are
+// the same to both. If that cannot be, it follows the next pixelwise one, so that its output is there before that of a
+// later convolution, which may join a sum of both.
 void Plan::make_groups(const Graph& graph) {
   for (const auto& op : graph.ops) pixelwise_.push_back(dynamic_cast<const PixelwiseOp*>(op.get()));
   group_of_op_.assign(graph.ops.size(), kNoGroup);
@@ -52,10 +53,9 @@ void Plan::make_groups(const Graph& graph) {
     if (group_of_op_[i] != kNoGroup) continue;
     size_t last = 0;  // the number of groups up to the one that it can follow
     for (const size_t value : graph.inputs[i]) last = std::max(last, value == 0 ? 0 : group_of_op_[value - 1] + 1);
-    if (pixelwise_[i] != nullptr && last > 0 && groups[last - 1].strip_rows == 0 &&
-        graph.ops[groups[last - 1].head]->output().channels == graph.ops[i]->output().channels) {
-      groups[last - 1].followers.push_back(i);
-      group_of_op_[i] = last - 1;
+    if (const size_t number = group_before(graph, i, last); number != kNoGroup) {
+      groups[number].followers.push_back(i);
+      group_of_op_[i] = number;
       continue;
     }
     groups.push_back(group_from(graph, i));
@@ -70,6 +70,19 @@ void Plan::make_groups(const Graph& graph) {
     group.joined =
         !group.followers.empty() && readers == 1 && graph.ops[group.head]->joins(*pixelwise_[group.followers[0]]);
   }
+}
+
+// The group that op i can follow, which reads something of group number `last` - 1 and nothing of later ones.
+size_t Plan::group_before(const Graph& graph, size_t i, size_t last) const {
+  if (pixelwise_[i] == nullptr) return kNoGroup;
+  const Shape& shape = graph.shapes[i + 1];
+  for (size_t number = last > 0 ? last - 1 : 0; number < groups.size(); ++number) {
+    const Group& group = groups[number];
+    const Shape& other = graph.shapes[group.head + 1];
+    const bool alike = other.height == shape.height && other.width == shape.width && other.channels == shape.channels;
+    if (alike && group.strip_rows == 0 && (number + 1 == last || pixelwise_[group.head] != nullptr)) return number;
+  }
+  return kNoGroup;
 }
 
 // The group of a head, which works on strips if it can and should; if not, it has no others yet.
@@ -106,7 +119,8 @@ void Plan::find_homes(const Graph& graph) {
     for (size_t i = 0; i < graph.ops.size(); ++i) {
       if (!contains(graph.inputs[i], value)) continue;
       const bool same = group_of_op_[i] == group;
-      const bool later = i > op || i == groups[group].head || contains(groups[group].pools, i);
+      const bool spreads = i == groups[group].head && pixelwise_[i] == nullptr;  // beyond a part
+      const bool later = i > op || spreads || contains(groups[group].pools, i);
       if (group_of_op_[i] > group || (same && later)) return false;
     }
     return true;

@@ -55,6 +55,7 @@ class Plan {
   };
 
   void make_groups(const Graph& graph);
+  size_t group_before(const Graph& graph, size_t i, size_t last) const;
   Group group_from(const Graph& graph, size_t head) const;
   void find_homes(const Graph& graph);
   void place_values(const Graph& graph);

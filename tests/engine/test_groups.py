@@ -174,6 +174,24 @@ def test_pools_follow_a_convolution_strip_by_strip(name, kind, sizes):
     same_as_one_by_one(net.model, name, 0, 2, 2, 1)
 
 
+@pytest.mark.parametrize("name", _engine.available_isas())
+@pytest.mark.parametrize("strip_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("again", [True, False])
+def test_a_pool_is_read_as_codes_and_by_a_shortcut_with_a_norm(name, strip_bytes, again):
+    """As in a ResNet whose pool lies in front of its norm: the shortcut's norm runs with the threshold of the codes."""
+    net, rng, channels = Builder((3, 22, 18)), np.random.default_rng(0), 64
+    weight = {"weight": rng.normal(size=(channels, 3, 3, 3)).astype(np.float32)}
+    made = net.op("conv2d", [0], weight, groups=1, channels=channels, **SAME)
+    pooled = net.op("max_pool", [made], {"falling": np.zeros(channels, np.uint8)}, **window((3, 3), (2, 2), (1, 1)))
+    codes = net.op("threshold", [pooled], thresholds(rng, np.float32, channels, 1, 1.0), bits=1)
+    sums = of_codes(net, rng, "binary_conv2d", codes, channels, channels)
+    norm = {name: rng.normal(size=channels).astype(np.float32) for name in ("scale", "shift")}
+    added = net.op("add", [sums, net.op("relu", [net.op("affine", [pooled], norm)])])
+    net.op("add", [added, pooled if again else added])
+    for batch, threads in ((1, 1), (3, 2)):
+        same_as_one_by_one(net.model, name, 0, batch, threads, strip_bytes)
+
+
 def same_as_one_by_one(model, name, seed, batch, threads, strip_bytes=None):
     x = np.random.default_rng(seed).normal(size=(batch, *model.input_shape)).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
