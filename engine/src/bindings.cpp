@@ -107,10 +107,12 @@ class PyEngine {
     nb::object result = new_array(out, {batch, out.channels, out.height, out.width});
     auto* data = static_cast<float*>(nb::cast<nb::ndarray<float, nb::c_contig>>(result).data());
     std::vector<double> times(engine_.op_count());
+    bool finite;
     {
       const nb::gil_scoped_release release;
-      engine_.run(images.data(), batch, data, seconds.is_none() ? nullptr : times.data());
+      finite = engine_.run(images.data(), batch, data, seconds.is_none() ? nullptr : times.data());
     }
+    if (!finite) return nb::none();
     if (!seconds.is_none())
       for (const double time : times) seconds.attr("append")(time);
     return result;

@@ -1,5 +1,6 @@
 // The engine: builds the ops, and runs them as planned.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <mutex>
@@ -72,19 +73,6 @@ struct Lane {
   std::byte* at(const Block& block) const { return arena + block.offset * batch; }
 };
 
-template <class Channels>
-void interleave(const float* planes, int64_t size, Channels channels, float* pixels) {
-  for (int64_t i = 0; i < size; ++i)
-    for (int64_t c = 0; c < channels; ++c) pixels[i * channels + c] = planes[c * size + i];
-}
-
-void to_channels_last(const float* planes, const Shape& shape, float* pixels) {
-  if (shape.channels == 3)  // of colours, a number that the compiler can use
-    interleave(planes, shape.pixels(), std::integral_constant<int64_t, 3>(), pixels);
-  else
-    interleave(planes, shape.pixels(), shape.channels, pixels);
-}
-
 void to_channels_first(const float* pixels, const Shape& shape, float* planes) {
   for (int64_t c = 0; c < shape.channels; ++c)
     for (int64_t i = 0; i < shape.pixels(); ++i) *planes++ = pixels[i * shape.channels + c];
@@ -110,7 +98,7 @@ struct Engine::State {
         pool(std::make_unique<ThreadPool>(threads)),
         mutex(std::make_unique<std::mutex>()) {}
 
-  void run(const Lane& lane, const float* images, float* outputs, double* seconds);
+  bool run(const Lane& lane, const float* images, float* outputs, double* seconds);
   void run_group(const Lane& lane, const Group& group, Call& call) const;
   void run_strips(const Lane& lane, const Group& group, Call call, double* seconds) const;
   int64_t run_pool(const Lane& lane, size_t op, int64_t image, int64_t done, int64_t kept, int64_t end) const;
@@ -181,11 +169,15 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
 
 Engine::~Engine() = default;
 
-void Engine::State::run(const Lane& lane, const float* images, float* outputs, double* seconds) {
+bool Engine::State::run(const Lane& lane, const float* images, float* outputs, double* seconds) {
   const Shape &in = shapes.front(), &out = shapes.back();
   auto* pixels = reinterpret_cast<float*>(value(lane, 0));
-  lane.pool.run(static_cast<size_t>(lane.batch),
-                [&](size_t n, int) { to_channels_last(images + n * in.elements(), in, pixels + n * in.elements()); });
+  std::atomic<bool> finite = true;
+  lane.pool.run(static_cast<size_t>(lane.batch), [&](size_t n, int) {
+    const int64_t first = static_cast<int64_t>(n) * in.elements();
+    if (!kernels.rows->interleave(images + first, in.pixels(), in.channels, pixels + first)) finite = false;
+  });
+  if (!finite) return false;
   for (size_t number = 0; number < plan.groups.size(); ++number) {
     const auto start = Clock::now();
     const Group& group = plan.groups[number];
@@ -206,6 +198,7 @@ void Engine::State::run(const Lane& lane, const float* images, float* outputs, d
   const auto* results = reinterpret_cast<const float*>(value(lane, ops.size()));
   for (int64_t n = 0; n < lane.batch; ++n)
     to_channels_first(results + n * out.elements(), out, outputs + n * out.elements());
+  return true;
 }
 
 void Engine::State::run_group(const Lane& lane, const Group& group, Call& call) const {
@@ -269,10 +262,10 @@ void Engine::State::run_strips(const Lane& lane, const Group& group, Call call, 
 
 // Threads take images of their own where there are enough for all, and need not wait for each other then; else, and
 // where ops are timed, they share the work of each op.
-void Engine::run(const float* images, int64_t batch, float* outputs, double* seconds) {
+bool Engine::run(const float* images, int64_t batch, float* outputs, double* seconds) {
   State& s = *state_;
   const std::lock_guard lock(*s.mutex);
-  if (batch == 0) return;
+  if (batch == 0) return true;
   const DefaultFloatMode mode;
   const int64_t threads = s.pool->size(), in = s.shapes.front().elements(), out = s.shapes.back().elements();
   const bool apart = threads > 1 && seconds == nullptr && (batch % threads == 0 || batch >= kEnoughImages * threads);
@@ -285,16 +278,18 @@ void Engine::run(const float* images, int64_t batch, float* outputs, double* sec
     s.arena.clear();  // so that nothing is copied
     s.arena.resize(lane_bytes * lanes);
   }
+  std::atomic<bool> finite = true;
   const auto run = [&](int64_t number, int thread, ThreadPool& pool) {
     const int64_t first = number * batch / chunks, end = (number + 1) * batch / chunks;
-    s.run({s.arena.data() + thread * lane_bytes, end - first, pool,
-           s.thread_scratch.data() + thread * s.plan.thread_bytes, s.followers[thread]},
-          images + first * in, outputs + first * out, seconds);
+    const Lane lane{s.arena.data() + thread * lane_bytes, end - first, pool,
+                    s.thread_scratch.data() + thread * s.plan.thread_bytes, s.followers[thread]};
+    if (!s.run(lane, images + first * in, outputs + first * out, seconds)) finite = false;
   };
   if (apart)
     s.pool->run(chunks, [&](size_t number, int thread) { run(number, thread, s.alone); });
   else
     for (int64_t number = 0; number < chunks; ++number) run(number, 0, *s.pool);
+  return finite;
 }
 
 void Engine::run_op(size_t index, const std::vector<const void*>& inputs, int64_t batch, void* output) {

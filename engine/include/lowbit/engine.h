@@ -62,8 +62,9 @@ class Engine {
   ~Engine();
 
   // Float32 images (batch, C, H, W) to outputs (batch, C, H, W). `seconds`, when given, gets the time of each op added,
-  // in which all threads work on it; else they take images of their own where there are enough.
-  void run(const float* images, int64_t batch, float* outputs, double* seconds = nullptr);
+  // in which all threads work on it; else they take images of their own where there are enough. Returns false if a
+  // number of the images is not finite; the outputs mean nothing then.
+  bool run(const float* images, int64_t batch, float* outputs, double* seconds = nullptr);
 
   // Runs op `index` alone. Values are (batch, H, W, C): floats, or codes as a byte each, which must be below 2^bits.
   void run_op(size_t index, const std::vector<const void*>& inputs, int64_t batch, void* output);

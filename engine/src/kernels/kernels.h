@@ -212,6 +212,9 @@ struct RowKernels {
   // minimum of a channel whose flip is -0, not 0.
   void (*maximum)(const float* const* taps, size_t count, const float* flips, float* y, size_t channels);
   void (*sum)(const float* const* taps, size_t count, float* y, size_t channels);
+
+  // Planes, one for each channel, become pixels, which lie elsewhere. Returns whether all numbers are finite.
+  bool (*interleave)(const float* planes, size_t pixels, size_t channels, float* y);
 };
 
 struct Kernels {

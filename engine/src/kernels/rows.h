@@ -152,7 +152,24 @@ void sum(const float* const* taps, size_t count, float* y, size_t channels) {
   });
 }
 
-constexpr RowKernels kRows{add, affine, prelu, clamp, divide, maximum, sum};
+// Three colours are a number that the compiler can use.
+bool interleave(const float* planes, size_t pixels, size_t channels, float* __restrict y) {
+  if (channels == 3)
+    for (size_t i = 0; i < pixels; ++i)
+      for (size_t c = 0; c < 3; ++c) y[i * 3 + c] = planes[c * pixels + i];
+  else
+    for (size_t i = 0; i < pixels; ++i)
+      for (size_t c = 0; c < channels; ++c) y[i * channels + c] = planes[c * pixels + i];
+  constexpr uint32_t kInfinity = 0x7f800000;
+  uint32_t largest = 0;
+  for (size_t i = 0; i < pixels * channels; ++i) {
+    const uint32_t magnitude = __builtin_bit_cast(uint32_t, planes[i]) & ~(1u << 31);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest < kInfinity;
+}
+
+constexpr RowKernels kRows{add, affine, prelu, clamp, divide, maximum, sum, interleave};
 
 }  // namespace
 }  // namespace lowbit

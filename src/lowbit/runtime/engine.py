@@ -126,7 +126,7 @@ class Engine:
         Raises:
             UsageError: ``x`` has another type or shape, or holds a number that is not finite.
         """
-        return self._flat(self._native.run(self._checked(x)))
+        return self._flat(self._run(x))
 
     def profile(self, x: Floats) -> list[float]:
         """Seconds that each op takes in one run on ``x``, all threads at work on it. Raises like calling the engine.
@@ -134,7 +134,7 @@ class Engine:
         Otherwise threads take images of their own where a batch has enough of them, and the ops' sum is an upper bound.
         """
         seconds: list[float] = []
-        self._native.run(self._checked(x), seconds)
+        self._run(x, seconds)
         return seconds
 
     def predict(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float64]:
@@ -177,7 +177,7 @@ class Engine:
             _check_value(f"op {index}", array, self._values[number], inputs[0].shape[:1])
         return self._native.run_op(index, [np.ascontiguousarray(array) for array in inputs])
 
-    def _checked(self, x: Floats) -> Floats:
+    def _run(self, x: Floats, seconds: list[float] | None = None) -> Floats:
         if not isinstance(x, np.ndarray) or x.dtype != np.float32:
             found = f"{x.dtype} array" if isinstance(x, np.ndarray) else type(x).__name__
             raise UsageError(
@@ -186,9 +186,10 @@ class Engine:
         if x.ndim != 4 or x.shape[1:] != tuple(self.input_shape):
             wanted = ", ".join(map(str, self.input_shape))
             raise UsageError(f"the engine needs images of shape (N, {wanted}), not {x.shape}")
-        if not np.isfinite(x).all():
+        outputs = self._native.run(np.ascontiguousarray(x), seconds)
+        if outputs is None:
             raise UsageError("the engine's input holds a NaN or an infinity; check the preprocessing")
-        return np.ascontiguousarray(x)
+        return outputs
 
     def _flat(self, outputs: Floats) -> Floats:
         return outputs.reshape(outputs.shape[:2]) if outputs.shape[2:] == (1, 1) else outputs
