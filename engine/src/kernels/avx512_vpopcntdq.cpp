@@ -55,7 +55,11 @@ template <int P, int N>
   const uint64_t* w = tile.weights;
   __m512i sums[N][2], counts[N][2];
   const auto word = [&](size_t k, int p) { return _mm512_set1_epi64(static_cast<long long>(x[k * P + p])); };
-  const auto weight = [&](size_t k, int half) { return _mm512_loadu_si512(w + k * kTileChannels + 8 * half); };
+  const auto weight = [&](size_t k, int half) {
+    const uint64_t* words = w + k * kTileChannels + 8 * half;
+    if constexpr (P == 1) _mm_prefetch(reinterpret_cast<const char*>(words + kAhead), _MM_HINT_T0);
+    return _mm512_loadu_si512(words);
+  };
 #pragma GCC unroll 4
   for (int p = 0; p < N; ++p)
 #pragma GCC unroll 2
@@ -65,9 +69,6 @@ template <int P, int N>
     }
   size_t k = 1;
   for (; k + 1 < depth; k += 2) {
-    if constexpr (P == 1)
-      for (int line = 0; line < 4; ++line)
-        _mm_prefetch(reinterpret_cast<const char*>(w + k * kTileChannels + kAhead + 8 * line), _MM_HINT_T0);
     const __m512i of_bits[] = {weight(k, 0), weight(k, 1)}, of_sum[] = {weight(k + 1, 0), weight(k + 1, 1)};
 #pragma GCC unroll 4
     for (int p = 0; p < N; ++p) {
