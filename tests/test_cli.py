@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -125,6 +126,30 @@ def test_what_is_no_file_is_not_replaced_by_one(road: Path, tmp_path: Path, targ
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "model.safetensors"])
+@pytest.mark.parametrize("command", ["export", "evaluate", "compare"])
+def test_no_output_takes_the_place_of_a_file_of_a_run(road: Path, command: str, name: str) -> None:
+    output = road / "float" / name
+    before = output.read_bytes()
+    refused = called(command, road / "xnor_net", "-o", output, status=2)
+    assert f"-o names {output}, which is a file of a run; choose another name" in refused.stderr
+    assert output.read_bytes() == before
+
+
+def test_no_output_takes_the_place_of_what_is_read(road: Path) -> None:
+    packed_file = road / "model.lowbit"
+    assert "which is read" in called("evaluate", packed_file, "-o", packed_file, status=2).stderr
+    packed.read(packed_file)
+
+
+def test_what_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> Path:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("lowbit.pretrained.find", refuse)
+    assert called("inspect", "x.lowbit", status=1).stderr.startswith("lowbit: x.lowbit: permission denied; ")
+
+
 def keys(settings: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The keys of a JSON object and of those in it, as paths."""
     for key, value in settings.items():
@@ -157,6 +182,28 @@ def test_a_config_that_lacks_a_key_is_taken_or_named(road: Path, tmp_path: Path)
                 if f"it has no '{path[-1]}'" in str(error):
                     named.add(path)
     assert {("model",), ("method", "name"), ("preprocessing",), ("data", "hash"), ("classes",)} <= named
+
+
+@pytest.mark.parametrize("value", [None, ["x"], -1, "x"], ids=repr)
+def test_a_config_of_other_types_is_taken_or_refused(road: Path, tmp_path: Path, value: Any) -> None:
+    whole = json.loads((road / "xnor_net" / "config.json").read_text())
+    run = tmp_path / "run"
+    shutil.copytree(road / "xnor_net", run)
+    for path in (path for path in keys(whole) if path[0] not in ("versions", "hardware")):
+        config = copy.deepcopy(whole)
+        inner = config
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        (run / "config.json").write_text(json.dumps(config))
+        for command in (
+            ("evaluate", run, "-o", tmp_path / "evaluation.json"),
+            ("export", run, "-o", tmp_path / "model.lowbit"),
+            ("compare", run, road / "float", "-o", tmp_path / "report.html"),
+            ("train", "--resume", "--out", run),
+        ):
+            with contextlib.suppress(LowbitError):
+                app([str(argument) for argument in command], standalone_mode=False)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +355,25 @@ MISTAKES = {
         2,
         "recipe field 'distill_weight' is for a teacher; name one with --distill-from",
     ),
-    "no run": (["evaluate", "nowhere"], 1, "no run folder"),
+    "a setting given twice": (
+        ["train", "--method", "dorefa", *TRAIN, "--set", "bits_w=2", "--bits-w", "4", "--out", "x"],
+        2,
+        "bits_w is given twice, as 2 and as 4",
+    ),
+    "an option and its field": (
+        ["train", "--method", "bnn", *TRAIN, "--epochs", "3", "--set", "recipe.epochs=1", "--out", "x"],
+        2,
+        "--epochs is 3 and recipe.epochs is 1",
+    ),
+    "images too large": (
+        ["train", "--method", "bnn", *TRAIN[:2], "--data", "folder:.", "--image-size", "20000", "--out", "x"],
+        2,
+        "--image-size is 20000, but must be from 1 to 16384",
+    ),
+    "no run": (["evaluate", "nowhere"], 2, "nowhere does not exist"),
+    "a folder without a run": (["evaluate", "."], 1, "no run folder"),
+    "a folder as an image": (["predict", "digits-1bit", "."], 1, ". is no regular file"),
+    "a batch without end": (["bench", "digits-1bit", "--batch", "1000000000"], 2, "more memory than there is"),
     "nothing to bench": (["bench"], 2, "bench needs a packed file"),
     "no packed file": (["inspect", "nowhere.lowbit"], 1, "nowhere.lowbit"),
 }

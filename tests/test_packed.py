@@ -139,6 +139,7 @@ def header_with(**changes) -> bytes:
         ({"classes": ["cat"]}, "1 class names"),
         ({"classes": [1, 2]}, "list of names"),
         ({"classes": ["cat", "\x1b[2Jdog"]}, "without control characters"),
+        ({"classes": ["cat", "\u202edog"]}, "without control characters"),
         ({"provenance": {"run": "\ud800"}}, "no JSON.*surrogates not allowed"),
         ({"provenance": []}, "provenance"),
         ({"preprocessing": {"mode": "RGB"}}, "preprocessing is malformed"),

@@ -19,6 +19,8 @@ def load_data(
     """The data set named on the command line, else the one that ``source`` was trained on."""
     from lowbit import data as data_sets
 
+    if not source.exists():
+        raise UsageError(f"{source} does not exist; give a run folder, a .safetensors file or a .lowbit file")
     if data is not None:
         return data_sets.load(data, data_dir, image_size)
     used = _data_of(source)
@@ -61,7 +63,10 @@ def parse_settings(
         if not equals:
             raise UsageError(f"--set takes KEY=VALUE, not '{setting}'")
         owner, dot, option = key.partition(".")
-        texts[owner if dot and owner in texts else "method"][option if dot and owner in texts else key] = value
+        into, option = (texts[owner], option) if dot and owner in texts else (texts["method"], key)
+        if into.get(option, value) != value:
+            raise UsageError(f"{key} is given twice, as {into[option]} and as {value}; leave one out")
+        into[option] = value
     types = field_types(Recipe)
     for key in texts["recipe"]:
         if key not in types:
@@ -99,6 +104,13 @@ def train_config(
         if name not in given:
             raise UsageError(f"--{name} is missing; `lowbit {listing}` lists the choices")
     of_method, of_model, of_recipe = parse_settings(given["method"], given["model"], settings)
+    for name in of_recipe.keys() & overrides.keys():
+        if of_recipe[name] != overrides[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} is {overrides[name]} and recipe.{name} is {of_recipe[name]}, which are the same setting; "
+                "leave one out"
+            )
     config = TrainConfig(
         out=out,
         resume=resume,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -175,8 +177,8 @@ def train(
     )
     try:
         _summarise(train_run(config))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        raise SystemExit(128 + (stop.args or (signal.SIGINT,))[0]) from None
 
 
 @app.command()
@@ -225,7 +227,10 @@ def evaluate(
     from lowbit.evaluation import evaluate as evaluate_source
     from lowbit.evaluation import render
     from lowbit.memory import keep_freed_memory
+    from lowbit.runs import check_output
 
+    if output is not None and output.name != "evaluation.json":
+        check_output(output, source)
     keep_freed_memory()
     images = load_data(source, data, data_dir, image_size)
     record = evaluate_source(source, images, batch_size=batch_size, threads=threads, output=output)
@@ -243,8 +248,9 @@ def compare(
 ) -> None:
     """Write one self-contained page that compares runs."""
     from lowbit.report import compare as write_report
-    from lowbit.runs import Run
+    from lowbit.runs import Run, check_output
 
+    check_output(output)
     page = write_report([Run.open(path) for path in runs], output, title)
     notes.print(f"wrote {page}")
 
@@ -262,7 +268,9 @@ def export(
     With --rest int8 the latter become 8-bit first, in the run folder RUN-int8, and the accuracy of both runs is shown.
     """
     from lowbit.deploy import export_run
+    from lowbit.runs import check_output
 
+    check_output(output)
     check_choice("--rest", rest, ("float", "int8"))
     if rest == "int8":
         run = _with_int8_rest(run, data_dir)
@@ -438,7 +446,12 @@ def demo(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: turns errors into one sentence and an exit status (2 bad use, 1 failure, 130 interrupted)."""
+    """Entry point: turns errors into one sentence and an exit status.
+
+    It is 2 for bad use, 1 for a failure, 130 for Ctrl-C, 143 for a training that was asked to end (SIGTERM).
+    """
+    # Pillow's own warning of large images, ahead of our refusal.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     try:
@@ -448,6 +461,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         print(f"lowbit: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except PermissionError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"lowbit: {error.filename}: permission denied; change its rights, or take another place", file=sys.stderr)
+        sys.exit(1)
     except ModuleNotFoundError as error:
         if debug or (error.name or "").split(".")[0] not in TRAINING_PACKAGES:
             raise

@@ -11,6 +11,12 @@ class UsageError(LowbitError, ValueError):
     """A wrong name, option or argument. The command line prints it and exits with status 2."""
 
 
+def briefly(error: BaseException) -> str:
+    """What an error of another library says, in a line that fits a sentence."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= 200 else f"{lines[0][:200]}..."
+
+
 def check_choice(what: str, value: object, choices: Collection[object]) -> None:
     """Raise a `UsageError` that starts with ``what`` unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -16,18 +16,36 @@ from lowbit.errors import LowbitError
 DEEP_MODES = frozenset({"F", "I", "I;16", "I;16B", "I;16L", "I;16N"})
 """Modes of Pillow with more than 8 bits a channel, which a conversion would clip."""
 
+MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"})
+"""Modes of Pillow that it converts to RGB and to grey."""
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats of image files that are opened: Pillow's others are seldom tried, or start a program to decode."""
+
+MAX_PIXELS = 1 << 26
+"""Larger images are refused before they are decoded: a small file can claim any size."""
+
+MAX_SIDE = 1 << 14
+"""Pixels that a side of a network's input may have."""
+
 Pixels = npt.NDArray[np.uint8]
 Inputs = npt.NDArray[np.float32]
 
 
-def check_depth(image: Image.Image, name: object) -> None:
-    """Refuse an image that a conversion to 8 bits would clip.
+def check_image(image: Image.Image, name: object) -> None:
+    """Refuse an image that cannot be converted to 8-bit RGB, or that a conversion would clip.
 
     Raises:
-        LowbitError: it has more than 8 bits a channel; the message calls it ``name``.
+        LowbitError: it has more than 8 bits a channel, colours that Pillow does not convert, or more than `MAX_PIXELS`
+            pixels; the message calls it ``name``.
     """
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise LowbitError(f"{name} has {width}x{height} pixels, more than {MAX_PIXELS}; scale it down first")
     if image.mode in DEEP_MODES:
         raise LowbitError(f"{name} has more than 8 bits a pixel; convert it to 8 bits")
+    if image.mode not in MODES:
+        raise LowbitError(f"{name} has colours of the kind {image.mode}; convert it to RGB")
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,7 @@ class Preprocessing:
             raise LowbitError(f"preprocessing needs {channels} values of mean and of std for mode {self.mode}")
         if not all(1e-9 <= std <= 1e9 for std in self.std) or not all(abs(mean) <= 1e9 for mean in self.mean):
             raise LowbitError("preprocessing mean must lie in -1e9..1e9 and std in 1e-9..1e9")
-        sides_fit = len(self.size) == 2 and all(1 <= side <= 1 << 14 for side in self.size)
+        sides_fit = len(self.size) == 2 and all(1 <= side <= MAX_SIDE for side in self.size)
         if not (sides_fit and 0 <= self.pad <= 1 << 10):
             raise LowbitError(f"preprocessing size {self.size} with padding {self.pad} is out of range")
 
@@ -79,9 +97,9 @@ class Preprocessing:
         """``image`` as uint8 of shape (height, width, channels), converted, resized and padded.
 
         Raises:
-            LowbitError: it has more than 8 bits a channel.
+            LowbitError: see `check_image`.
         """
-        check_depth(image, "the image")
+        check_image(image, "the image")
         converted = image.convert(self.mode)
         if converted.size != (self.size[1], self.size[0]):
             converted = converted.resize((self.size[1], self.size[0]), Image.Resampling.BILINEAR)

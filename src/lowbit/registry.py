@@ -9,7 +9,7 @@ import inspect
 import math
 import pkgutil
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from lowbit.errors import UsageError
@@ -73,8 +73,8 @@ class Registry(Generic[F]):
             UsageError: there is none; the message lists close matches, else all names.
         """
         self._discover()
-        if name not in self._entries:
-            near = difflib.get_close_matches(name, self._entries, n=3)
+        if not isinstance(name, str) or name not in self._entries:
+            near = difflib.get_close_matches(str(name), self._entries, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(self)}"
             raise UsageError(f"no {self.kind} is called '{name}': {hint}")
         return self._entries[name]
@@ -102,6 +102,18 @@ class Registry(Generic[F]):
                 choices = ", ".join(known) or "none"
                 raise UsageError(f"{self.kind} '{name}' has no option '{key}'; its options: {choices}")
         return known
+
+    def check_values(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the entry ``name`` from values as TOML and JSON have them, see `check_value`.
+
+        Raises:
+            UsageError: an unknown option, or a value that the option's type does not take.
+        """
+        known = self.check_options(name, values)
+        what = f"of {self.kind} '{name}'"
+        return {
+            key: check_value(value, known[key].annotation, f"option '{key}' {what}") for key, value in values.items()
+        }
 
     def parse_options(self, name: str, settings: dict[str, str]) -> dict[str, Any]:
         """Turn ``--set key=value`` strings into keyword arguments, by the types of the entry's signature.

@@ -15,11 +15,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, UsageError
 from lowbit.files import sha256_of, write_whole
 
+# What a run is, and what is known of it: no command writes over these by the way.
+OWN_FILES = frozenset(
+    {
+        "config.json",
+        "metrics.csv",
+        "model.safetensors",
+        "evaluation.json",
+        "diagnostics.json",
+        "export.json",
+        "latency.json",
+        "last.ckpt",
+    }
+)
 # What config.json holds of these is a JSON object.
-OBJECTS = ("model", "method", "recipe", "data", "preprocessing", "calibration", "rest")
+OBJECTS = ("model", "method", "recipe", "data", "preprocessing", "calibration", "rest", "best", "best_test")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -38,8 +51,22 @@ def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = 
         return json.loads(path.read_text(encoding="utf-8"), object_hook=object_hook)
     except FileNotFoundError:
         raise LowbitError(f"{path} does not exist") from None
+    except PermissionError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise LowbitError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def check_output(output: Path, *inputs: Path) -> None:
+    """Refuse to write over what a command reads, or over a file that a run consists of.
+
+    Raises:
+        UsageError: ``output`` is one of ``inputs``, or one of `OWN_FILES` in a run folder or its ``checkpoints/``.
+    """
+    folders = (output.parent, output.parent.parent)
+    of_run = output.name in OWN_FILES and any(Run(folder).config_path.is_file() for folder in folders)
+    if of_run or any(output.is_file() and path.is_file() and output.samefile(path) for path in inputs):
+        raise UsageError(f"-o names {output}, which is {'a file of a run' if of_run else 'read'}; choose another name")
 
 
 class _Settings(dict[str, Any]):
@@ -143,12 +170,20 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        config = read_json(self.config_path, partial(_Settings, self.config_path))
+        try:
+            config = read_json(self.config_path, partial(_Settings, self.config_path))
+        except LowbitError as error:
+            raise LowbitError(f"{error}; restore it, or train again with another --out") from None
         if not isinstance(config, dict):
             raise LowbitError(f"{self.config_path} does not hold a JSON object")
         for key in OBJECTS:
             if not isinstance(config.get(key, {}), dict):
                 raise LowbitError(f"{self.config_path} is damaged: its '{key}' is no object; train again")
+        classes, best = config.get("classes") or [], config.get("best_test", {})
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise LowbitError(f"{self.config_path} is damaged: its 'classes' are no names; train again")
+        if not all(isinstance(best.get(key, 0), int | float) for key in ("epoch", "accuracy")):
+            raise LowbitError(f"{self.config_path} is damaged: its 'best_test' holds no numbers; train again")
         return config
 
     @property
@@ -184,8 +219,13 @@ class Run:
         """Rows of ``metrics.csv``, one per epoch; empty cells are left out."""
         try:
             with self.metrics_path.open(newline="", encoding="utf-8") as file:
-                return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]
+                reader = csv.DictReader(file)
+                rows = [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in reader]
+            if not all({"epoch", "test_accuracy"} <= names for names in map(set, (reader.fieldnames or (), *rows))):
+                raise ValueError("it does not say the test accuracy of each epoch")
+            return rows
         except FileNotFoundError:
-            raise LowbitError(f"{self.path} has no metrics.csv: the run has not finished its first epoch") from None
+            why = "somebody took it away" if self.is_finished else "the run has not finished its first epoch"
+            raise LowbitError(f"{self.path} has no metrics.csv: {why}") from None
         except (ValueError, TypeError, csv.Error) as error:
-            raise LowbitError(f"{self.metrics_path} is damaged: {error}") from None
+            raise LowbitError(f"{self.metrics_path} is damaged: {error}; train again with another --out") from None

@@ -173,9 +173,21 @@ def spoil_deep(folder: Path) -> None:
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(folder / "train" / "ant" / "0.png")
 
 
+def spoil_name(folder: Path) -> None:
+    for part in ("train", "test"):
+        (folder / part / "bee").rename(folder / part / "be\ne")
+
+
+def spoil_kind(folder: Path) -> None:
+    (folder / "train" / "ant" / "0.png").unlink()
+    (folder / "train" / "ant" / "0.png").mkdir()
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
+        (spoil_name, r"the class folder 'be\\ne' in .*train has control characters in its name; rename it"),
+        (spoil_kind, r"train/ant/0\.png is no regular file; remove it"),
         (spoil_unreadable, r"test/ant/0\.png cannot be read as an image .*; replace or remove it"),
         (spoil_truncated, r"test/ant/0\.png cannot be read as an image"),
         (spoil_empty_class, r"class folder .*train/bee has no \.jpg or \.png image"),
@@ -190,6 +202,12 @@ def test_bad_folders_get_one_sentence(folder: Path, spoil: object, sentence: str
     with pytest.raises(LowbitError, match=sentence) as caught:
         data.load(f"folder:{folder}")
     assert "\n" not in str(caught.value)
+
+
+def test_images_larger_than_any_network_wants_are_not_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbit.preprocessing.MAX_PIXELS", 100)
+    with pytest.raises(LowbitError, match=r"0\.png has 32x32 pixels, more than 100; scale it down first"):
+        data.load(f"folder:{folder}")
 
 
 @pytest.mark.parametrize("spec", ["digit", "folder:", "files:/tmp", "folder:/no/such/place"])

@@ -335,14 +335,20 @@ def test_images_are_loaded_or_refused_in_one_sentence(tmp_path):
     cut.write_bytes(whole.read_bytes()[:2000])
     text = tmp_path / "text.png"
     text.write_text("no image")
+    script = tmp_path / "script.png"  # Pillow would start another program to decode it
+    script.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    lab = tmp_path / "lab.tif"
+    Image.new("LAB", (8, 8)).save(lab)
     bomb = tmp_path / "bomb.png"
     Image.new("1", (9000, 9000)).save(bomb)
     for path, message in (
         (cut, "damaged or cut short"),
-        (text, "no image that Pillow can read"),
+        (text, "no image of a known format"),
+        (script, "no image of a known format"),
+        (lab, "has colours of the kind LAB; convert it to RGB"),
         (bomb, "scale it down"),
         (tmp_path / "none.png", "does not exist"),
-        (tmp_path, "cannot be decoded"),
+        (tmp_path, "is no regular file"),
     ):
         with pytest.raises(LowbitError, match=message):
             load_image(path)

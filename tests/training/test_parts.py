@@ -334,6 +334,9 @@ def test_checkpoint_round_trip_and_damage(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(LowbitError, match=r"last\.ckpt cannot be read"):
         Checkpoint.load(path)
+    torch.save({"model": {}, "optimizer": {}, "rows": 5}, path)
+    with pytest.raises(LowbitError, match=r"last\.ckpt cannot be read \(its rows is no list\)"):
+        Checkpoint.load(path)
 
 
 def test_unfinished_files_are_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lowbit.errors import LowbitError, UsageError
 from lowbit.evaluation import evaluate
 from lowbit.runs import Run, write_json
 from lowbit.training import TrainConfig, train
-from lowbit.training.batches import TrainBatches
+from lowbit.training.batches import Batch, TrainBatches
 from lowbit.training.callbacks import COLUMNS, Recorder
 from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.module import TrainingModule
@@ -228,6 +228,41 @@ def test_ctrl_c_says_how_to_resume(
     drop = {"seconds"}
     for a, b in zip(whole.metrics(), resumed.metrics(), strict=True):
         assert {k: v for k, v in a.items() if k not in drop} == {k: v for k, v in b.items() if k not in drop}
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_a_checkpoint_of_something_else_is_refused(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    path = Run(Path(config.out)).checkpoints_path / "last.ckpt"
+    checkpoint = Checkpoint.load(path)
+    setattr(checkpoint, part, {})
+    checkpoint.save(path)
+    with pytest.raises(LowbitError, match="the checkpoint does not fit the network"):
+        train(replace(config, resume=True))
+
+
+def test_sigterm_is_no_success(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What a cluster or a container sends; Lightning makes an exit of status 0 of it."""
+    step, handler = TrainingModule.training_step, signal.getsignal(signal.SIGTERM)
+
+    def terminated(self: TrainingModule, images_and_labels: Batch, batch_idx: int) -> torch.Tensor:
+        if (self.current_epoch, batch_idx) == (1, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, images_and_labels, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", terminated)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(config)
+    assert stopped.value.args == (signal.SIGTERM,)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert "`lowbit train --resume --out" in capfd.readouterr().err
 
 
 KILLED = """

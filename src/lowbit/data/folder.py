@@ -14,7 +14,8 @@ from PIL import Image
 
 from lowbit.data.base import ImageData, Labels, channel_statistics, pad_pixels
 from lowbit.errors import LowbitError, UsageError
-from lowbit.preprocessing import Pixels, Preprocessing, check_depth
+from lowbit.packed.graph import is_plain
+from lowbit.preprocessing import FORMATS, MAX_SIDE, Pixels, Preprocessing, check_image
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png"})
 GREY = frozenset({"1", "L", "LA"})
@@ -56,8 +57,8 @@ def load_folder(path: Path, image_size: int | None = None) -> ImageData:
 
 def read_folder(path: Path, image_size: int | None = None) -> tuple[Part, Part, tuple[str, ...], str]:
     """Train part, test part, class names in alphabetical order, and mode (``"L"`` if no image has colour)."""
-    if image_size is not None and image_size < 1:
-        raise UsageError(f"--image-size is {image_size}, but must be at least 1")
+    if image_size is not None and not 1 <= image_size <= MAX_SIDE:
+        raise UsageError(f"--image-size is {image_size}, but must be from 1 to {MAX_SIDE}")
     listed = {part: _list_classes(path, part) for part in ("train", "test")}
     classes = tuple(listed["train"])
     if len(classes) == 1:
@@ -87,6 +88,9 @@ def _list_classes(path: Path, part: str) -> dict[str, list[Path]]:
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise LowbitError(f"{folder} has no class folders; put the images in {folder}/CLASS/")
+    for name in classes:
+        if not is_plain(name):
+            raise LowbitError(f"the class folder {name!a} in {folder} has control characters in its name; rename it")
     listed = {}
     for name in classes:
         entries = sorted(entry.path for entry in os.scandir(folder / name))
@@ -99,12 +103,16 @@ def _list_classes(path: Path, part: str) -> dict[str, list[Path]]:
 def _decode(path: Path, image_size: int | None) -> Pixels:
     """One image as (H, W, 1) when it is grey, else (H, W, 3)."""
     try:
-        with Image.open(path) as image:
-            check_depth(image, path)
+        if not path.is_file():
+            raise LowbitError(f"{path} is no regular file; remove it")
+        with Image.open(path, formats=FORMATS) as image:
+            check_image(image, path)
             mode = "L" if image.mode in GREY else "RGB"
             width, height = (image_size, image_size) if image_size else image.size
             channels = (0.0,) * len(mode)
             return Preprocessing(mode, (height, width), 0, channels, tuple(1.0 for _ in channels)).pixels(image)
+    except PermissionError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise LowbitError(f"{path} cannot be read as an image ({error}); replace or remove it") from None
 

@@ -164,7 +164,11 @@ def bench(
     for peer in against:
         peers.require(peer)
     engine = Engine(model, threads=threads)
-    images = np.random.default_rng(0).standard_normal((batch, *model.input_shape), dtype=np.float32)
+    try:
+        images = np.random.default_rng(0).standard_normal((batch, *model.input_shape), dtype=np.float32)
+        engine(images)
+    except MemoryError:
+        raise UsageError(f"a batch of {batch} images needs more memory than there is; take fewer") from None
     name = f"lowbit ({engine.isa})"
     runners: dict[str, Call] = {name: lambda: engine(images)}
     with ExitStack() as stack:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from lowbit import methods
 from lowbit.convert import quantize_, resolve_method
-from lowbit.errors import LowbitError, UsageError
+from lowbit.errors import LowbitError, UsageError, briefly
 from lowbit.layers import quantized_layers
 from lowbit.layers.blocks import BLOCKS
 from lowbit.methods import Method
@@ -69,6 +71,8 @@ def create(
         method = methods.registry[method](**method_options)
     method = resolve_method(method)
     registry.check_options(name, options)
+    if not options.get("width", 1) > 0:
+        raise UsageError(f"option 'width' of model '{name}' is {options['width']}, but must be above 0")
     model = registry[name](
         BLOCKS[method.block], num_classes=num_classes, in_channels=in_channels, image_size=image_size, **options
     )
@@ -97,6 +101,9 @@ def load_run(path: str | Path) -> nn.Module:
     run = Run.open(path)
     config = run.config
     try:
+        for key in ("num_classes", "in_channels"):
+            if type(config[key]) is not int or config[key] < 1:
+                raise ValueError(f"{key} is {config[key]!r}")
         model = create(
             config["model"]["name"],
             num_classes=config["num_classes"],
@@ -108,8 +115,10 @@ def load_run(path: str | Path) -> nn.Module:
         )
         if "rest" in config:
             quantize_rest_(model, config["rest"])
-    except TypeError as error:
-        raise LowbitError(f"{run.config_path} is damaged: {error!r}") from None
+    except LowbitError:
+        raise
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # the last one of too much memory, too
+        raise LowbitError(f"{run.config_path} is damaged ({briefly(error)}); train again with another --out") from None
     load_weights(model, run.weights_path)
     return model.eval()
 
@@ -134,9 +143,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         state = safetensors.torch.load_file(path)
     except FileNotFoundError:
+        if path.exists():  # as it is called where it may not be read
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
         raise LowbitError(f"{path} does not exist: the run has not finished; `lowbit train --resume` goes on") from None
     except (SafetensorError, OSError) as error:
-        raise LowbitError(f"{path} is no safetensors file: {error}") from None
+        raise LowbitError(f"{path} is damaged or no safetensors file ({error}); restore it, or train again") from None
     expected = model.state_dict()
     wrong = sorted(
         name

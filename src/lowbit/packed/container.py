@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from lowbit.errors import LowbitError
 from lowbit.files import write_whole
-from lowbit.packed.graph import Array, Op, OpCost, Value, check_graph, check_integer, check_keys, cost_of
+from lowbit.packed.graph import Array, Op, OpCost, Value, check_graph, check_integer, check_keys, cost_of, is_plain
 from lowbit.preprocessing import Preprocessing
 
 FORMAT = 1
@@ -268,9 +268,7 @@ def _check_description(model: PackedModel, output: Value) -> None:
             f"preprocessing makes images of shape {model.preprocessing.shape}, the input is {model.input_shape}"
         )
     if model.classes is not None:
-        if not isinstance(model.classes, list) or not all(
-            isinstance(name, str) and name.isprintable() for name in model.classes
-        ):
+        if not isinstance(model.classes, list) or not all(map(is_plain, model.classes)):
             raise LowbitError("classes must be a list of names, without control characters")
         if output.shape != (1, 1, len(model.classes)):
             raise LowbitError(f"{len(model.classes)} class names do not fit an output of {output}")

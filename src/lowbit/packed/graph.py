@@ -8,6 +8,7 @@ else.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,6 +42,19 @@ MAX_SUM = (1 << 31) - 2
 
 Array = npt.NDArray[Any]
 Op = dict[str, Any]
+
+_TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+
+
+def is_plain(text: object) -> bool:
+    """Whether this is text that files and terminals show as it is, in any script.
+
+    It has no control characters, line ends, lone surrogates, nor marks that turn the direction of what comes next.
+    """
+    return isinstance(text, str) and not any(
+        unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(character) in _TURNING
+        for character in text
+    )
 
 
 @dataclass(frozen=True)

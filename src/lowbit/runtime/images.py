@@ -7,31 +7,30 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from lowbit.errors import LowbitError
-from lowbit.preprocessing import check_depth
-
-MAX_PIXELS = 1 << 26
-"""Larger images are refused before they are decoded: a small file can claim any size."""
+from lowbit.preprocessing import FORMATS, MAX_PIXELS, check_image
 
 
 def load_image(path: str | Path) -> Image.Image:
     """The image at ``path``, decoded completely.
 
     Raises:
-        LowbitError: there is no file, it is no image, it is damaged or cut short, it has more than 8 bits a channel or
-            more than `MAX_PIXELS` pixels.
+        LowbitError: there is no file, it is no image in one of `lowbit.preprocessing.FORMATS`, it is damaged or cut
+            short, or `lowbit.preprocessing.check_image` refuses it.
+        PermissionError: it may not be read.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise LowbitError(f"{path} is no regular file; give the path of an image")
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise LowbitError(f"{path} has {width}x{height} pixels, more than {MAX_PIXELS}; scale it down first")
-            check_depth(image, path)
+        with Image.open(path, formats=FORMATS) as image:
+            check_image(image, path)
             image.load()
             return image.copy()
     except FileNotFoundError:
         raise LowbitError(f"{path} does not exist; give the path of an image") from None
     except UnidentifiedImageError:
-        raise LowbitError(f"{path} is no image that Pillow can read; give a PNG or JPEG file") from None
+        raise LowbitError(f"{path} is no image of a known format; give a PNG or JPEG file") from None
+    except PermissionError:
+        raise
     except Image.DecompressionBombError:
         raise LowbitError(f"{path} has more than {MAX_PIXELS} pixels; scale it down first") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:

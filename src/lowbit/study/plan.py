@@ -17,7 +17,7 @@ from lowbit import methods, models
 from lowbit.errors import UsageError, check_choice
 from lowbit.methods import Method, Recipe
 from lowbit.quantizers.observers import Observer
-from lowbit.registry import Registry, check_value, field_types
+from lowbit.registry import check_value, field_types
 from lowbit.runs import Run
 from lowbit.study.folder import state
 from lowbit.training import TrainConfig
@@ -240,7 +240,7 @@ def _plan(
     rows: list[_Planned] = []
     for point in _points(grid, options, where):
         with _naming(where):
-            chosen = _options(methods.registry, method, {**options, **point})
+            chosen = methods.registry.check_values(method, {**options, **point})
             made = methods.registry[method](**chosen)
             config = replace(config, method_options=chosen)
             recipe = choose_recipe(made, config)[1]
@@ -363,7 +363,7 @@ def _model(entry: str | Mapping[str, Any], path: str) -> tuple[str, dict[str, An
     """Short name of a model, and its fields of a `TrainConfig`."""
     name, table = _named(entry, f"{path}: model")
     with _naming(f"{path}: model"):
-        options = _options(models.registry, name, table.values)
+        options = models.registry.check_values(name, table.values)
     return _label(name, options), {"model": name, "model_options": options}
 
 
@@ -379,12 +379,6 @@ def _fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Fields of a recipe, checked by type; their ranges are checked with the recipe of each row."""
     _check_known(values, RECIPE_FIELDS, where)
     return {key: check_value(value, RECIPE_FIELDS[key], f"{where}.{key}") for key, value in values.items()}
-
-
-def _options(registry: Registry[Any], name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    known = registry.check_options(name, values)
-    what = f"of {registry.kind} '{name}'"
-    return {key: check_value(value, known[key].annotation, f"option '{key}' {what}") for key, value in values.items()}
 
 
 def _label(name: str, options: Mapping[str, Any]) -> str:

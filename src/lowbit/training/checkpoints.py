@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, briefly
 from lowbit.files import write_whole
 
 
@@ -52,9 +53,17 @@ class Checkpoint:
             LowbitError: the file is missing or damaged.
         """
         try:
-            return cls(**torch.load(path, map_location="cpu", weights_only=True))
+            checkpoint = cls(**torch.load(path, map_location="cpu", weights_only=True))
+            for entry, kind in typing.get_type_hints(cls).items():
+                if not isinstance(getattr(checkpoint, entry), typing.get_origin(kind)):
+                    raise TypeError(f"its {entry} is no {typing.get_origin(kind).__name__}")
+            return checkpoint
+        except PermissionError:
+            raise
         except (OSError, EOFError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            raise LowbitError(f"checkpoint {path} cannot be read ({error}); train again with another --out") from None
+            raise LowbitError(
+                f"checkpoint {path} cannot be read ({briefly(error)}); train again with another --out"
+            ) from None
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+from lowbit.errors import LowbitError, briefly
 from lowbit.layers import attach_rules, start_epoch
 from lowbit.layers.integer import IntegerConvolutions
 from lowbit.methods.base import Method, Recipe
@@ -177,10 +178,15 @@ class TrainingModule(pl.LightningModule):
         self.optimizer = make_optimizer(self.model, self.recipe)
         if self.checkpoint is not None:
             # Attaching projects once more, which is no identity in the last bit: so the weights are restored after it.
-            self.model.load_state_dict(self.checkpoint.model)
-            self.optimizer.load_state_dict(self.checkpoint.optimizer)
-            if self.average is not None and self.checkpoint.average:
-                self.average.load_state_dict(self.checkpoint.average)
+            try:
+                self.model.load_state_dict(self.checkpoint.model)
+                self.optimizer.load_state_dict(self.checkpoint.optimizer)
+                if self.average is not None and self.checkpoint.average:
+                    self.average.load_state_dict(self.checkpoint.average)
+            except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+                raise LowbitError(
+                    f"the checkpoint does not fit the network ({briefly(error)}); train again with another --out"
+                ) from None
             self.checkpoint = None
         return self.optimizer
 

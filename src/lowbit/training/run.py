@@ -17,6 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from lowbit import data, methods, models
@@ -50,6 +51,7 @@ from lowbit.training.whitening import freeze_first_layer_, whiten_first_layer_
 
 EVAL_BATCH = 250
 PROBE_IMAGES = 64
+MAX_THREADS = 1024
 
 
 def train(config: TrainConfig) -> Run:
@@ -65,7 +67,7 @@ def train(config: TrainConfig) -> Run:
     Raises:
         UsageError: a wrong setting; ``out`` exists and ``resume`` is False; resuming with other settings.
         LowbitError: data cannot be read, the disk is full, a number is not finite, or another process trains there.
-        KeyboardInterrupt: passed on, after a sentence on how to resume.
+        KeyboardInterrupt: passed on, after a sentence on how to resume; ``args`` hold SIGTERM if it was that.
     """
     say = print_to_stderr if config.progress else _say_nothing
     run = Run(Path(config.out))
@@ -94,8 +96,8 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
     method = methods.registry[config.method](**config.method_options)
     recipe_name, recipe = choose_recipe(method, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.threads is not None and config.threads < 1:
-        raise UsageError(f"--threads is {config.threads}, but must be at least 1")
+    if config.threads is not None and not 1 <= config.threads <= MAX_THREADS:
+        raise UsageError(f"--threads is {config.threads}, but must be from 1 to {MAX_THREADS}")
     if device.type == "cpu":
         keep_freed_memory()
     torch.set_num_threads(config.threads or recorded.get("threads") or torch.get_num_threads())
@@ -308,10 +310,15 @@ def quiet_lightning() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupts_pass() -> Iterator[None]:
-    """Raise KeyboardInterrupt where Lightning turns it into an exit, and undo its deafness to Ctrl-C."""
+    """Raise KeyboardInterrupt where Lightning turns it into an exit, and undo its deafness to Ctrl-C.
+
+    SIGTERM, which Lightning turns into an exit of status 0, is passed on alike, with its number as the argument.
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
+    except SIGTERMException:
+        raise KeyboardInterrupt(signal.SIGTERM) from None
     except SystemExit as exit_:
         if not isinstance(exit_.__context__, KeyboardInterrupt):
             raise

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lowbit import methods, models
 from lowbit.data import ImageData
 from lowbit.errors import LowbitError, UsageError
 from lowbit.methods.base import Method, Recipe
+from lowbit.registry import check_value, field_types
 from lowbit.runs import Run
 from lowbit.training.distillation import weights_hash
 
@@ -74,30 +76,41 @@ class TrainConfig:
         config = run.config
         if "calibration" in config:
             raise UsageError(f"{run.path} was calibrated, not trained; `lowbit train --init-from {run.path}` tunes it")
+        method, model, recipe, images = (config[key] for key in ("method", "model", "recipe", "data"))
+        types = field_types(Recipe)
         try:
-            recipe = {name: value for name, value in config["recipe"].items() if name != "name"}
             return cls(
                 out=out,
-                method=config["method"]["name"],
-                model=config["model"]["name"],
-                data=config["data"]["spec"],
-                data_dir=config["data"]["data_dir"],
-                image_size=config["data"]["image_size"],
-                method_options=config["method"]["options"],
-                model_options=config["model"]["options"],
-                recipe=Recipe(**{**recipe, "milestones": tuple(config["recipe"]["milestones"])}),
-                seed=config["seed"],
-                precision=config["precision"],
-                val_fraction=config["data"]["val_fraction"],
-                init_from=config["init_from"],
-                distill_from=(config.get("distill_from") or {}).get("run"),
+                method=check_value(method["name"], str, "method"),
+                model=check_value(model["name"], str, "model"),
+                data=check_value(images["spec"], str, "data"),
+                data_dir=_check_optional(images["data_dir"], str, "data_dir"),
+                image_size=_check_optional(images["image_size"], int, "image_size"),
+                method_options=methods.registry.check_values(method["name"], method["options"]),
+                model_options=models.registry.check_values(model["name"], model["options"]),
+                recipe=Recipe(
+                    **{
+                        name: check_value(value, types[name], f"recipe field '{name}'")
+                        for name, value in recipe.items()
+                        if name != "name"
+                    }
+                ),
+                seed=check_value(config["seed"], int, "seed"),
+                precision=check_value(config["precision"], str, "precision"),
+                val_fraction=check_value(images["val_fraction"], float, "val_fraction"),
+                init_from=_check_optional(config["init_from"], str, "init_from"),
+                distill_from=_check_optional((config.get("distill_from") or {}).get("run"), str, "distill_from"),
                 resume=True,
-                threads=config["threads"],
+                threads=check_value(config["threads"], int, "threads"),
                 progress=progress,
-                diagnose=config.get("diagnose", False),
+                diagnose=check_value(config.get("diagnose", False), bool, "diagnose"),
             )
-        except (TypeError, AttributeError) as error:
-            raise LowbitError(f"{run.config_path} is damaged ({error!r}); train again with another --out") from None
+        except (TypeError, AttributeError, KeyError, UsageError) as error:
+            raise LowbitError(f"{run.config_path} is damaged ({error}); train again with another --out") from None
+
+
+def _check_optional(value: Any, kind: type, what: str) -> Any:
+    return None if value is None else check_value(value, kind, what)
 
 
 def choose_recipe(method: Method, config: TrainConfig) -> tuple[str, Recipe]:
