@@ -364,7 +364,9 @@ MISTAKES = {
     "no run": (["evaluate", "nowhere"], 2, "nowhere does not exist"),
     "a folder without a run": (["evaluate", "."], 1, "no run folder"),
     "a folder as an image": (["predict", "digits-1bit", "."], 1, ". is no regular file"),
-    "a batch without end": (["bench", "digits-1bit", "--batch", "1000000000"], 2, "more memory than there is"),
+    "a batch beyond the memory": (["bench", "digits-1bit", "--batch", "1000000000"], 2, "more memory than there is"),
+    "a batch beyond any memory": (["bench", "digits-1bit", "--batch", str(10**18)], 2, "more memory than there is"),
+    "a name too long for a file": (["predict", "digits-1bit", "a" * 300], 1, "cannot be decoded"),
     "nothing to bench": (["bench"], 2, "bench needs a packed file"),
     "no packed file": (["inspect", "nowhere.lowbit"], 1, "nowhere.lowbit"),
 }

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lowbit.errors import LowbitError
-from lowbit.preprocessing import Preprocessing
+from lowbit.preprocessing import MODES, Preprocessing
 
 GREY = Preprocessing("L", (4, 6), 0, (0.25,), (0.5,))
 COLOUR = Preprocessing("RGB", (5, 3), 2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -176,3 +176,15 @@ def test_any_file_is_taken_or_refused(change):
         return
     inputs = preprocessing.normalise(np.full((1, 1, 1, preprocessing.channels), 255, np.uint8))
     assert np.isfinite(inputs).all()
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
+@pytest.mark.parametrize("preprocessing", [GREY, COLOUR], ids=["grey", "colour"])
+def test_every_mode_that_is_taken_is_converted(mode, preprocessing):
+    channels, height, width = preprocessing.shape
+    assert preprocessing.pixels(Image.new(mode, (9, 7))).shape == (height, width, channels)
+
+
+def test_colours_that_are_not_converted_are_refused():
+    with pytest.raises(LowbitError, match="the image has colours of the kind LAB; convert it to RGB"):
+        COLOUR.pixels(Image.new("LAB", (9, 7)))

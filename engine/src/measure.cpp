@@ -9,8 +9,8 @@
 namespace lowbit {
 namespace {
 
-// Runs of each way, in turns; the first of them warms up. If the second way is the faster one by then, that has to
-// last: what slows the other may be somebody else's work.
+// Runs of each way, in turns; the first of them warms up, and the fastest counts. If the second way is ahead after
+// the fewer ones, it goes on, as long as it is: what slows the other way may be somebody else's work.
 constexpr int kRuns = 4, kMostRuns = 16;
 constexpr double kGain = 0.9;
 constexpr double kMostBytes = 1 << 28;  // of memory; what takes more is not measured

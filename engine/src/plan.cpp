@@ -44,8 +44,8 @@ Plan::Plan(const std::vector<Shape>& shapes, const std::vector<std::vector<size_
 }
 
 // A pixelwise op follows the op, or a follower of the op, that runs last of those whose outputs it reads, if parts are
-// the same to both. If that cannot be, it follows the next pixelwise one, so that its output is there before that of a
-// later convolution, which may join a sum of both.
+// the same to both. If that cannot be, it goes with the next group of such parts whose head is pixelwise, so that its
+// output is there before that of a later convolution, which may join a sum of both.
 void Plan::make_groups(const Graph& graph) {
   for (const auto& op : graph.ops) pixelwise_.push_back(dynamic_cast<const PixelwiseOp*>(op.get()));
   group_of_op_.assign(graph.ops.size(), kNoGroup);
@@ -66,9 +66,9 @@ void Plan::make_groups(const Graph& graph) {
   for (Group& group : groups) {
     int64_t readers = 0;
     for (const auto& read : graph.inputs) readers += std::count(read.begin(), read.end(), group.head + 1);
-    // One that follows reads something of its group, so the first reads the head's.
-    group.joined =
-        !group.followers.empty() && readers == 1 && graph.ops[group.head]->joins(*pixelwise_[group.followers[0]]);
+    group.joined = readers == 1 && !group.followers.empty() &&
+                   contains(graph.inputs[group.followers[0]], group.head + 1) &&
+                   graph.ops[group.head]->joins(*pixelwise_[group.followers[0]]);
   }
 }
 

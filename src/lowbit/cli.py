@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lowbit import pretrained
 from lowbit.arguments import load_data, parse_settings, train_config, with_bits
-from lowbit.errors import LowbitError, UsageError, check_choice
+from lowbit.errors import LowbitError, UsageError, check_choice, denied
 from lowbit.terminal import describe, first_line, notes, print_json, print_rows, short
 
 if TYPE_CHECKING:
@@ -464,7 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except PermissionError as error:
         if debug:
             traceback.print_exc()
-        print(f"lowbit: {error.filename}: permission denied; change its rights, or take another place", file=sys.stderr)
+        print(f"lowbit: {denied(error)}", file=sys.stderr)
         sys.exit(1)
     except ModuleNotFoundError as error:
         if debug or (error.name or "").split(".")[0] not in TRAINING_PACKAGES:

@@ -11,6 +11,11 @@ class UsageError(LowbitError, ValueError):
     """A wrong name, option or argument. The command line prints it and exits with status 2."""
 
 
+def denied(error: PermissionError) -> str:
+    """The sentence for a file or folder that may not be read or written."""
+    return f"{error.filename or error}: permission denied; change its rights, or take another place"
+
+
 def briefly(error: BaseException) -> str:
     """What an error of another library says, in a line that fits a sentence."""
     lines = str(error).splitlines() or [type(error).__name__]

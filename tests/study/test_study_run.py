@@ -18,7 +18,7 @@ from lowbit.cli import main
 from lowbit.errors import LowbitError
 from lowbit.report.statistics import mcnemar
 from lowbit.runs import Run, write_json
-from lowbit.study import read_results, read_study
+from lowbit.study import read_results, read_study, worker
 from lowbit.study.folder import record_export
 from lowbit.study.latency import machine, time_rows
 from lowbit.study.run import whole_lines
@@ -344,3 +344,18 @@ def test_a_low_bit_network_gets_an_8_bit_rest_and_is_trained_with_it(
     assert {row["state"] for row in json.loads(capsys.readouterr().out)} == {"done"}
     Path("changed.toml").write_text(LOW_BIT_REST.replace('"mse"', '"min_max"'))
     assert "int8 was started with rest.options.observer mse, not min_max" in refusal("changed.toml", capsys)
+
+
+def test_a_worker_names_what_it_may_not_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise PermissionError(13, "Permission denied", "x/config.json")
+
+    monkeypatch.setattr(worker, "work", refuse)
+    monkeypatch.setattr(worker, "stop_with_input", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["worker", "{}"])
+    with pytest.raises(SystemExit) as end:
+        worker.main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("lowbit: x/config.json: permission denied; ")

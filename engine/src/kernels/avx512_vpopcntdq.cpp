@@ -5,7 +5,7 @@
 // Counting bits takes three instructions for a word, xor, vpopcntq and add, and the processor is busy with nothing
 // else. So two words are counted at once, by a full adder: of the bit carried so far and the differences of two words,
 // the sum is carried on, and only what the adder carries out is counted, for twice. Such a sum is the parity of all
-// differences up to there, which is the parity of the pixel's words xor that of the weight's: where either has its
+// differences up to there, which is the parity of the pixel's words xor that of the weight's: where both have their
 // parities in the place of every second word, the sum costs as much as the difference that it replaces, and two words
 // take five instructions, not six.
 #include "kernels/by_count.h"

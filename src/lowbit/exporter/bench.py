@@ -164,11 +164,15 @@ def bench(
     for peer in against:
         peers.require(peer)
     engine = Engine(model, threads=threads)
+    too_many = UsageError(f"a batch of {batch} images needs more memory than there is; take fewer")
     try:
         images = np.random.default_rng(0).standard_normal((batch, *model.input_shape), dtype=np.float32)
+    except (MemoryError, ValueError):  # the latter beyond what an address can be
+        raise too_many from None
+    try:
         engine(images)
     except MemoryError:
-        raise UsageError(f"a batch of {batch} images needs more memory than there is; take fewer") from None
+        raise too_many from None
     name = f"lowbit ({engine.isa})"
     runners: dict[str, Call] = {name: lambda: engine(images)}
     with ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -18,7 +19,7 @@ def load_image(path: str | Path) -> Image.Image:
             short, or `lowbit.preprocessing.check_image` refuses it.
         PermissionError: it may not be read.
     """
-    if Path(path).exists() and not Path(path).is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise LowbitError(f"{path} is no regular file; give the path of an image")
     try:
         with Image.open(path, formats=FORMATS) as image:

@@ -21,7 +21,7 @@ import torch
 
 from lowbit import data
 from lowbit.deploy import export_run
-from lowbit.errors import LowbitError, UsageError
+from lowbit.errors import LowbitError, UsageError, denied
 from lowbit.evaluation import evaluate
 from lowbit.runs import Run
 from lowbit.study.folder import is_exported, packed_path, record_export
@@ -88,8 +88,8 @@ def main() -> None:
     stop_with_input()
     try:
         work(**json.loads(sys.argv[1]))
-    except LowbitError as error:
-        print(f"lowbit: {error}", file=sys.stderr)
+    except (LowbitError, PermissionError) as error:
+        print(f"lowbit: {denied(error) if isinstance(error, PermissionError) else error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
