@@ -160,6 +160,7 @@ MISTAKES = {
     "unknown key": ("epochs = 1", "epoch = 1", "has no key 'epoch': did you mean epochs?"),
     "no out": ('out = "study"', "", ": out is missing"),
     "no rows": ('[[run]]\nmethod = "float"', "", ": run is missing"),
+    "a file for a folder": ('out = "study"', 'out = "s.toml"', ": out is s.toml, which is a file; name a folder"),
     "wrong type": ("epochs = 1", 'epochs = "1"', ": epochs is '1', but must be a whole number"),
     "no epochs": ("epochs = 1", "epochs = 0", ", run 1 (float): recipe field epochs is 0"),
     "a seed below 0": ("epochs = 1", "seeds = [-1]", ": seeds must be at least 0"),

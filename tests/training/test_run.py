@@ -246,6 +246,13 @@ def test_a_checkpoint_of_something_else_is_refused(
         train(replace(config, resume=True))
 
 
+def test_a_folder_whose_name_is_no_text_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/n\xfe"))
+    with pytest.raises(UsageError, match=r"n\\udcfe' is no text in UTF-8"):
+        train(replace(config, out=out))
+    assert not out.exists()
+
+
 def test_sigterm_is_no_success(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

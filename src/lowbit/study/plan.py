@@ -119,6 +119,8 @@ def read_study(path: str | Path) -> Study:
         raise UsageError(f"{path} cannot be read as TOML: {error}") from None
     top = _Table(document, str(path))
     out = Path(top.take("out", str))
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{path}: out is {out}, which is a file; name a folder")
     sets = [_data(entry, str(path)) for entry in top.take_list("data", str | dict)]
     nets = [_model(entry, str(path)) for entry in top.take_list("model", str | dict)]
     seeds = top.take_list("seeds", int, [0])

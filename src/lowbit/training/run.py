@@ -71,6 +71,10 @@ def train(config: TrainConfig) -> Run:
     """
     say = print_to_stderr if config.progress else _say_nothing
     run = Run(Path(config.out))
+    try:
+        str(run.path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--out {str(run.path)!a} is no text in UTF-8, as pages and tables need; rename it") from None
     if run.path.exists() and not run.path.is_dir():
         raise UsageError(f"{run.path} exists and is no run folder; choose another --out")
     try:
