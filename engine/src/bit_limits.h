@@ -16,7 +16,7 @@ class BitLimits {
       : group_channels_(spec.channels / spec.groups),
         group_words_(ceil_div(group_channels_, 64)),
         output_words_(ceil_div(spec.channels, 64)),
-        whole_words_(spec.groups == 1 || group_channels_ % 64 == 0),
+        shares_words_(spec.groups > 1 && group_channels_ % 64 != 0),
         limits_(spec.channels, spec.groups, kNone, cases),
         inverted_(spec.groups * group_words_) {}
 
@@ -35,7 +35,7 @@ class BitLimits {
   }
 
   // Whether groups share words, which are to be cleared then before anything is written.
-  bool shares_words() const { return !whole_words_; }
+  bool shares_words() const { return shares_words_; }
 
   // Writes the bits of a block whose places are rows of the table.
   void write(const Call& call, const SumBlock& block, SumBits bits) const {
@@ -45,7 +45,7 @@ class BitLimits {
       bits(block.sums[number], static_cast<int>(block.count), static_cast<int>(panels),
            {limits_.panel(block.group, panel), block.places, inverted_words(block.group, panel)}, words, pitch);
     };
-    if (whole_words_) {
+    if (!shares_words_) {
       write(0, block.panels, codes + block.group * group_words_ + block.first_panel / 4, output_words_);
       return;
     }
@@ -65,7 +65,7 @@ class BitLimits {
   }
 
   int64_t group_channels_, group_words_, output_words_;
-  bool whole_words_;
+  bool shares_words_;
   PerChannel<int32_t> limits_;
   std::vector<uint64_t> inverted_;  // [group][word]
 };

@@ -397,9 +397,6 @@ inline int64_t code_at(const Call& call, const Shape& input, int64_t pixel, int6
   return call.input<uint64_t>()[pixel * input.words() + channel / 64] >> channel % 64 & 1;
 }
 
-// The lowest bit of each of eight bytes, side by side: a product moves them together.
-inline uint64_t lowest_bits(uint64_t bytes) { return (bytes & 0x0101010101010101) * 0x0102040810204080 >> 56; }
-
 // Adds 16 or 32 bits of each of some pixels, `pitch` words apart, to words that were cleared; the first is `channel`.
 // Bits beyond the last word are zeros.
 template <class Bits>

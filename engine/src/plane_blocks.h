@@ -115,6 +115,9 @@ class PlaneBlocks {
     return {by_bit, input, window, ceil_div(depth, 64), word_at, input.bits};
   }
 
+  // The lowest bit of each of eight bytes, side by side: a product moves them together.
+  static uint64_t lowest_bits(uint64_t bytes) { return (bytes & 0x0101010101010101) * 0x0102040810204080 >> 56; }
+
   // Bit i of up to 64 codes goes to word[i * pitch].
   void split(const uint8_t* codes, int64_t count, uint64_t* word, int64_t pitch) const {
     uint64_t eights[8] = {};

@@ -1,5 +1,4 @@
 // Convolutions of codes on any integer grid.
-#include <cstring>
 #include <optional>
 
 #include "bit_limits.h"
@@ -20,8 +19,6 @@ constexpr int64_t kMaxSum = (int64_t{1} << 31) - 2;
 Shape output_shape(const OpSpec& spec, const Window& window) {
   return {window.height, window.width, spec.channels, has_tensor(spec, "thresholds") ? static_cast<int>(spec.bits) : 0};
 }
-
-bool makes_bits(const OpSpec& spec) { return has_tensor(spec, "thresholds") && spec.bits == 1; }
 
 // The products are of the codes themselves: with integers W of the weight, sum = m * (sum of code * W) + o * (sum of W
 // inside the image) for a grid m * code + o. A code of zero adds nothing at the border. Modulo 2^32, which the sum
@@ -62,7 +59,7 @@ class CodeConv2d final : public Op {
     const Thresholds<int32_t> thresholds(spec, spec.channels);
     if (spec.bits == 1) {
       bit_limits_.emplace(bit_limits(spec, thresholds, multiplier_));
-      if (planes_) plane_limits_.emplace(bit_limits(spec, thresholds, multiplier_ * int64_t{planes_->unit()}));
+      if (planes_) plane_limits_.emplace(bit_limits(spec, thresholds, plane_multiplier()));
       return;
     }
     if (spec.bits > kMostCounted) {
@@ -115,11 +112,13 @@ class CodeConv2d final : public Op {
     if (matrices_)
       run_by(*matrices_, multiplier_, bit_limits_, call, added);
     else if (by_planes_)
-      run_by(*planes_, static_cast<int32_t>(static_cast<uint32_t>(multiplier_) * planes_->unit()), plane_limits_, call,
-             added);
+      run_by(*planes_, plane_multiplier(), plane_limits_, call, added);
     else
       run_by(*bytes_, multiplier_, bit_limits_, call, added);
   }
+
+  // Of a grid and half of one, each at most kMaxInteger.
+  int32_t plane_multiplier() const { return multiplier_ * planes_->unit(); }
 
   // `multiplier`: of the sums, which are of codes; `limits`: of the sums, where bits come of them.
   template <class Blocks>
@@ -319,7 +318,8 @@ std::unique_ptr<Op> make_quant_conv2d(const OpSpec& spec, const Shape& input, co
       high = std::max(high, weights.at(o, n));
     }
   // Bits come of sums of codes, before an offset comes to them: these must fit by themselves.
-  const bool fit = !makes_bits(spec) || terms * ((int64_t{1} << input.bits) - 1) * weights.largest() <= kMaxSum;
+  const bool fit =
+      output_shape(spec, window).bits != 1 || terms * ((int64_t{1} << input.bits) - 1) * weights.largest() <= kMaxSum;
   if (fit && ByteBlocks::fits(spec, low, high, kernels.bytes))
     return std::make_unique<CodeConv2d>(spec, input, window, weights, depth, std::max(-low, high), kernels);
   return std::make_unique<QuantConv2d>(spec, input, window, weights, depth, grid, kernels);

@@ -18,9 +18,9 @@ def load_data(
 ) -> ImageData:
     """The data set named on the command line, else the one that ``source`` was trained on."""
     from lowbit import data as data_sets
+    from lowbit.runs import check_source
 
-    if not source.exists():
-        raise UsageError(f"{source} does not exist; give a run folder, a .safetensors file or a .lowbit file")
+    check_source(source)
     if data is not None:
         return data_sets.load(data, data_dir, image_size)
     used = _data_of(source)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lowbit import pretrained
 from lowbit.arguments import load_data, parse_settings, train_config, with_bits
-from lowbit.errors import LowbitError, UsageError, check_choice, denied
+from lowbit.errors import LowbitError, UsageError, check_choice, sentence
 from lowbit.terminal import describe, first_line, notes, print_json, print_rows, short
 
 if TYPE_CHECKING:
@@ -456,16 +456,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     try:
         app(["--debug"] * debug + [a for a in arguments if a != "--debug"])
-    except LowbitError as error:
+    except (LowbitError, PermissionError) as error:
         if debug:
             traceback.print_exc()
-        print(f"lowbit: {error}", file=sys.stderr)
+        print(f"lowbit: {sentence(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except PermissionError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"lowbit: {denied(error)}", file=sys.stderr)
-        sys.exit(1)
     except ModuleNotFoundError as error:
         if debug or (error.name or "").split(".")[0] not in TRAINING_PACKAGES:
             raise

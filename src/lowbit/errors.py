@@ -11,8 +11,10 @@ class UsageError(LowbitError, ValueError):
     """A wrong name, option or argument. The command line prints it and exits with status 2."""
 
 
-def denied(error: PermissionError) -> str:
-    """The sentence for a file or folder that may not be read or written."""
+def sentence(error: LowbitError | PermissionError) -> str:
+    """What a user is told, also of a file or folder that may not be read or written."""
+    if isinstance(error, LowbitError):
+        return str(error)
     return f"{error.filename or error}: permission denied; change its rights, or take another place"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,14 @@ def check_image(image: Image.Image, name: object) -> None:
         raise LowbitError(f"{name} has more than 8 bits a pixel; convert it to 8 bits")
     if image.mode not in MODES:
         raise LowbitError(f"{name} has colours of the kind {image.mode}; convert it to RGB")
+
+
+@contextlib.contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """An image file in one of `FORMATS`, opened and not yet decoded, that `check_image` lets pass."""
+    with Image.open(path, formats=FORMATS) as image:
+        check_image(image, path)
+        yield image
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = 
 
     Raises:
         LowbitError: it is missing or is no JSON.
+        PermissionError: it may not be read.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_hook=object_hook)
@@ -67,6 +68,16 @@ def check_output(output: Path, *inputs: Path) -> None:
     of_run = output.name in OWN_FILES and any(Run(folder).config_path.is_file() for folder in folders)
     if of_run or any(output.is_file() and path.is_file() and output.samefile(path) for path in inputs):
         raise UsageError(f"-o names {output}, which is {'a file of a run' if of_run else 'read'}; choose another name")
+
+
+def check_source(path: Path) -> None:
+    """Refuse a source of predictions that is not there.
+
+    Raises:
+        UsageError: neither a folder nor a file has this path.
+    """
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; give a run folder, a .safetensors file or a .lowbit file")
 
 
 class _Settings(dict[str, Any]):
@@ -125,6 +136,20 @@ class Run:
         run = cls.open(path)
         if not run.is_finished:
             raise LowbitError(f"{path} has not finished its training; `lowbit train --resume --out {path}` goes on")
+        return run
+
+    @classmethod
+    def of_option(cls, option: str, path: str | Path) -> Run:
+        """The finished run that an option of the command line names.
+
+        Raises:
+            UsageError: there is no run folder there, or its training has not finished.
+        """
+        run = cls(Path(path))
+        if not run.config_path.is_file():
+            raise UsageError(f"{option} {path}: it has no config.json, so is no run folder; give a finished run")
+        if not run.is_finished:
+            raise UsageError(f"{option} {path}: the run has not finished; `lowbit train --resume` goes on with it")
         return run
 
     @property

@@ -15,7 +15,7 @@ from PIL import Image
 from lowbit.data.base import ImageData, Labels, channel_statistics, pad_pixels
 from lowbit.errors import LowbitError, UsageError
 from lowbit.packed.graph import is_plain
-from lowbit.preprocessing import FORMATS, MAX_SIDE, Pixels, Preprocessing, check_image
+from lowbit.preprocessing import MAX_SIDE, Pixels, Preprocessing, open_image
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png"})
 GREY = frozenset({"1", "L", "LA"})
@@ -105,8 +105,7 @@ def _decode(path: Path, image_size: int | None) -> Pixels:
     try:
         if not path.is_file():
             raise LowbitError(f"{path} is no regular file; remove it")
-        with Image.open(path, formats=FORMATS) as image:
-            check_image(image, path)
+        with open_image(path) as image:
             mode = "L" if image.mode in GREY else "RGB"
             width, height = (image_size, image_size) if image_size else image.size
             channels = (0.0,) * len(mode)

@@ -21,7 +21,7 @@ from lowbit.hardware import versions
 from lowbit.layers.integer import IntegerConvolutions
 from lowbit.models.base import load_run, load_weights
 from lowbit.preprocessing import Inputs, Pixels, Preprocessing
-from lowbit.runs import Run, is_of_data, write_json
+from lowbit.runs import Run, check_source, is_of_data, write_json
 
 LogitsOf = Callable[[Inputs], npt.NDArray[np.float32]]
 Progress = Callable[[int, int], None]
@@ -186,8 +186,7 @@ def _kind(path: Path) -> str:
     if path.is_dir():
         Run.open(path)
         return "run"
-    if not path.exists():
-        raise UsageError(f"{path} does not exist; give a run folder, a .safetensors file or a .lowbit file")
+    check_source(path)
     kinds = {".safetensors": "weights", ".lowbit": "packed"}
     if path.suffix not in kinds:
         raise UsageError(f"{path} is neither a run folder nor a .safetensors or .lowbit file")

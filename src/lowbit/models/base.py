@@ -139,6 +139,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     Raises:
         LowbitError: the file is missing, malformed, or does not fit; the model is then unchanged.
+        PermissionError: it may not be read.
     """
     try:
         state = safetensors.torch.load_file(path)

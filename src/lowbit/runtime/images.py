@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from lowbit.errors import LowbitError
-from lowbit.preprocessing import FORMATS, MAX_PIXELS, check_image
+from lowbit.preprocessing import MAX_PIXELS, open_image
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -22,8 +22,7 @@ def load_image(path: str | Path) -> Image.Image:
     if os.path.exists(path) and not os.path.isfile(path):
         raise LowbitError(f"{path} is no regular file; give the path of an image")
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            check_image(image, path)
+        with open_image(path) as image:
             image.load()
             return image.copy()
     except FileNotFoundError:

@@ -21,7 +21,7 @@ import torch
 
 from lowbit import data
 from lowbit.deploy import export_run
-from lowbit.errors import LowbitError, UsageError, denied
+from lowbit.errors import LowbitError, UsageError, sentence
 from lowbit.evaluation import evaluate
 from lowbit.runs import Run
 from lowbit.study.folder import is_exported, packed_path, record_export
@@ -89,7 +89,7 @@ def main() -> None:
     try:
         work(**json.loads(sys.argv[1]))
     except (LowbitError, PermissionError) as error:
-        print(f"lowbit: {denied(error) if isinstance(error, PermissionError) else error}", file=sys.stderr)
+        print(f"lowbit: {sentence(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -51,6 +51,7 @@ class Checkpoint:
 
         Raises:
             LowbitError: the file is missing or damaged.
+            PermissionError: it may not be read.
         """
         try:
             checkpoint = cls(**torch.load(path, map_location="cpu", weights_only=True))

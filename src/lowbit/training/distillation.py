@@ -54,10 +54,8 @@ def load_teacher(path: str | Path, settings: dict[str, Any]) -> nn.Module:
 
 def weights_hash(path: str | Path) -> str:
     """SHA-256 of a run's weights, in hexadecimal: so a resumed run knows its teacher again."""
-    run = Run(Path(path))
-    if not run.config_path.is_file():
-        raise UsageError(f"--distill-from {path}: it has no config.json, so is no run folder; give a finished run")
-    if not run.is_finished or not run.weights_path.is_file():
+    run = Run.of_option("--distill-from", path)
+    if not run.weights_path.is_file():
         raise UsageError(f"--distill-from {path}: the run has not finished; `lowbit train --resume` goes on with it")
     return run.weights_sha256
 

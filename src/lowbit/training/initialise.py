@@ -79,12 +79,7 @@ def init_from(model: nn.Module, source: str | Path) -> InitReport:
     """
     path = Path(source)
     if path.is_dir():
-        run = Run(path)
-        if not run.config_path.is_file():
-            raise UsageError(f"--init-from {source}: it has no config.json, so is no run folder; give a finished run")
-        if not run.is_finished:
-            raise UsageError(f"--init-from {source}: the run has not finished; `lowbit train --resume` goes on with it")
-        path = run.weights_path
+        path = Run.of_option("--init-from", path).weights_path
     try:
         found = safetensors.torch.load_file(path)
     except FileNotFoundError:
