@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import itertools
 import re
 import tomllib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from lowbit.quantizers.observers import Observer
 from lowbit.registry import check_value, field_types
 from lowbit.runs import Run
 from lowbit.study.folder import state
+from lowbit.study.table import Table, check_known, naming
 from lowbit.training import TrainConfig
 from lowbit.training.environment import PRECISIONS
 from lowbit.training.settings import check_effect, choose_recipe
@@ -117,7 +116,7 @@ def read_study(path: str | Path) -> Study:
         raise UsageError(f"{path} does not exist; give the TOML file of a study") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as TOML: {error}") from None
-    top = _Table(document, str(path))
+    top = Table(document, str(path))
     out = Path(top.take("out", str))
     if out.exists() and not out.is_dir():
         raise UsageError(f"{path}: out is {out}, which is a file; name a folder")
@@ -127,7 +126,7 @@ def read_study(path: str | Path) -> Study:
     if any(seed < 0 for seed in seeds):
         raise UsageError(f"{path}: seeds must be at least 0")
     precision = top.take("precision", str, "auto")
-    with _naming(str(path)):
+    with naming(str(path)):
         check_choice("precision", precision, ("auto", *PRECISIONS))
     common = TrainConfig(
         out=out,
@@ -210,7 +209,7 @@ def _plan(
     method = entry.get("method")
     if isinstance(method, str):
         where += f" ({method})"
-    table = _Table(entry, where)
+    table = Table(entry, where)
     method = table.take("method", str)
     name = table.take("name", str, None)
     if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
@@ -230,7 +229,7 @@ def _plan(
         )
     table.finish()
     sources = {planned.name: planned for planned in above}
-    with _naming(where):
+    with naming(where):
         for key, start in starts.items():
             _check_start(key, start, sources, shared=model is None or not several)
         source = sources.get(starts["init_from"] or "")
@@ -241,7 +240,7 @@ def _plan(
             model = source.model if source is not None else None
     rows: list[_Planned] = []
     for point in _points(grid, options, where):
-        with _naming(where):
+        with naming(where):
             chosen = methods.registry.check_values(method, {**options, **point})
             made = methods.registry[method](**chosen)
             config = replace(config, method_options=chosen)
@@ -352,7 +351,7 @@ def _data(entry: str | Mapping[str, Any], path: str) -> tuple[str, dict[str, Any
     }
     table.finish()
     kind, colon, folder = name.partition(":")
-    with _naming(f"{path}: data"):
+    with naming(f"{path}: data"):
         if not colon:
             data_sets.registry[name]
         elif kind != "folder" or not folder:
@@ -364,7 +363,7 @@ def _data(entry: str | Mapping[str, Any], path: str) -> tuple[str, dict[str, Any
 def _model(entry: str | Mapping[str, Any], path: str) -> tuple[str, dict[str, Any]]:
     """Short name of a model, and its fields of a `TrainConfig`."""
     name, table = _named(entry, f"{path}: model")
-    with _naming(f"{path}: model"):
+    with naming(f"{path}: model"):
         options = models.registry.check_values(name, table.values)
     return _label(name, options), {"model": name, "model_options": options}
 
@@ -373,13 +372,13 @@ def _recipe(entry: str | Mapping[str, Any], where: str) -> tuple[str | None, dic
     """A recipe's name, if one is given, and the fields that are changed."""
     if isinstance(entry, str):
         return entry, {}
-    table = _Table(entry, where)
+    table = Table(entry, where)
     return table.take("name", str, None), _fields(table.values, where)
 
 
 def _fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Fields of a recipe, checked by type; their ranges are checked with the recipe of each row."""
-    _check_known(values, RECIPE_FIELDS, where)
+    check_known(values, RECIPE_FIELDS, where)
     return {key: check_value(value, RECIPE_FIELDS[key], f"{where}.{key}") for key, value in values.items()}
 
 
@@ -396,79 +395,10 @@ def _label(name: str, options: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.-]+", "-", "-".join(parts))
 
 
-def _named(entry: str | Mapping[str, Any], where: str) -> tuple[str, _Table]:
+def _named(entry: str | Mapping[str, Any], where: str) -> tuple[str, Table]:
     """A name, or a table of a name and settings: the name, and the rest."""
-    table = _Table({"name": entry} if isinstance(entry, str) else entry, where)
+    table = Table({"name": entry} if isinstance(entry, str) else entry, where)
     return table.take("name", str), table
-
-
-class _Table:
-    """A TOML table of which each key is taken once, by its type; at the end none may be left.
-
-    Args:
-        values: the table.
-        where: names it in messages.
-    """
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values = dict(values)
-        self.where = where
-        self.known: list[str] = []
-
-    def take(self, key: str, kind: Any, *default: Any) -> Any:
-        """The value of ``key``, or ``default``, without which the key must be there."""
-        self.known.append(key)
-        if key not in self.values:
-            if not default:
-                raise UsageError(f"{self.where}: {key} is missing")
-            return default[0]
-        return self._checked(self.values.pop(key), kind, key)
-
-    def take_list(self, key: str, kind: Any, *default: Any) -> list[Any]:
-        """Like `take`, a list of one or more values; one value may stand without brackets."""
-        value = self.take(key, object, *default)
-        values = value if isinstance(value, list) else [value]
-        if not values:
-            raise UsageError(f"{self.where}: {key} is an empty list; name at least one")
-        return [self._checked(item, kind, key) for item in values]
-
-    def _checked(self, value: Any, kind: Any, key: str) -> Any:
-        if kind is float and type(value) is int:
-            return float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise UsageError(f"{self.where}: {key} is {value!r}, but must be {_KINDS[kind]}")
-        return value
-
-    def finish(self) -> None:
-        """Refuse what was not taken."""
-        _check_known(self.values, self.known, self.where)
-
-
-_KINDS = {
-    str: "a string",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "a table",
-    str | dict: "a string or a table",
-}
-
-
-def _check_known(values: Collection[str], known: Collection[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise UsageError(f"{where} has no key '{key}': {hint}")
-
-
-@contextlib.contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Put ``where`` in front of a `UsageError`."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
 
 
 def _first_twice(names: Sequence[Any]) -> Any:
