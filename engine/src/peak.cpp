@@ -257,10 +257,10 @@ namespace {
 void tiles(int64_t rounds) {
   _tile_loadconfig(&kTiles);
   for (; rounds > 0; --rounds) {
-    _tile_dpbssd(0, 4, 6);
-    _tile_dpbssd(1, 4, 7);
-    _tile_dpbssd(2, 5, 6);
-    _tile_dpbssd(3, 5, 7);
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
   }
   _tile_release();
 }

@@ -52,10 +52,10 @@ def parse_settings(
     method: str, model: str, settings: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """``--set`` strings, sorted into options of the method, of the model and fields of the recipe."""
-    from lowbit.methods import Recipe
     from lowbit.methods import registry as method_registry
     from lowbit.models import registry as model_registry
-    from lowbit.registry import field_types, parse_value
+    from lowbit.registry import parse_value
+    from lowbit.training.settings import RECIPE_FIELDS
 
     texts: dict[str, dict[str, str]] = {"method": {}, "model": {}, "recipe": {}}
     for setting in settings:
@@ -67,14 +67,13 @@ def parse_settings(
         if into.get(option, value) != value:
             raise UsageError(f"{key} is given twice, as {into[option]} and as {value}; leave one out")
         into[option] = value
-    types = field_types(Recipe)
     for key in texts["recipe"]:
-        if key not in types:
-            raise UsageError(f"a recipe has no field '{key}'; its fields: {', '.join(types)}")
+        if key not in RECIPE_FIELDS:
+            raise UsageError(f"a recipe has no field '{key}'; its fields: {', '.join(RECIPE_FIELDS)}")
     return (
         method_registry.parse_options(method, texts["method"]),
         model_registry.parse_options(model, texts["model"]),
-        {key: parse_value(text, types[key], f"recipe field '{key}'") for key, text in texts["recipe"].items()},
+        {key: parse_value(text, RECIPE_FIELDS[key], f"recipe field '{key}'") for key, text in texts["recipe"].items()},
     )
 
 

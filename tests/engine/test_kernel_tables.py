@@ -1,7 +1,7 @@
 """kernels_test.cpp, compiled and run: here for every instruction set of this CPU, and for aarch64 in qemu.
 
-Debian's packages for the latter are g++-aarch64-linux-gnu and qemu-user. Where a CPU has AVX2 but not AVX-VNNI, the one
-instruction that this adds is computed by others, so that the loops around it run everywhere.
+Debian's packages for the latter are g++-aarch64-linux-gnu and qemu-user. Where a CPU has AVX2 but not AVX-VNNI, or
+AVX-512 but not AMX, the instructions that these add are computed by others, so that the loops around them run, too.
 """
 
 from __future__ import annotations
@@ -48,10 +48,13 @@ def test_every_table_of_this_cpu_equals_the_scalar_one(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.skipif("avx2" not in _engine.available_isas(), reason="needs a CPU with AVX2")
-def test_avx_vnni_with_its_instruction_made_of_others_equals_the_scalar_table(tmp_path):
-    made = ("-include", str(Path(__file__).with_name("made_of_avx2.h")), "-fsanitize=address,undefined")
-    assert "avx_vnni" in equal_to_scalar(tmp_path, "g++", True, made, ())
+@pytest.mark.parametrize(("isa", "made_of"), [("avx_vnni", "avx2"), ("amx", "avx512_vpopcntdq")])
+def test_a_table_with_its_instructions_made_of_others_equals_the_scalar_one(tmp_path, isa, made_of):
+    if made_of not in _engine.available_isas():
+        pytest.skip(f"needs a CPU with what {made_of} takes")
+    header = Path(__file__).with_name(f"{isa}_made_of_{made_of}.h")
+    made = ("-include", str(header), "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+    assert isa in equal_to_scalar(tmp_path, "g++", True, made, ())
 
 
 @pytest.mark.skipif(

@@ -470,6 +470,7 @@ def test_a_run_says_where_it_was_resumed(
         ({"data": "digit"}, "did you mean digits"),
         ({"recipe": "fast"}, "has no recipe 'fast'"),
         ({"overrides": {"rate": 1}}, "has no field 'rate'"),
+        ({"overrides": {"source": "mine"}}, "has no field 'source'"),
         ({"precision": "half"}, "--precision"),
         ({"threads": 0}, "--threads"),
         ({"val_fraction": 2.0}, "--val-fraction"),

@@ -15,15 +15,16 @@ from lowbit import methods, models
 from lowbit.errors import UsageError, check_choice
 from lowbit.methods import Method, Recipe
 from lowbit.quantizers.observers import Observer
-from lowbit.registry import check_value, field_types
+from lowbit.registry import check_value
 from lowbit.runs import Run
 from lowbit.study.folder import state
 from lowbit.study.table import Table, check_known, naming
 from lowbit.training import TrainConfig
 from lowbit.training.environment import PRECISIONS
-from lowbit.training.settings import check_effect, choose_recipe
+from lowbit.training.settings import RECIPE_FIELDS, check_effect, choose_recipe
 
-RECIPE_FIELDS = {name: kind for name, kind in field_types(Recipe).items() if name not in ("epochs", "source")}
+# Epochs have a key of their own.
+ROW_FIELDS = {name: kind for name, kind in RECIPE_FIELDS.items() if name != "epochs"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -378,8 +379,8 @@ def _recipe(entry: str | Mapping[str, Any], where: str) -> tuple[str | None, dic
 
 def _fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Fields of a recipe, checked by type; their ranges are checked with the recipe of each row."""
-    check_known(values, RECIPE_FIELDS, where)
-    return {key: check_value(value, RECIPE_FIELDS[key], f"{where}.{key}") for key, value in values.items()}
+    check_known(values, ROW_FIELDS, where)
+    return {key: check_value(value, ROW_FIELDS[key], f"{where}.{key}") for key, value in values.items()}
 
 
 def _label(name: str, options: Mapping[str, Any]) -> str:

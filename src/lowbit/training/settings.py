@@ -6,7 +6,7 @@ import json
 import math
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from lowbit.methods.base import Method, Recipe
 from lowbit.registry import check_value, field_types
 from lowbit.runs import Run
 from lowbit.training.distillation import weights_hash
+
+# What may be changed in a recipe, by name, with its type.
+RECIPE_FIELDS = {name: kind for name, kind in field_types(Recipe).items() if name != "source"}
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,9 @@ def choose_recipe(method: Method, config: TrainConfig) -> tuple[str, Recipe]:
             choices = ", ".join(method.named_recipes)
             raise UsageError(f"method '{method.name}' has no recipe '{name}'; choose from {choices}")
         recipe = method.named_recipes[name]
-    known = [entry.name for entry in fields(Recipe)]
     for key in config.overrides:
-        if key not in known:
-            raise UsageError(f"a recipe has no field '{key}'; its fields: {', '.join(known)}")
+        if key not in RECIPE_FIELDS:
+            raise UsageError(f"a recipe has no field '{key}'; its fields: {', '.join(RECIPE_FIELDS)}")
     recipe = replace(recipe, **config.overrides)
     if config.epochs is not None:
         recipe = replace(recipe, epochs=config.epochs)
