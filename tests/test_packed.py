@@ -483,8 +483,8 @@ def test_small_file_of_many_groups_cannot_ask_for_much_memory():
         net = Builder((groups, 1, 1))
         codes = np.zeros((groups, 1), np.float32)
         net.op("threshold", tensors={"thresholds": codes, "falling": np.zeros(groups, np.uint8)}, bits=1)
-        shape = window((1, 2048), padding=(0, 1024), dilation=(1, 1))
-        tensors = {"weight_bits": np.zeros((groups, 1, 2048, 1), np.uint64), "scale": np.ones(groups, np.float32)}
+        shape = window((1, 2046), padding=(0, 1023), dilation=(1, 1))
+        tensors = {"weight_bits": np.zeros((groups, 1, 2046, 1), np.uint64), "scale": np.ones(groups, np.float32)}
         net.op("binary_conv2d", inputs=[1], tensors=tensors, groups=groups, channels=groups, **shape)
         given = [net.model.op_tensors(index) for index in range(2)]
         if not wrong:

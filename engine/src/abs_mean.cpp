@@ -77,8 +77,7 @@ std::unique_ptr<Op> make_abs_mean(const OpSpec& spec, const Shape& input) {
   require(spec.groups >= 1 && spec.groups <= input.channels && input.channels % spec.groups == 0,
           "the groups divide the channels unevenly");
   const Window window(spec, input);
-  require(spec.kernel[0] * spec.kernel[1] <= kMaxElements / (input.channels / spec.groups),
-          "the mean has too many terms");
+  require(spec.kernel[0] * spec.kernel[1] <= kMaxTaps / (input.channels / spec.groups), "the mean has too many terms");
   return std::make_unique<AbsMean>(spec, input, window);
 }
 

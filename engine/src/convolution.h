@@ -273,7 +273,7 @@ inline int64_t group_depth(const OpSpec& spec, const Shape& input, const Window&
   require(spec.channels % spec.groups == 0 && input.channels % spec.groups == 0,
           "the groups divide the channels unevenly");
   const int64_t depth = input.channels / spec.groups;
-  require(spec.kernel[0] * spec.kernel[1] <= kMaxElements / depth, "the sum has too many products");
+  require(spec.kernel[0] * spec.kernel[1] <= kMaxTaps / depth, "the sum has too many products");
   require(window.height * window.width * spec.channels <= kMaxElements, "the output is too large");
   return depth;
 }

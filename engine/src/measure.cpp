@@ -12,6 +12,7 @@ namespace {
 // Runs of each way, in turns; the first of them warms up, and the fastest counts. If the second way is ahead after
 // the fewer ones, it goes on, as long as it is: what slows the other way may be somebody else's work.
 constexpr int kRuns = 4, kMostRuns = 16;
+constexpr double kLongRun = 0.02;  // seconds, of which a first and a second one are enough
 constexpr double kGain = 0.9;
 constexpr double kMostBytes = 1 << 28;  // of memory; what takes more is not measured
 
@@ -45,13 +46,19 @@ bool Measure::first_is_faster(const Op& op, const Shape& input, const std::strin
                   static_cast<size_t>(thread_bytes), batch,          pool_};
   double best[2] = {std::numeric_limits<double>::max(), std::numeric_limits<double>::max()};
   const auto second_is_faster = [&] { return best[false] <= kGain * best[true]; };
-  for (int run = 0; run < kRuns || (run < kMostRuns && second_is_faster()); ++run)
+  double longest = 0;
+  const auto goes_on = [&](int run) {
+    if (run > 1 && longest > kLongRun) return false;
+    return run < kRuns || (run < kMostRuns && second_is_faster());
+  };
+  for (int run = 0; goes_on(run); ++run)
     for (const bool first : {true, false}) {
       choose(first);
       const auto start = std::chrono::steady_clock::now();
       op.run(call);
       const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
       if (run > 0) best[first] = std::min(best[first], time.count());
+      longest = std::max(longest, time.count());
     }
   return known[key] = !second_is_faster();
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <mutex>
 
@@ -20,10 +21,11 @@ using Clock = std::chrono::steady_clock;
 constexpr size_t kMaxOps = 1 << 12;
 constexpr int64_t kMaxAllElements = 1 << 27;
 constexpr double kMaxWork = 1ll << 38;       // products of one image, over all ops
-constexpr double kMaxWeightBytes = 1 << 30;  // of all ops, as they are laid out
+constexpr double kMaxWeightBytes = 1 << 30;  // of all ops, as they are laid out, tables of channels included
 constexpr double kPoolWork = 1 << 8;         // products that an element under a window without weights counts as
 constexpr int kMaxThreads = 256;
-constexpr int64_t kChunkBytes = 1 << 20;  // images run together as long as their values fit each thread's L2 cache
+constexpr int64_t kMostApartBytes = 1 << 28;  // of images that threads take for themselves, each with its own memory
+constexpr int64_t kChunkBytes = 1 << 20;      // images run together as long as their values fit each thread's L2 cache
 constexpr int64_t kMaxChunk = 64;
 constexpr int64_t kEnoughImages = 4;  // for a thread, so that it matters little if one has an image more to do
 
@@ -51,15 +53,26 @@ double work_of(const OpSpec& spec, const Shape& input, const Shape& output) {
          (weighted ? static_cast<double>(input.channels / spec.groups) : kPoolWork);
 }
 
-// What kMaxWeightBytes limits: a group's weights go on to a multiple of 16 channels, a pixel's bits to words, so that a
-// small file of many groups may grow.
+// The most border cases along an axis: one for each output, and one for each number of taps that either end hides.
+double most_cases(const OpSpec& spec, const Shape& input, int axis) {
+  const double extent = static_cast<double>(axis == 0 ? input.height : input.width) + 2.0 * spec.padding[axis];
+  const double kernel = static_cast<double>(spec.kernel[axis]), span = spec.dilation[axis] * (kernel - 1) + 1;
+  const double outputs = std::floor((extent - span) / static_cast<double>(std::max<int64_t>(spec.stride[axis], 1))) + 1;
+  return std::clamp(outputs, 1.0, std::max(2 * kernel + 2, 1.0));
+}
+
+// What kMaxWeightBytes limits: a group's weights, and its tables of two numbers, of thresholds and of border cases, go
+// on to a multiple of 16 channels, a pixel's bits to words, so that a small file of many groups may grow.
 double weight_bytes_of(const OpSpec& spec, const Shape& input) {
   if (!spec.op.ends_with("conv2d")) return 0;
   const double taps = static_cast<double>(spec.kernel[0]) * static_cast<double>(spec.kernel[1]);
   const int64_t groups = std::clamp<int64_t>(spec.groups, 1, kMaxExtent), depth = ceil_div(input.channels, groups);
   const int64_t bytes = spec.op == "binary_conv2d" ? 8 * ceil_div(depth, 64) : 4 * depth;
   const int64_t channels = round_up(ceil_div(std::clamp<int64_t>(spec.channels, 0, kMaxExtent), groups), kTileChannels);
-  return taps * static_cast<double>(groups) * static_cast<double>(channels) * static_cast<double>(bytes);
+  const double cases = most_cases(spec, input, 0) * most_cases(spec, input, 1);
+  const int64_t levels = has_tensor(spec, "thresholds") ? (1 << std::clamp<int64_t>(spec.bits, 0, 8)) - 1 : 0;
+  return static_cast<double>(groups * channels) *
+         (taps * static_cast<double>(bytes) + 4 * (2 + cases + static_cast<double>(levels)));
 }
 
 // Images that run together: their part of the arena, and the threads that share each op's work.
@@ -130,6 +143,7 @@ Engine::Engine(Shape input, const std::vector<OpSpec>& specs, int threads, std::
     require(extent >= 1 && extent <= kMaxExtent, "the input shape is out of range");
   require(input.pixels() <= kMaxElements && input.elements() <= kMaxElements && input.is_float(),
           "the input is too large");
+  const DefaultFloatMode mode;  // thresholds become lines that hold in no other
   state_ = std::make_unique<State>(threads, isa);
   State& s = *state_;
   s.shapes.push_back(input);
@@ -268,14 +282,15 @@ bool Engine::run(const float* images, int64_t batch, float* outputs, double* sec
   if (batch == 0) return true;
   const DefaultFloatMode mode;
   const int64_t threads = s.pool->size(), in = s.shapes.front().elements(), out = s.shapes.back().elements();
-  const bool apart = threads > 1 && seconds == nullptr && (batch % threads == 0 || batch >= kEnoughImages * threads);
+  const bool apart = threads > 1 && seconds == nullptr && s.plan.image_bytes * threads <= kMostApartBytes &&
+                     (batch % threads == 0 || batch >= kEnoughImages * threads);
   const int64_t lanes = apart ? threads : 1;
   const int64_t most = std::clamp<int64_t>(kChunkBytes * (threads / lanes) / s.plan.image_bytes, 1, kMaxChunk);
-  // Every thread gets as many chunks, and they are of the same size but for one image.
+  // A multiple of the lanes, if there are images enough, and of the same size but for one image.
   const int64_t chunks = std::min(batch, round_up(ceil_div(batch, most), lanes));
   const int64_t lane_bytes = s.plan.image_bytes * ceil_div(batch, chunks);
   if (static_cast<int64_t>(s.arena.size()) < lane_bytes * lanes) {
-    s.arena.clear();  // so that nothing is copied
+    s.arena = Buffer<std::byte>();  // so that nothing is copied, and the old one is gone
     s.arena.resize(lane_bytes * lanes);
   }
   std::atomic<bool> finite = true;

@@ -43,7 +43,7 @@ struct AlignedAllocator {
 template <class T>
 using Buffer = std::vector<T, AlignedAllocator<T>>;
 
-// What an op reads and writes. Buffers are aligned to 64 bytes.
+// What an op reads and writes.
 struct Operands {
   std::array<const void*, 2> inputs;
   void* output;
@@ -176,6 +176,7 @@ inline void require(bool condition, const char* message) {
 
 inline constexpr int64_t kMaxExtent = 1 << 16;
 inline constexpr int64_t kMaxElements = 1 << 24;
+inline constexpr int64_t kMaxTaps = 1 << 20;  // products in one sum
 
 // A sliding window: its geometry, and the size of what it writes.
 struct Window {

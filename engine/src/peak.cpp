@@ -178,6 +178,12 @@ LOWBIT_CHAINS(fma_512, __m512, __m512, _mm512_fmadd_ps(x, w, sum))
 // As above.
 LOWBIT_CHAINS(maddubs_512, __m512i, __m512i, _mm512_add_epi16(sum, _mm512_maddubs_epi16(x, w)))
 
+}  // namespace
+}  // namespace lowbit
+#include "kernels/parities.h"
+namespace lowbit {
+namespace {
+
 __m512i carry_512(__m512i& sum, __m512i a, __m512i b) {
   const __m512i carried = _mm512_ternarylogic_epi64(sum, a, b, 0xe8);
   sum = _mm512_ternarylogic_epi64(sum, a, b, 0x96);
@@ -196,8 +202,10 @@ void carry_save_512(int64_t rounds) {
       LOWBIT_OPAQUE(x);
       word = _mm512_xor_si512(x, w);
     }
-    const __m512i a = carry_512(ones, bits[0], bits[1]), b = carry_512(ones, bits[2], bits[3]);
-    const __m512i c = carry_512(ones, bits[4], bits[5]), d = carry_512(ones, bits[6], bits[7]);
+    // Every second one is a parity.
+    const __m512i a = carry_beside(bits[1], ones, bits[0]), b = carry_beside(bits[3], bits[1], bits[2]);
+    const __m512i c = carry_beside(bits[5], bits[3], bits[4]), d = carry_beside(bits[7], bits[5], bits[6]);
+    ones = bits[7];
     const __m512i left = carry_512(twos, a, b), right = carry_512(twos, c, d);
     const __m512i eights = carry_512(fours, left, right);
     const __m512i bytes =
@@ -225,7 +233,6 @@ LOWBIT_CHAINS(vnni_512, __m512i, __m512i, _mm512_dpbusd_epi32(sum, x, w))
 
 // Full adders whose sums are there: two words a step, of which one is counted.
 void popcount_512(int64_t rounds) {
-  constexpr int kCarry = 0b11010100;
   __m512i counts[8]{}, sums[8]{}, x{}, w{};
   LOWBIT_OPAQUE(w);
   for (; rounds > 0; --rounds) {
@@ -235,7 +242,7 @@ void popcount_512(int64_t rounds) {
       const __m512i bits = _mm512_xor_si512(x, w);
       LOWBIT_OPAQUE(x);
       const __m512i sum = _mm512_xor_si512(x, w);
-      const __m512i carried = _mm512_ternarylogic_epi64(sums[i], bits, sum, kCarry);
+      const __m512i carried = carry_beside(sum, sums[i], bits);
       counts[i] = _mm512_add_epi64(counts[i], _mm512_popcnt_epi64(carried));
       sums[i] = sum;
     }

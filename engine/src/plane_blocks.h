@@ -16,9 +16,13 @@ namespace lowbit {
 
 class PlaneBlocks {
  public:
-  // Whether a product has so few bits, and weights on such a grid, that this may be the faster way.
+  // Whether a product has so few bits, and weights on such a grid, that this may be the faster way, and its layouts, of
+  // which there may be three with blocks, take no more memory than what weights are counted for.
   static bool fits(const OpSpec& spec, int bits, int64_t depth) {
-    return spec.groups == 1 && depth >= kLeastDepth && bits * spec.weight_width <= kMostProducts &&
+    const int64_t words = spec.weight_width * round_up(spec.channels, kBlockChannels) * ceil_div(depth, 64);
+    const int64_t counted = round_up(spec.channels, kTileChannels) * depth * 4;
+    return 3 * words * static_cast<int64_t>(sizeof(uint64_t)) <= counted && spec.groups == 1 && depth >= kLeastDepth &&
+           bits * spec.weight_width <= kMostProducts &&
            2 * spec.weight_offset == -spec.weight_multiplier * ((int64_t{1} << spec.weight_width) - 1);
   }
 

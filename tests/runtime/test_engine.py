@@ -264,6 +264,26 @@ def test_a_caller_that_flushes_denormals_changes_no_bit(model):
     assert np.array_equal(again, sums)
 
 
+def test_a_network_that_is_loaded_while_denormals_are_flushed_gives_the_same_codes():
+    """These thresholds lie close enough to a line for codes to be computed only where denormal numbers are zero."""
+    torch = pytest.importorskip("torch", reason="torch sets the mode")
+    limits = ((np.arange(31) - 15) * 2e-38).astype(np.float32)
+    limits[15] = 1.1e-38
+    net = Builder((1, 1, 1))
+    net.op("threshold", tensors={"thresholds": limits[None], "falling": np.zeros(1, np.uint8)}, bits=5)
+    tensors = {"levels": np.zeros(32, np.float32), "weight": np.ones((1, 1, 1, 1), np.float32)}
+    net.op("table_conv2d", tensors=tensors, groups=1, channels=1, **window((1, 1), dilation=(1, 1)))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        engine = Engine(net.model)
+    finally:
+        torch.set_flush_denormal(False)
+    x = np.array([0, 5e-39, 1.05e-38, 1.2e-38, -1e-39], np.float32)
+    codes = engine.run_op(0, [x.reshape(-1, 1, 1, 1)])
+    assert codes.ravel().tolist() == [int((limits <= value).sum()) for value in x]
+
+
 def test_calls_from_many_threads(model):
     """Two engines, each called from four threads at once with batches of different sizes."""
     engines = [Engine(model, threads=2), Engine(model)]

@@ -51,6 +51,11 @@ __m256i difference(const uint64_t* x, const uint64_t* w, int k) {
   return _mm256_xor_si256(_mm256_set1_epi64x(static_cast<long long>(x[k * P])), load(w + k * kTileChannels));
 }
 
+template <int P>
+[[gnu::always_inline]] inline __m256i pair(const uint64_t* x, const uint64_t* w, int k, __m256i& ones) {
+  return carry(ones, difference<P>(x, w, k), difference<P>(x, w, k + 1));
+}
+
 }  // namespace
 }  // namespace lowbit
 
@@ -73,21 +78,22 @@ struct Counts {
   __m256i quads[P][4];
 
   explicit Counts(const BinaryTile& tile) {
-    const size_t single = tile.depth < kFewest ? tile.depth : tile.depth % 4, rest = tile.depth - single;
     for (int i = 0; i < 4; ++i) {
       const uint64_t* x = tile.pixels;
       const uint64_t* w = tile.weights + 4 * i;
+      if (tile.depth >= kFewest) {
+        for (int p = 0; p < P; ++p) quads[p][i] = count_words<P>(x + p, w, tile.depth);
+        continue;
+      }
       __m256i bytes[P];
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) bytes[p] = _mm256_setzero_si256();
-      for (size_t k = 0; k < single; ++k, x += P, w += kTileChannels) {
+      for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) bytes[p] = _mm256_add_epi8(bytes[p], byte_counts(difference<P>(x + p, w, 0)));
       }
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) quads[p][i] = sum_bytes(bytes[p]);
-      if (rest == 0) continue;
-      for (int p = 0; p < P; ++p) quads[p][i] = _mm256_add_epi64(quads[p][i], count_fours<P>(x + p, w, rest));
     }
   }
 
@@ -458,9 +464,19 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 #include "kernels/nibble_tables.h"
 #include "kernels/rows.h"
 
-const lowbit::Kernels lowbit::kAvx2Kernels{
-    "avx2",     binary_subtract, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums,
-    float_bits, float_codes,     ramp<float>, &kRows,        &kBlocks,   &kBytes,         1,
-    &kCounts};
+const lowbit::Kernels lowbit::kAvx2Kernels{.isa = "avx2",
+                                           .binary_subtract = binary_subtract,
+                                           .binary_bits = binary_bits,
+                                           .binary_floats = binary_floats,
+                                           .float_tile = float_tile,
+                                           .float_tile_bits = float_tile_bits,
+                                           .integer_sums = integer_sums,
+                                           .float_bits = float_bits,
+                                           .float_codes = float_codes,
+                                           .float_ramp = ramp<float>,
+                                           .rows = &kRows,
+                                           .blocks = &kBlocks,
+                                           .bytes = &kBytes,
+                                           .counts = &kCounts};
 
 LOWBIT_TARGET_CLOSE

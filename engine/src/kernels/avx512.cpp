@@ -1,5 +1,6 @@
 // AVX-512 without VPOPCNTDQ (Skylake-X and later): words are added up in carry-save form, whose full adder is two
-// ternary-logic instructions, so that only one word in eight is counted, byte by byte with vpshufb.
+// ternary-logic instructions, or one where its sum is a parity (parities.h), so that only one word in eight is counted,
+// byte by byte with vpshufb.
 #include "kernels/by_count.h"
 #include "kernels/kernels.h"
 #include "kernels/pairs.h"
@@ -11,6 +12,8 @@ namespace lowbit {
 namespace {
 
 using Vector = __m512i;
+
+constexpr size_t kFewest = 8;  // words from which carry-save adders gain; 31 would fit a byte uncarried
 
 // The number of ones in each byte, from a table by nibbles.
 __m512i byte_counts(__m512i bits) {
@@ -43,6 +46,26 @@ __m512i difference(const uint64_t* x, const uint64_t* w, int k) {
 }  // namespace
 }  // namespace lowbit
 
+#include "kernels/parities.h"
+
+namespace lowbit {
+namespace {
+
+// The last word is a parity, so that pairs of words are left behind a first one.
+void prepare_words(uint64_t* words, size_t depth, int count) {
+  if (depth >= kFewest) put_parities(words, depth, count, (depth + 1) % 2);
+}
+
+template <int P>
+[[gnu::always_inline]] inline __m512i pair(const uint64_t* x, const uint64_t* w, int k, __m512i& ones) {
+  const __m512i before = ones;
+  ones = difference<P>(x, w, k + 1);  // of parities
+  return carry_beside(ones, before, difference<P>(x, w, k));
+}
+
+}  // namespace
+}  // namespace lowbit
+
 #include "kernels/carry_save.h"
 
 namespace lowbit {
@@ -55,10 +78,16 @@ struct Counts {
   explicit Counts(const BinaryTile& tile) {
     const uint64_t* x = tile.pixels;
     const uint64_t* w = tile.weights;
-    const size_t single = tile.depth < 8 ? tile.depth : tile.depth % 4;
+    if (tile.depth >= kFewest) {
+      for (int p = 0; p < P; ++p) {
+        low[p] = count_words<P>(x + p, w, tile.depth);
+        high[p] = count_words<P>(x + p, w + 8, tile.depth);
+      }
+      return;
+    }
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) low[p] = high[p] = _mm512_setzero_si512();
-    for (size_t k = 0; k < single; ++k, x += P, w += kTileChannels) {
+    for (size_t k = 0; k < tile.depth; ++k, x += P, w += kTileChannels) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
         low[p] = _mm512_add_epi8(low[p], byte_counts(difference<P>(x + p, w, 0)));
@@ -69,11 +98,6 @@ struct Counts {
     for (int p = 0; p < P; ++p) {
       low[p] = sum_bytes(low[p]);
       high[p] = sum_bytes(high[p]);
-    }
-    if (single == tile.depth) return;
-    for (int p = 0; p < P; ++p) {
-      low[p] = _mm512_add_epi64(low[p], count_fours<P>(x + p, w, tile.depth - single));
-      high[p] = _mm512_add_epi64(high[p], count_fours<P>(x + p, w + 8, tile.depth - single));
     }
   }
 };
@@ -152,8 +176,19 @@ constexpr ByteKernels kBytes{4, 4, arrange_rows, byte_sums, sums_to_codes, sums_
 }  // namespace
 }  // namespace lowbit
 
-const lowbit::Kernels lowbit::kAvx512Kernels{
-    "avx512",   binary_subtract, binary_bits, binary_floats, float_tile, float_tile_bits, integer_sums,
-    float_bits, float_codes,     ramp<float>, &kRows,        nullptr,    &kBytes,         2};
+const lowbit::Kernels lowbit::kAvx512Kernels{.isa = "avx512",
+                                             .binary_subtract = binary_subtract,
+                                             .binary_bits = binary_bits,
+                                             .binary_floats = binary_floats,
+                                             .float_tile = float_tile,
+                                             .float_tile_bits = float_tile_bits,
+                                             .integer_sums = integer_sums,
+                                             .float_bits = float_bits,
+                                             .float_codes = float_codes,
+                                             .float_ramp = ramp<float>,
+                                             .rows = &kRows,
+                                             .bytes = &kBytes,
+                                             .float_panels = 2,
+                                             .prepare_words = prepare_words};
 
 LOWBIT_TARGET_CLOSE

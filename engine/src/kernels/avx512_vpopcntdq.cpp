@@ -3,11 +3,8 @@
 // products of bytes: four at once, added to 32 bits.
 //
 // Counting bits takes three instructions for a word, xor, vpopcntq and add, and the processor is busy with nothing
-// else. So two words are counted at once, by a full adder: of the bit carried so far and the differences of two words,
-// the sum is carried on, and only what the adder carries out is counted, for twice. Such a sum is the parity of all
-// differences up to there, which is the parity of the pixel's words xor that of the weight's: where both have their
-// parities in the place of every second word, the sum costs as much as the difference that it replaces, and two words
-// take five instructions, not six.
+// else. So two words are counted at once, by a full adder of which only what it carries is counted, for twice: where
+// its sum is a parity (parities.h), two words take five instructions, not six.
 #include "kernels/by_count.h"
 #include "kernels/kernels.h"
 #include "kernels/pairs.h"
@@ -22,30 +19,15 @@ namespace {
 // for so many words ahead, over the ends of pages, where the processor itself would stop.
 constexpr size_t kAhead = 512;
 
-// Words 0, 2, 4, ... become the parities of all words up to them.
-void prepare_words(uint64_t* words, size_t depth, int count) {
-  for (int first = 0; first < count; first += 8) {
-    const int left = count - first;
-    const auto lanes = static_cast<__mmask8>(left < 8 ? (1u << left) - 1 : 0xffu);
-    __m512i parities = _mm512_setzero_si512();
-    uint64_t* row = words + first;
-    for (size_t k = 0; k < depth; ++k, row += count) {
-      parities = _mm512_xor_si512(parities, _mm512_maskz_loadu_epi64(lanes, row));
-      if (k % 2 != 0) continue;
-      if (left < 8)
-        _mm512_mask_storeu_epi64(row, lanes, parities);
-      else
-        _mm512_storeu_si512(row, parities);
-    }
-  }
-}
+}  // namespace
+}  // namespace lowbit
 
-// What a full adder carries of `before`, `bits` and a third input, where `sum` is before ^ bits ^ third: `bits` where
-// it is as `before`, else the third, which is ~sum there.
-__m512i carry(__m512i before, __m512i bits, __m512i sum) {
-  constexpr int kCarry = 0b11010100;  // at 4 * before + 2 * bits + sum
-  return _mm512_ternarylogic_epi64(before, bits, sum, kCarry);
-}
+#include "kernels/parities.h"
+
+namespace lowbit {
+namespace {
+
+void prepare_words(uint64_t* words, size_t depth, int count) { put_parities(words, depth, count, 0); }
 
 // How many bits differ between up to four pixels of a tile of P, from `first` on, and channels 0..7 (low) and 8..15.
 template <int P, int N>
@@ -76,7 +58,7 @@ template <int P, int N>
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const __m512i sum = _mm512_xor_si512(parity, of_sum[half]);
-        const __m512i carried = carry(sums[p][half], _mm512_xor_si512(bits, of_bits[half]), sum);
+        const __m512i carried = carry_beside(sum, sums[p][half], _mm512_xor_si512(bits, of_bits[half]));
         counts[p][half] = _mm512_add_epi64(counts[p][half], _mm512_popcnt_epi64(carried));
         sums[p][half] = sum;
       }
@@ -159,22 +141,19 @@ constexpr ByteKernels kBytes{4, 2, arrange_rows, byte_sums, sums_to_codes, sums_
 }  // namespace
 }  // namespace lowbit
 
-const lowbit::Kernels lowbit::kAvx512VpopcntdqKernels{"avx512_vpopcntdq",
-                                                      binary_subtract,
-                                                      binary_bits,
-                                                      binary_floats,
-                                                      float_tile,
-                                                      float_tile_bits,
-                                                      integer_sums,
-                                                      float_bits,
-                                                      float_codes,
-                                                      ramp<float>,
-                                                      &kRows,
-                                                      nullptr,
-                                                      &kBytes,
-                                                      2,
-                                                      nullptr,
-                                                      nullptr,
-                                                      prepare_words};
+const lowbit::Kernels lowbit::kAvx512VpopcntdqKernels{.isa = "avx512_vpopcntdq",
+                                                      .binary_subtract = binary_subtract,
+                                                      .binary_bits = binary_bits,
+                                                      .binary_floats = binary_floats,
+                                                      .float_tile = float_tile,
+                                                      .float_tile_bits = float_tile_bits,
+                                                      .integer_sums = integer_sums,
+                                                      .float_bits = float_bits,
+                                                      .float_codes = float_codes,
+                                                      .float_ramp = ramp<float>,
+                                                      .rows = &kRows,
+                                                      .bytes = &kBytes,
+                                                      .float_panels = 2,
+                                                      .prepare_words = prepare_words};
 
 LOWBIT_TARGET_CLOSE

@@ -20,7 +20,18 @@ import safetensors.numpy
 
 from lowbit.errors import LowbitError
 from lowbit.files import write_whole
-from lowbit.packed.graph import Array, Op, OpCost, Value, check_graph, check_integer, check_keys, cost_of, is_plain
+from lowbit.packed.graph import (
+    Array,
+    Op,
+    OpCost,
+    Value,
+    check_graph,
+    check_integer,
+    check_keys,
+    cost_of,
+    is_plain,
+    tensors_by_op,
+)
 from lowbit.preprocessing import Preprocessing
 
 FORMAT = 1
@@ -52,8 +63,12 @@ class PackedModel:
 
     def op_tensors(self, index: int) -> dict[str, Array]:
         """Tensors of op ``index`` by their short names."""
-        prefix = f"{index}."
-        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+        return self.all_op_tensors()[index]
+
+    def all_op_tensors(self) -> list[dict[str, Array]]:
+        """The same for each op."""
+        by_op = tensors_by_op(self.tensors)
+        return [by_op.get(str(index), {}) for index in range(len(self.ops))]
 
     def values(self) -> list[Value]:
         """All values, the input first and the output last. Raises like `validate`."""
@@ -63,8 +78,8 @@ class PackedModel:
         """The cost of each op. Raises like `validate`."""
         values = validate(self)
         return [
-            cost_of(op, self.op_tensors(index), values[op["inputs"][0]], values[index + 1])
-            for index, op in enumerate(self.ops)
+            cost_of(op, tensors, values[op["inputs"][0]], value)
+            for op, tensors, value in zip(self.ops, self.all_op_tensors(), values[1:], strict=True)
         ]
 
     def to_bytes(self) -> bytes:

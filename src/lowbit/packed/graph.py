@@ -31,10 +31,11 @@ MAX_WORK = 1 << 38
 """Most products for one image, over all ops. An element under the window of a pool or a mean counts as `POOL_WORK`."""
 POOL_WORK = 1 << 8
 MAX_WEIGHTS = 1 << 30
-"""Most bytes of all weights as an engine lays them out: a group's channels go on to a multiple of `PANEL`."""
+"""Most bytes of all weights and tables of channels as an engine lays them out, the channels of a group going on to a
+multiple of `PANEL`."""
 PANEL = 16
-MAX_TAPS = 1 << 24
-"""Most products in one sum, so that every accumulator of bits fits an int32."""
+MAX_TAPS = 1 << 20
+"""Most products in one sum: what a thread gathers for one stays small, and every accumulator of bits fits an int32."""
 MAX_INTEGER = (1 << 15) - 1
 """Largest absolute value of an integer that a code stands for: the engine keeps them as int16."""
 MAX_SUM = (1 << 31) - 2
@@ -107,10 +108,7 @@ def check_graph(input_shape: Sequence[Any], ops: Any, tensors: Mapping[str, Arra
     values = [Value("float", height, width, channels)]
     if not isinstance(ops, list) or not 1 <= len(ops) <= MAX_OPS:
         raise LowbitError(f"the graph must be a list of 1 to {MAX_OPS} ops")
-    by_op: dict[str, dict[str, Array]] = {}
-    for key, tensor in tensors.items():
-        number, _, name = key.partition(".")
-        by_op.setdefault(number, {})[name] = tensor
+    by_op = tensors_by_op(tensors)
     for index, op in enumerate(ops):
         if not isinstance(op, dict):
             raise LowbitError(f"op {index} is no JSON object")
@@ -123,7 +121,7 @@ def check_graph(input_shape: Sequence[Any], ops: Any, tensors: Mapping[str, Arra
     work = sum(_work(op, values[op["inputs"][0]], value) for op, value in zip(ops, values[1:], strict=True))
     if work > MAX_WORK:
         raise LowbitError(f"one image takes {work} products, more than {MAX_WORK}")
-    weights = sum(_weights(op, values[op["inputs"][0]]) for op in ops if "channels" in op)
+    weights = sum(_weights(op, values[op["inputs"][0]], value) for op, value in zip(ops, values[1:], strict=True))
     if weights > MAX_WEIGHTS:
         raise LowbitError(f"laid out for the engine, weights take {weights} bytes, more than {MAX_WEIGHTS}")
     output = values[-1]
@@ -132,12 +130,29 @@ def check_graph(input_shape: Sequence[Any], ops: Any, tensors: Mapping[str, Arra
     return values
 
 
-def _weights(op: Op, source: Value) -> int:
-    """What `MAX_WEIGHTS` limits. Groups with fewer channels and inputs than a kernel takes at once make a file grow."""
-    groups, taps = int(op["groups"]), int(math.prod(op["kernel"]))
-    depth, channels = source.channels // groups, int(op["channels"]) // groups
+def tensors_by_op(tensors: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+    """Tensors named ``"{op}.{name}"``: those of each op by their short names."""
+    by_op: dict[str, dict[str, Array]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        by_op.setdefault(number, {})[name] = tensor
+    return by_op
+
+
+def _weights(op: Op, source: Value, value: Value) -> int:
+    """What `MAX_WEIGHTS` limits. Groups with fewer channels and inputs than a kernel takes at once make a file grow.
+
+    A channel has 4 bytes in a table for each of two numbers, threshold, and case of taps that see the image: along each
+    axis at most one for each output, and one for each number of taps that either border hides.
+    """
+    if "channels" not in op:
+        return 0
+    groups, kernel = int(op["groups"]), op["kernel"]
+    depth, channels = source.channels // groups, -(-int(op["channels"]) // groups // PANEL) * PANEL * groups
     each = 8 * -(-depth // WORD_BITS) if op["op"] == "binary_conv2d" else 4 * depth
-    return taps * groups * -(-channels // PANEL) * PANEL * each
+    cases = math.prod(min(outputs, 2 * k + 2) for outputs, k in zip(value.shape[:2], kernel, strict=True))
+    levels = 2 ** op["bits"] - 1 if "bits" in op else 0
+    return channels * (int(math.prod(kernel)) * each + 4 * (2 + cases + levels))
 
 
 def _work(op: Op, source: Value, value: Value) -> int:

@@ -76,8 +76,8 @@ class Engine:
         else:
             self.model, self._values = packed.read_with_values(model)
         tensors = [
-            {name: np.ascontiguousarray(tensor) for name, tensor in self.model.op_tensors(index).items()}
-            for index in range(len(self.model.ops))
+            {name: np.ascontiguousarray(tensor) for name, tensor in of_op.items()}
+            for of_op in self.model.all_op_tensors()
         ]
         try:
             self._native = _engine.Engine(list(self.model.input_shape), self.model.ops, tensors, threads)
