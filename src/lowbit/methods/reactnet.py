@@ -71,7 +71,7 @@ def reactnet(shifts: bool = True) -> Method:
                 whiten=True,
                 freeze_first=True,
                 source="in the spirit of Jordan 2024, arXiv 2404.00498, for a network that has minutes: the first "
-                "layer is a whitening of the images' patches and stays it, a triangle of rates, small crops, the last "
+                "layer whitens the images' patches and is not trained, a triangle of rates, small crops, the last "
                 "fifth of the steps averaged. Rate, batch and first layer were chosen by trainings of poolnet for half "
                 "an epoch and one, on 45,000 images of CIFAR-10, tested on the other 5,000 of the train images",
             ),
