@@ -69,8 +69,9 @@ def affine(
     **After training, the rest of a low-bit run**: ``lowbit calibrate runs/XNOR --out runs/XNOR-INT8`` makes 8-bit what
     its own method leaves in float, such as the first and the last layer; ``lowbit export runs/XNOR --rest int8`` does
     both, with ``observer=mse``, and says what it does to the accuracy. In a program the same two calls as above,
-    `quantize_` and `calibrate`, on the trained low-bit model, without folding. ``lowbit train --init-from runs/XNOR-INT8``, by the method of
-    runs/XNOR, goes on with these layers as they are: their weights learn, their ranges stay.
+    `quantize_` and `calibrate`, on the trained low-bit model, without folding. ``lowbit train --init-from
+    runs/XNOR-INT8``, by the method of runs/XNOR, goes on with these layers as they are: their weights learn, their
+    ranges stay.
 
     **In training**, best from a float run: ``lowbit train --method affine --recipe fine_tune --init-from runs/FLOAT``.
     Until the share ``delay`` of the epochs is over the network is float and observers only look; from the share
