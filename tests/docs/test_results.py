@@ -44,6 +44,7 @@ def section(title: str) -> str:
     [
         ("One bit on CIFAR-10", "cifar10/patchnet_*", 4),
         ("The float VGG16, longer", "cifar10/float_longer", 1),
+        ("BIN_VGG16, longer", "cifar10/bin_vgg16_*", 2),
         ("One bit on Fashion-MNIST", "fashion_mnist_patchnet/*", 5),
         ("One bit in minutes", "cifar10_fast/*", 3),
         ("One bit within 45 minutes", "cifar10_minutes/*", 9),
