@@ -274,7 +274,7 @@ def _use(name: str) -> str:
         if get_origin(option.annotation) is Literal:
             setting = f" --set {option.name}={get_args(option.annotation)[-1]}"
             break
-    model = "patchnet" if methods.registry[name]().name in ("bireal", "reactnet") else "lenet"
+    model = "patchnet" if name in ("bireal", "reactnet") else "lenet"
     return (
         f"```sh\nlowbit train --method {name} --model {model} --data digits --out runs/{name}{setting}\n```\n\n"
         f'```python\nlowbit.quantize_(model, "{name}")\n```'

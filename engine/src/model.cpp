@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <mutex>
 
@@ -53,23 +52,18 @@ double work_of(const OpSpec& spec, const Shape& input, const Shape& output) {
          (weighted ? static_cast<double>(input.channels / spec.groups) : kPoolWork);
 }
 
-// The most border cases along an axis: one for each output, and one for each number of taps that either end hides.
-double most_cases(const OpSpec& spec, const Shape& input, int axis) {
-  const double extent = static_cast<double>(axis == 0 ? input.height : input.width) + 2.0 * spec.padding[axis];
-  const double kernel = static_cast<double>(spec.kernel[axis]), span = spec.dilation[axis] * (kernel - 1) + 1;
-  const double outputs = std::floor((extent - span) / static_cast<double>(std::max<int64_t>(spec.stride[axis], 1))) + 1;
-  return std::clamp(outputs, 1.0, std::max(2 * kernel + 2, 1.0));
-}
-
 // What kMaxWeightBytes limits: a group's weights, and its tables of two numbers, of thresholds and of border cases, go
 // on to a multiple of 16 channels, a pixel's bits to words, so that a small file of many groups may grow.
 double weight_bytes_of(const OpSpec& spec, const Shape& input) {
   if (!spec.op.ends_with("conv2d")) return 0;
-  const double taps = static_cast<double>(spec.kernel[0]) * static_cast<double>(spec.kernel[1]);
+  const Window window(spec, input);
+  const double taps = static_cast<double>(window.kernel[0] * window.kernel[1]);
+  // Border cases along an axis, at most: one for each output, and one for each number of taps that either end hides.
+  const double cases = static_cast<double>(std::min(window.height, 2 * window.kernel[0] + 2) *
+                                           std::min(window.width, 2 * window.kernel[1] + 2));
   const int64_t groups = std::clamp<int64_t>(spec.groups, 1, kMaxExtent), depth = ceil_div(input.channels, groups);
   const int64_t bytes = spec.op == "binary_conv2d" ? 8 * ceil_div(depth, 64) : 4 * depth;
   const int64_t channels = round_up(ceil_div(std::clamp<int64_t>(spec.channels, 0, kMaxExtent), groups), kTileChannels);
-  const double cases = most_cases(spec, input, 0) * most_cases(spec, input, 1);
   const int64_t levels = has_tensor(spec, "thresholds") ? (1 << std::clamp<int64_t>(spec.bits, 0, 8)) - 1 : 0;
   return static_cast<double>(groups * channels) *
          (taps * static_cast<double>(bytes) + 4 * (2 + cases + static_cast<double>(levels)));

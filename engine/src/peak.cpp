@@ -180,15 +180,9 @@ LOWBIT_CHAINS(maddubs_512, __m512i, __m512i, _mm512_add_epi16(sum, _mm512_maddub
 
 }  // namespace
 }  // namespace lowbit
-#include "kernels/parities.h"
+#include "kernels/full_adders.h"
 namespace lowbit {
 namespace {
-
-__m512i carry_512(__m512i& sum, __m512i a, __m512i b) {
-  const __m512i carried = _mm512_ternarylogic_epi64(sum, a, b, 0xe8);
-  sum = _mm512_ternarylogic_epi64(sum, a, b, 0x96);
-  return carried;
-}
 
 void carry_save_512(int64_t rounds) {
   const __m512i digits = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
@@ -206,8 +200,8 @@ void carry_save_512(int64_t rounds) {
     const __m512i a = carry_beside(bits[1], ones, bits[0]), b = carry_beside(bits[3], bits[1], bits[2]);
     const __m512i c = carry_beside(bits[5], bits[3], bits[4]), d = carry_beside(bits[7], bits[5], bits[6]);
     ones = bits[7];
-    const __m512i left = carry_512(twos, a, b), right = carry_512(twos, c, d);
-    const __m512i eights = carry_512(fours, left, right);
+    const __m512i left = carry(twos, a, b), right = carry(twos, c, d);
+    const __m512i eights = carry(fours, left, right);
     const __m512i bytes =
         _mm512_add_epi8(_mm512_shuffle_epi8(digits, _mm512_and_si512(eights, low)),
                         _mm512_shuffle_epi8(digits, _mm512_and_si512(_mm512_srli_epi16(eights, 4), low)));

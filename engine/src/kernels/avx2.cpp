@@ -463,20 +463,14 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 #include "kernels/float_bits.h"
 #include "kernels/nibble_tables.h"
 #include "kernels/rows.h"
+#include "kernels/table.h"
 
-const lowbit::Kernels lowbit::kAvx2Kernels{.isa = "avx2",
-                                           .binary_subtract = binary_subtract,
-                                           .binary_bits = binary_bits,
-                                           .binary_floats = binary_floats,
-                                           .float_tile = float_tile,
-                                           .float_tile_bits = float_tile_bits,
-                                           .integer_sums = integer_sums,
-                                           .float_bits = float_bits,
-                                           .float_codes = float_codes,
-                                           .float_ramp = ramp<float>,
-                                           .rows = &kRows,
-                                           .blocks = &kBlocks,
-                                           .bytes = &kBytes,
-                                           .counts = &kCounts};
+constinit const lowbit::Kernels lowbit::kAvx2Kernels = [] {
+  lowbit::Kernels kernels = lowbit::table("avx2");
+  kernels.blocks = &lowbit::kBlocks;
+  kernels.bytes = &lowbit::kBytes;
+  kernels.counts = &lowbit::kCounts;
+  return kernels;
+}();
 
 LOWBIT_TARGET_CLOSE

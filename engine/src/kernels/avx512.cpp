@@ -1,6 +1,6 @@
 // AVX-512 without VPOPCNTDQ (Skylake-X and later): words are added up in carry-save form, whose full adder is two
-// ternary-logic instructions, or one where its sum is a parity (parities.h), so that only one word in eight is counted,
-// byte by byte with vpshufb.
+// ternary-logic instructions, or one where its sum is a parity (full_adders.h), so that only one word in eight is
+// counted, byte by byte with vpshufb.
 #include "kernels/by_count.h"
 #include "kernels/kernels.h"
 #include "kernels/pairs.h"
@@ -29,13 +29,6 @@ __m512i add_bytes(__m512i a, __m512i b) { return _mm512_add_epi8(a, b); }
 __m512i add_lanes(__m512i a, __m512i b) { return _mm512_add_epi64(a, b); }
 __m512i eight_times(__m512i lanes) { return _mm512_slli_epi64(lanes, 3); }
 
-// Adds two words, bit by bit, to sum; returns what they carry.
-__m512i carry(__m512i& sum, __m512i a, __m512i b) {
-  const __m512i carried = _mm512_ternarylogic_epi64(sum, a, b, 0xe8);
-  sum = _mm512_ternarylogic_epi64(sum, a, b, 0x96);
-  return carried;
-}
-
 // Word k of a pixel, of P in the tile, against 8 channels.
 template <int P>
 __m512i difference(const uint64_t* x, const uint64_t* w, int k) {
@@ -46,7 +39,7 @@ __m512i difference(const uint64_t* x, const uint64_t* w, int k) {
 }  // namespace
 }  // namespace lowbit
 
-#include "kernels/parities.h"
+#include "kernels/full_adders.h"
 
 namespace lowbit {
 namespace {
@@ -176,19 +169,14 @@ constexpr ByteKernels kBytes{4, 4, arrange_rows, byte_sums, sums_to_codes, sums_
 }  // namespace
 }  // namespace lowbit
 
-const lowbit::Kernels lowbit::kAvx512Kernels{.isa = "avx512",
-                                             .binary_subtract = binary_subtract,
-                                             .binary_bits = binary_bits,
-                                             .binary_floats = binary_floats,
-                                             .float_tile = float_tile,
-                                             .float_tile_bits = float_tile_bits,
-                                             .integer_sums = integer_sums,
-                                             .float_bits = float_bits,
-                                             .float_codes = float_codes,
-                                             .float_ramp = ramp<float>,
-                                             .rows = &kRows,
-                                             .bytes = &kBytes,
-                                             .float_panels = 2,
-                                             .prepare_words = prepare_words};
+#include "kernels/table.h"
+
+constinit const lowbit::Kernels lowbit::kAvx512Kernels = [] {
+  lowbit::Kernels kernels = lowbit::table("avx512");
+  kernels.bytes = &lowbit::kBytes;
+  kernels.float_panels = 2;
+  kernels.prepare_words = lowbit::prepare_words;
+  return kernels;
+}();
 
 LOWBIT_TARGET_CLOSE

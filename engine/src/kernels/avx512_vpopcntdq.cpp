@@ -4,7 +4,7 @@
 //
 // Counting bits takes three instructions for a word, xor, vpopcntq and add, and the processor is busy with nothing
 // else. So two words are counted at once, by a full adder of which only what it carries is counted, for twice: where
-// its sum is a parity (parities.h), two words take five instructions, not six.
+// its sum is a parity (full_adders.h), two words take five instructions, not six.
 #include "kernels/by_count.h"
 #include "kernels/kernels.h"
 #include "kernels/pairs.h"
@@ -22,7 +22,7 @@ constexpr size_t kAhead = 512;
 }  // namespace
 }  // namespace lowbit
 
-#include "kernels/parities.h"
+#include "kernels/full_adders.h"
 
 namespace lowbit {
 namespace {
@@ -141,19 +141,14 @@ constexpr ByteKernels kBytes{4, 2, arrange_rows, byte_sums, sums_to_codes, sums_
 }  // namespace
 }  // namespace lowbit
 
-const lowbit::Kernels lowbit::kAvx512VpopcntdqKernels{.isa = "avx512_vpopcntdq",
-                                                      .binary_subtract = binary_subtract,
-                                                      .binary_bits = binary_bits,
-                                                      .binary_floats = binary_floats,
-                                                      .float_tile = float_tile,
-                                                      .float_tile_bits = float_tile_bits,
-                                                      .integer_sums = integer_sums,
-                                                      .float_bits = float_bits,
-                                                      .float_codes = float_codes,
-                                                      .float_ramp = ramp<float>,
-                                                      .rows = &kRows,
-                                                      .bytes = &kBytes,
-                                                      .float_panels = 2,
-                                                      .prepare_words = prepare_words};
+#include "kernels/table.h"
+
+constinit const lowbit::Kernels lowbit::kAvx512VpopcntdqKernels = [] {
+  lowbit::Kernels kernels = lowbit::table("avx512_vpopcntdq");
+  kernels.bytes = &lowbit::kBytes;
+  kernels.float_panels = 2;
+  kernels.prepare_words = lowbit::prepare_words;
+  return kernels;
+}();
 
 LOWBIT_TARGET_CLOSE

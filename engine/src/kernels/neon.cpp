@@ -208,15 +208,6 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
 #include "kernels/float_bits.h"
 #include "kernels/ramp.h"
 #include "kernels/rows.h"
+#include "kernels/table.h"
 
-const lowbit::Kernels lowbit::kNeonKernels{.isa = "neon",
-                                           .binary_subtract = binary_subtract,
-                                           .binary_bits = binary_bits,
-                                           .binary_floats = binary_floats,
-                                           .float_tile = float_tile,
-                                           .float_tile_bits = float_tile_bits,
-                                           .integer_sums = integer_sums,
-                                           .float_bits = float_bits,
-                                           .float_codes = float_codes,
-                                           .float_ramp = ramp<float>,
-                                           .rows = &kRows};
+constinit const lowbit::Kernels lowbit::kNeonKernels = lowbit::table("neon");

@@ -1,7 +1,7 @@
-// Full adders of AVX-512 whose sums need no computing: two words of differences are added to the bit carried so far,
-// and such a sum is the parity of all differences up to there, which is the parity of the pixel's words xor that of the
-// weight's. Where both have their parities in the place of every second word, the sum costs as much as the difference
-// that it replaces. Included inside the target region.
+// Full adders of AVX-512, and such whose sums need no computing: two words of differences are added to the bit carried
+// so far, and such a sum is the parity of all differences up to there, which is the parity of the pixel's words xor
+// that of the weight's. Where both have their parities in the place of every second word, the sum costs as much as the
+// difference that it replaces. Included inside the target region.
 #pragma once
 
 namespace lowbit {
@@ -23,6 +23,13 @@ namespace {
         _mm512_storeu_si512(row, parities);
     }
   }
+}
+
+// Adds two words, bit by bit, to sum; returns what they carry.
+[[maybe_unused]] __m512i carry(__m512i& sum, __m512i a, __m512i b) {
+  const __m512i carried = _mm512_ternarylogic_epi64(sum, a, b, 0xe8);
+  sum = _mm512_ternarylogic_epi64(sum, a, b, 0x96);
+  return carried;
 }
 
 // What a full adder carries of `before`, `bits` and a third input, where `sum` is before ^ bits ^ third: `bits` where
