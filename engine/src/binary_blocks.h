@@ -54,24 +54,25 @@ class BinaryBlocks {
 
   int64_t thread_scratch_bytes() const { return counts_offset() + weights_.panels() * sizeof(BlockSums); }
 
-  // Calls emit(SumBlock) for every block; its channels begin with a word of bits. For place see Product::run.
-  template <class Place, class Emit>
-  void run(const Call& call, const Place& place, const Emit& emit) const {
+  // Calls emit(SumBlock) for every block; its channels begin with a word of bits.
+  template <class RowOf, class Emit>
+  void run(const Call& call, const RowOf& row_of, const Emit& emit) const {
     const Span span = product_.span(call);
     const int64_t blocks = ceil_div(span.count, kBlockPixels);
     const int64_t panels = weights_.panels(), chunk_panels = panels_at_once(panels, blocks, call.pool.size());
     for_items(call, span, kBlockPixels, panels, chunk_panels, [&](const Item& item) {
       std::byte* arranged = item.memory;
       auto* counts = reinterpret_cast<BlockSums*>(arranged + counts_offset());
-      const int64_t count = item.count, first = item.place, panel = item.panel, end = item.end;
-      int64_t offsets[kBlockPixels], places[kBlockPixels];
-      product_.locate(item.first, count, offsets, places, place);
-      const int size = static_cast<int>(count);
+      const int64_t panel = item.panel, end = item.end;
+      const Part part = item.part(1, product_.channels());
+      int64_t offsets[kBlockPixels], case_rows[kBlockPixels];
+      product_.locate(item, row_of, offsets, case_rows);
+      const int size = static_cast<int>(item.count);
       kernels_.arrange_pixels(product_.planes_of(call, 0), product_.taps().data(), depth_, offsets, size, arranged);
       kernels_.count(arranged, weights_.masks(panel), weights_.ones(panel), depth_, size, static_cast<int>(end - panel),
                      counts);
-      emit(SumBlock{counts, first, count, places, 0, panel, std::min(end, product_.panels()) - panel});
-      call.done({first, count, panel * kTileChannels, std::min(end * kTileChannels, product_.channels())});
+      emit(SumBlock{counts, part.first, part.count, case_rows, 0, panel, std::min(end, product_.panels()) - panel});
+      call.done(part);
     });
   }
 

@@ -80,16 +80,16 @@ class BinaryConv2d : public Op {
  protected:
   // Calls emit(SumBlock) for all counts if there are pixels enough for blocks or matrices; else returns false. The same
   // for all strips of an image, for they share what the first has prepared.
-  template <class Place, class Emit>
-  bool run_blocks(const Call& call, const Place& place, const Emit& emit) const {
+  template <class RowOf, class Emit>
+  bool run_blocks(const Call& call, const RowOf& row_of, const Emit& emit) const {
     const int64_t pixels = call.batch * output().pixels();
     if (pixels < kMinBlockPixels || !by_blocks_[pixels >= kManyPixels]) return false;
     if (matrices_) {
       matrices_->fill(call);
-      matrices_->run(call, kNoBegin, place, emit);
+      matrices_->run(call, kNoBegin, row_of, emit);
     } else if (blocks_) {
       fill_planes(call);
-      blocks_->run(call, place, emit);
+      blocks_->run(call, row_of, emit);
     }
     return matrices_ || blocks_;
   }
@@ -100,8 +100,8 @@ class BinaryConv2d : public Op {
     return matrices_ ? "matrices.multiply" : blocks_ ? "blocks.count" : by_tiles;
   }
 
-  // Calls emit(counts, pixels, panels, first pixel, places, panel) for up to 8 pixels of a block times all its panels
-  // that are full, or one that is not.
+  // Calls emit(counts, pixels, panels, first pixel, case rows, panel) for up to 8 pixels of a block times all its
+  // panels that are full, or one that is not.
   template <class Emit>
   void for_tiles(const SumBlock& block, int64_t most_panels, const Emit& emit) const {
     for (int64_t number = 0, size; number < block.panels; number += size) {
@@ -109,7 +109,7 @@ class BinaryConv2d : public Op {
       size = full_panels(product_.group_channels(), panel, std::min(block.panels - number, most_panels));
       for (int64_t p = 0; p < block.count; p += kTilePixels)
         emit(block.sums[number] + p, static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p)),
-             static_cast<int>(size), block.first_pixel + p, block.places + p, panel);
+             static_cast<int>(size), block.first_pixel + p, block.case_rows + p, panel);
     }
   }
 
@@ -132,16 +132,16 @@ class BinaryConv2d : public Op {
     });
   }
 
-  // The place of a pixel: where `table` has its border case.
-  auto row_of(const PerChannel<int32_t>& table) const {
+  // Where `table` has the border case of a position within an image.
+  auto rows_of(const PerChannel<int32_t>& table) const {
     return [&](int64_t position) { return table.row(cases_.of_position(position)); };
   }
 
-  // The rows at these places, for one panel of channels.
+  // The same of some pixels, for one panel of channels.
   static std::array<const int32_t*, kTilePixels> rows_at(const PerChannel<int32_t>& table, int count,
-                                                         const int64_t* places, int64_t group, int64_t panel) {
+                                                         const int64_t* case_rows, int64_t group, int64_t panel) {
     std::array<const int32_t*, kTilePixels> rows;
-    for (int p = 0; p < count; ++p) rows[p] = table.panel(group, panel) + places[p];
+    for (int p = 0; p < count; ++p) rows[p] = table.panel(group, panel) + case_rows[p];
     return rows;
   }
 
@@ -206,10 +206,10 @@ class BinaryConv2dFloat final : public BinaryConv2d {
 
  private:
   void run(const Call& call, const float* added) const {
-    if (run_blocks(call, row_of(bases_), [&](const SumBlock& block) {
-          const auto write = [&](auto counts, int count, int panels, int64_t pixel, const int64_t* places,
+    if (run_blocks(call, rows_of(bases_), [&](const SumBlock& block) {
+          const auto write = [&](auto counts, int count, int panels, int64_t pixel, const int64_t* case_rows,
                                  int64_t panel) {
-            store(call, added, count, pixel, places, 0, panel,
+            store(call, added, count, pixel, case_rows, 0, panel,
                   [&](const int32_t* const* bases, const FloatOutput& output) {
                     kernels_.counts->floats(counts, count, panels, bases, output);
                   });
@@ -219,10 +219,10 @@ class BinaryConv2dFloat final : public BinaryConv2d {
       return;
     fill_planes(call);
     product_.run(
-        call, kNoBegin, row_of(bases_),
-        [&](const BinaryTile& tiles, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
+        call, kNoBegin, rows_of(bases_),
+        [&](const BinaryTile& tiles, int64_t pixel, const int64_t* case_rows, int64_t group, int64_t panel) {
           product_.for_full_panels(tiles, panel, [&](const BinaryTile& tile, int64_t number) {
-            store(call, added, tile.count, pixel, places, group, number,
+            store(call, added, tile.count, pixel, case_rows, group, number,
                   [&](const int32_t* const* bases, const FloatOutput& output) {
                     kernels_.binary_floats(tile, bases, output);
                   });
@@ -233,9 +233,9 @@ class BinaryConv2dFloat final : public BinaryConv2d {
 
   // Calls compute(bases, FloatOutput) for a tile.
   template <class Compute>
-  void store(const Call& call, const float* added, int count, int64_t pixel, const int64_t* places, int64_t group,
+  void store(const Call& call, const float* added, int count, int64_t pixel, const int64_t* case_rows, int64_t group,
              int64_t panel, const Compute& compute) const {
-    const auto bases = rows_at(bases_, count, places, group, panel);
+    const auto bases = rows_at(bases_, count, case_rows, group, panel);
     epilogue_.emit(
         call.result<float>(), pixel, count, group, panel,
         [&](const FloatOutput& output) { compute(bases.data(), output); }, added);
@@ -266,14 +266,14 @@ class BinaryConv2dBits final : public BinaryConv2d {
   const char* kernel(bool) const override { return shown("binary_bits"); }
 
   void run(const Call& call) const override {
-    const auto place = row_of(limits_.table());
-    if (run_blocks(call, place, [&](const SumBlock& block) { limits_.write(call, block, kernels_.counts->bits); }))
+    const auto row_of = rows_of(limits_.table());
+    if (run_blocks(call, row_of, [&](const SumBlock& block) { limits_.write(call, block, kernels_.counts->bits); }))
       return;
     const int64_t words = output().words();
     fill_planes(call);
-    product_.run(call, clearing(call, output()), place,
-                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
-                   const auto limits = rows_at(limits_.table(), tile.count, places, group, panel);
+    product_.run(call, clearing(call, output()), row_of,
+                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* case_rows, int64_t group, int64_t panel) {
+                   const auto limits = rows_at(limits_.table(), tile.count, case_rows, group, panel);
                    uint16_t bits[kTilePixels];
                    kernels_.binary_bits(tile, limits.data(), limits_.inverted(group, panel), bits);
                    const int64_t first = group * product_.group_channels() + panel * kTileChannels;
@@ -296,9 +296,9 @@ class BinaryConv2dCodes final : public BinaryConv2d {
   const char* kernel(bool) const override { return shown("binary_subtract"); }
 
   void run(const Call& call) const override {
-    if (run_blocks(call, row_of(bases_), [&](const SumBlock& block) {
-          const auto write = [&](auto counts, int count, int, int64_t pixel, const int64_t* places, int64_t panel) {
-            store(call, count, pixel, places, 0, panel, [&](int32_t (*sums)[kTileChannels]) {
+    if (run_blocks(call, rows_of(bases_), [&](const SumBlock& block) {
+          const auto write = [&](auto counts, int count, int, int64_t pixel, const int64_t* case_rows, int64_t panel) {
+            store(call, count, pixel, case_rows, 0, panel, [&](int32_t (*sums)[kTileChannels]) {
               for (int p = 0; p < count; ++p)
                 for (int c = 0; c < kTileChannels; ++c) sums[p][c] -= 2 * counts[p][c];
             });
@@ -307,9 +307,9 @@ class BinaryConv2dCodes final : public BinaryConv2d {
         }))
       return;
     fill_planes(call);
-    product_.run(call, kNoBegin, row_of(bases_),
-                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* places, int64_t group, int64_t panel) {
-                   store(call, tile.count, pixel, places, group, panel,
+    product_.run(call, kNoBegin, rows_of(bases_),
+                 [&](const BinaryTile& tile, int64_t pixel, const int64_t* case_rows, int64_t group, int64_t panel) {
+                   store(call, tile.count, pixel, case_rows, group, panel,
                          [&](int32_t (*sums)[kTileChannels]) { kernels_.binary_subtract(tile, 1, sums); });
                  });
   }
@@ -317,9 +317,9 @@ class BinaryConv2dCodes final : public BinaryConv2d {
  private:
   // subtract(sums) takes twice the counts of a tile from its bases.
   template <class Subtract>
-  void store(const Call& call, int count, int64_t pixel, const int64_t* places, int64_t group, int64_t panel,
+  void store(const Call& call, int count, int64_t pixel, const int64_t* case_rows, int64_t group, int64_t panel,
              const Subtract& subtract) const {
-    const auto bases = rows_at(bases_, count, places, group, panel);
+    const auto bases = rows_at(bases_, count, case_rows, group, panel);
     int32_t sums[kTilePixels][kTileChannels];
     for (int p = 0; p < count; ++p) std::copy_n(bases[p], kTileChannels, sums[p]);
     subtract(sums);

@@ -37,13 +37,13 @@ class BitLimits {
   // Whether groups share words, which are to be cleared then before anything is written.
   bool shares_words() const { return shares_words_; }
 
-  // Writes the bits of a block whose places are rows of the table.
+  // Writes the bits of a block whose case rows are of the table.
   void write(const Call& call, const SumBlock& block, SumBits bits) const {
     uint64_t* codes = call.result<uint64_t>() + block.first_pixel * output_words_;
     const auto write = [&](int64_t number, int64_t panels, uint64_t* words, int64_t pitch) {
       const int64_t panel = block.first_panel + number;
       bits(block.sums[number], static_cast<int>(block.count), static_cast<int>(panels),
-           {limits_.panel(block.group, panel), block.places, inverted_words(block.group, panel)}, words, pitch);
+           {limits_.panel(block.group, panel), block.case_rows, inverted_words(block.group, panel)}, words, pitch);
     };
     if (!shares_words_) {
       write(0, block.panels, codes + block.group * group_words_ + block.first_panel / 4, output_words_);

@@ -71,10 +71,10 @@ class ByteBlocks {
     });
   }
 
-  // Calls begin(first pixel, count, first channel, end channel) for every item of work, then emit(SumBlock) for each of
-  // its groups. For place see Product::run. Weights that fill the cache stay there while all pixels pass by.
-  template <class Begin, class Place, class Emit>
-  void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit) const {
+  // Calls begin(Part) for every item of work, then emit(SumBlock) for each of its groups. Weights that fill the cache
+  // stay there while all pixels pass by.
+  template <class Begin, class RowOf, class Emit>
+  void run(const Call& call, const Begin& begin, const RowOf& row_of, const Emit& emit) const {
     const Span span = call.span(window_.height, window_.width);
     const int64_t blocks = ceil_div(span.count, kBlockPixels);
     const int64_t at_once = panels_at_once(even_panels(), blocks, call.pool.size());
@@ -84,14 +84,12 @@ class ByteBlocks {
     for_items(call, span, most * kBlockPixels, even_panels(), chunk_panels, [&](const Item& item) {
       auto* arranged = reinterpret_cast<uint8_t*>(item.memory);
       auto* sums = reinterpret_cast<BlockSums*>(arranged + sums_offset());
-      const int64_t count = item.count, first = item.place, panel = item.panel, end = item.end;
-      int64_t offsets[kMostBlocks * kBlockPixels], places[kMostBlocks * kBlockPixels];
+      const int64_t count = item.count, panel = item.panel, end = item.end;
+      const Part part = item.part(groups_, channels_);
+      begin(part);
+      int64_t offsets[kMostBlocks * kBlockPixels], case_rows[kMostBlocks * kBlockPixels];
       locate(window_, window_.stride[0] * padded_width_ * input_.channels, window_.stride[1] * input_.channels,
-             scratch_bytes(), item.first, count, offsets, places);
-      for (int64_t p = 0; p < count; ++p) places[p] = place(places[p]);
-      const int64_t channel = panel * kTileChannels;
-      const int64_t end_channel = groups_ > 1 ? channels_ : std::min(end * kTileChannels, channels_);
-      begin(first, count, channel, end_channel);
+             scratch_bytes(), item.first, count, row_of, offsets, case_rows);
       if (kernels_.begin != nullptr) kernels_.begin();
       for (int64_t group = 0; group < groups_; ++group) {
         kernels_.arrange_pixels(static_cast<const uint8_t*>(call.scratch) + group * (input_.channels / groups_),
@@ -102,11 +100,11 @@ class ByteBlocks {
           const int64_t size = std::min<int64_t>(kBlockPixels, count - p);
           kernels_.sums(arranged + p * depth_, weights, depth_, static_cast<int>(size), static_cast<int>(end - panel),
                         pair_, sums);
-          emit(SumBlock{sums, first + p, size, places + p, group, panel, std::min(end, panels_) - panel});
+          emit(SumBlock{sums, part.first + p, size, case_rows + p, group, panel, std::min(end, panels_) - panel});
         }
       }
       if (kernels_.end != nullptr) kernels_.end();
-      call.done({first, count, channel, end_channel});
+      call.done(part);
     });
   }
 

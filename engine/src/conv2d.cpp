@@ -28,7 +28,7 @@ class Conv2d final : public Op {
   void run(const Call& call) const override {
     fill_planes(call);
     product_.run(
-        call, kNoBegin, kNoPlace,
+        call, kNoBegin, kOneRow,
         [&](const FloatTile& tiles, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
           product_.for_full_panels(tiles, panel, [&](const FloatTile& tile, int64_t number) {
             epilogue_.emit(call.result<float>(), pixel, tile.count, group, number,
@@ -45,7 +45,7 @@ class Conv2d final : public Op {
     fill_planes(call);
     const int64_t words = next.output().words(), group_channels = product_.group_channels();
     product_.run(
-        call, clearing(call, next.output()), kNoPlace,
+        call, clearing(call, next.output()), kOneRow,
         [&](const FloatTile& tiles, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
           product_.for_full_panels(tiles, panel, [&](const FloatTile& tile, int64_t number) {
             const int64_t inside = number * kTileChannels, first = group * group_channels + inside;

@@ -35,16 +35,18 @@ inline int64_t full_panels(int64_t group_channels, int64_t panel, int64_t most) 
 }
 
 // Where the input of output pixels first..first+count-1 starts in padded images, `down` elements from a row of them to
-// the next, `right` to the next pixel and `image_size` to the next image, and their numbers within their images.
-inline void locate(const Window& window, int64_t down, int64_t right, int64_t image_size, int64_t first, int64_t count,
-                   int64_t* offsets, int64_t* positions) {
+// the next, `right` to the next pixel and `image_size` to the next image; and for each what row_of(its number within
+// its image) says: where a table by border case has its row.
+template <class RowOf>
+void locate(const Window& window, int64_t down, int64_t right, int64_t image_size, int64_t first, int64_t count,
+            const RowOf& row_of, int64_t* offsets, int64_t* case_rows) {
   const int64_t width = window.width, height = window.height;
   int64_t image = first / (height * width), y = first / width % height, x = first % width;
   for (int64_t p = 0; p < count; x = 0) {  // a row of pixels at a time
     const int64_t offset = image * image_size + y * down, position = y * width, end = std::min(count, p + width - x);
     for (; p < end; ++p, ++x) {
       offsets[p] = offset + x * right;
-      positions[p] = position + x;
+      case_rows[p] = row_of(position + x);
     }
     if (++y < height) continue;
     y = 0;
@@ -58,6 +60,11 @@ struct Item {
   int64_t place;         // of the first in memory
   int64_t panel, end;    // panels of each group
   std::byte* memory;     // of its thread
+
+  // The same in memory, of an output of so many channels: of several groups it has all panels.
+  Part part(int64_t groups, int64_t channels) const {
+    return {place, count, panel * kTileChannels, groups > 1 ? channels : std::min(end * kTileChannels, channels)};
+  }
 };
 
 // Calls work(Item) for `block` pixels at a time of a span, and for `chunk` of the panels: all pixels pass by the same
@@ -74,9 +81,9 @@ void for_items(const Call& call, const Span& span, int64_t block, int64_t panels
 
 // Sums, or counts, that are there, of some panels of up to 32 pixels.
 struct SumBlock {
-  const BlockSums* sums;  // [panel]
-  int64_t first_pixel, count;
-  const int64_t* places;  // of each pixel, see Product::run
+  const BlockSums* sums;       // [panel]
+  int64_t first_pixel, count;  // as they lie in memory
+  const int64_t* case_rows;    // of each pixel, see locate
   int64_t group, first_panel, panels;
 };
 
@@ -150,12 +157,11 @@ class Product {
     });
   }
 
-  // Calls emit(tile, first pixel, places, group, panel) for every tile: pixels are numbered as they lie in memory, and
-  // places[p] is what place(number within its image) says of pixel p. An item of work covers some channels of some
-  // pixels; before its tiles, begin(first pixel, count, first channel, end channel) is called. A tile has `step` panels
+  // Calls emit(tile, first pixel, case rows, group, panel) for every tile: pixels are numbered as they lie in memory,
+  // and for the rows see locate. Before the tiles of an item of work, begin(Part) is called. A tile has `step` panels
   // from the one that is named on, or what is left of the item's.
-  template <class Begin, class Place, class Emit>
-  void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit, int64_t step = 1) const {
+  template <class Begin, class RowOf, class Emit>
+  void run(const Call& call, const Begin& begin, const RowOf& row_of, const Emit& emit, int64_t step = 1) const {
     const Span span = this->span(call);
     const int64_t block = block_pixels(span.count, call.pool.size());
     const int64_t blocks = ceil_div(span.count, block);
@@ -163,11 +169,11 @@ class Product {
     const auto depth = taps_.size();
     for_items(call, span, block, panels_, chunk_panels, [&](const Item& item) {
       T* gathered = reinterpret_cast<T*>(item.memory);
-      const int64_t count = item.count, first = item.place, channel = item.panel * kTileChannels;
-      const int64_t end_channel = groups_ > 1 ? channels_ : std::min(item.end * kTileChannels, channels_);
-      begin(first, count, channel, end_channel);
-      int64_t offsets[kBlockTiles * kTilePixels], places[kBlockTiles * kTilePixels];
-      locate(item.first, count, offsets, places, place);
+      const int64_t count = item.count;
+      const Part part = item.part(groups_, channels_);
+      begin(part);
+      int64_t offsets[kBlockTiles * kTilePixels], case_rows[kBlockTiles * kTilePixels];
+      locate(item, row_of, offsets, case_rows);
       for (int64_t group = 0; group < groups_; ++group) {
         const T* plane = static_cast<const T*>(call.scratch) + group * (set_planes_ / groups_) * plane_size();
         for (int64_t p = 0; p < count; p += kTilePixels) {
@@ -181,11 +187,11 @@ class Product {
             const bool whole = in_place(offsets + p, size);
             const T* pixels = whole ? plane + offsets[p] : gathered + p * depth;
             emit(Tile<T>{pixels, panel(group, number), depth, size, size_panels, whole ? taps_.data() : nullptr},
-                 first + p, places + p, group, number);
+                 part.first + p, case_rows + p, group, number);
           }
         }
       }
-      call.done({first, count, channel, end_channel});
+      call.done(part);
     });
   }
 
@@ -204,12 +210,11 @@ class Product {
     return static_cast<T*>(call.scratch) + image * (planes_bytes() / sizeof(T)) + set * set_planes_ * plane_size();
   }
 
-  // For place see run.
-  template <class Place>
-  void locate(int64_t first, int64_t count, int64_t* offsets, int64_t* places, const Place& place) const {
-    lowbit::locate(window_, window_.stride[0] * padded_width_, 1, planes_bytes() / sizeof(T), first, count, offsets,
-                   places);
-    for (int64_t p = 0; p < count; ++p) places[p] = place(places[p]);
+  // Of the pixels of an item.
+  template <class RowOf>
+  void locate(const Item& item, const RowOf& row_of, int64_t* offsets, int64_t* case_rows) const {
+    lowbit::locate(window_, window_.stride[0] * padded_width_, 1, planes_bytes() / sizeof(T), item.first, item.count,
+                   row_of, offsets, case_rows);
   }
 
   // Whether up to 8 pixels, or what they see, need not be gathered: they are neighbours, and floats.
@@ -413,16 +418,16 @@ void add_bits(uint64_t* words, int64_t pitch, int64_t channel, const Bits* bits,
 // To be called before the tiles of some channels of some pixels, for codes of any number of bits: clears the words that
 // 1-bit ones fall into, for the bits of a pixel are joined to words piece by piece.
 inline auto clearing(const Call& call, const Shape& output) {
-  return [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
+  return [&](const Part& part) {
     if (output.bits != 1) return;
-    for (int64_t p = first; p < first + count; ++p) {
+    for (int64_t p = part.first; p < part.first + part.count; ++p) {
       uint64_t* words = call.result<uint64_t>() + p * output.words();
-      std::fill(words + channel / 64, words + ceil_div(end, 64), 0);
+      std::fill(words + part.channel / 64, words + ceil_div(part.end, 64), 0);
     }
   };
 }
 
-inline constexpr auto kNoBegin = [](int64_t, int64_t, int64_t, int64_t) {};
-inline constexpr auto kNoPlace = [](int64_t) { return int64_t{0}; };
+inline constexpr auto kNoBegin = [](const Part&) {};
+inline constexpr auto kOneRow = [](int64_t) { return int64_t{0}; };  // of a table without border cases, or of none
 
 }  // namespace lowbit

@@ -74,26 +74,26 @@ class MatrixBlocks {
     });
   }
 
-  // Calls begin(first pixel, count, first channel, end channel) for every item of work, and emit(SumBlock) for pixels
-  // of it that lie together. Channels begin with a word of bits. For place see Product::run.
-  template <class Begin, class Place, class Emit>
-  void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit) const {
+  // Calls begin(Part) for every item of work, and emit(SumBlock) for pixels of it that lie together. Channels begin
+  // with a word of bits.
+  template <class Begin, class RowOf, class Emit>
+  void run(const Call& call, const Begin& begin, const RowOf& row_of, const Emit& emit) const {
     const Span span = call.span(window_.height, window_.width);
     if (span.count == 0) return;
     const int64_t threads = call.pool.size(), blocks = ceil_div(span.count, kMatrixPixels);
     const int64_t chunk_panels = panels_at_once(panels_, blocks, static_cast<int>(threads));
     const int64_t parts = threads == 1 ? 1 : ceil_div(2 * threads, ceil_div(panels_, chunk_panels));
     for_items(call, span, ceil_div(blocks, parts) * kMatrixPixels, panels_, chunk_panels, [&](const Item& item) {
-      const int64_t first = item.panel * kTileChannels, end = std::min(item.end * kTileChannels, channels_);
-      begin(item.place, item.count, first, end);
+      const Part part = item.part(1, channels_);
+      begin(part);
       kernels_.begin();
       for (int64_t done = 0, pixels; done < item.count; done += pixels) {
-        const Rows rows = rows_from(item.first + done, item.count - done, place);
+        const Rows rows = rows_from(item.first + done, item.count - done, row_of);
         const int64_t pixel = item.place + done;
         pixels = rows.pixels;
         for (int64_t panel = item.panel; panel < item.end; panel += kPanelsPerChunk)
           multiply(call, rows, pixel, panel, std::min(panel + kPanelsPerChunk, item.end), item.memory, emit);
-        call.done({pixel, pixels, first, end});
+        call.done({pixel, pixels, part.channel, part.end});
       }
       kernels_.end();
     });
@@ -141,7 +141,7 @@ class MatrixBlocks {
 
   // What outputs see of a tap: rows of bytes from `start` on, and which of them are outputs.
   struct Rows {
-    int64_t start, places[kMatrixPixels], pixels = 0;
+    int64_t start, case_rows[kMatrixPixels], pixels = 0;
     int count = 0, run_count = 0;
     Run runs[kMatrixPixels];
   };
@@ -177,13 +177,13 @@ class MatrixBlocks {
       std::copy_n(call.input<uint8_t>() + pixel * input_.channels, count * row_bytes_, bytes);
   }
 
-  // As many of the outputs from `first` on, up to `most`, as a product's rows have. For place see Product::run.
-  template <class Place>
-  Rows rows_from(int64_t first, int64_t most, const Place& place) const {
+  // As many of the outputs from `first` on, up to `most`, as a product's rows have.
+  template <class RowOf>
+  Rows rows_from(int64_t first, int64_t most, const RowOf& row_of) const {
     Rows rows;
     int64_t offsets[kMatrixPixels];
     most = std::min<int64_t>(most, kMatrixPixels);
-    locate(window_, layout_.columns, 1, layout_.rows(), first, most, offsets, rows.places);
+    locate(window_, layout_.columns, 1, layout_.rows(), first, most, row_of, offsets, rows.case_rows);
     rows.start = offsets[0];
     for (; rows.pixels < most; ++rows.pixels) {
       const int64_t row = offsets[rows.pixels] - rows.start;
@@ -191,7 +191,6 @@ class MatrixBlocks {
       if (row == 0 || row != rows.count || row % kBlockPixels == 0)  // sums of kBlockPixels rows lie together
         rows.runs[rows.run_count++] = {rows.pixels, 0, row};
       ++rows.runs[rows.run_count - 1].count;
-      rows.places[rows.pixels] = place(rows.places[rows.pixels]);
       rows.count = static_cast<int>(row) + 1;
     }
     return rows;
@@ -211,7 +210,7 @@ class MatrixBlocks {
       const Run& run = rows.runs[i];
       const BlockSums* block = sums + run.row / kBlockPixels * panels;
       const auto* of_run = reinterpret_cast<const BlockSums*>(block[0] + run.row % kBlockPixels);
-      emit(SumBlock{of_run, pixel + run.first, run.count, rows.places + run.first, 0, panel, panels});
+      emit(SumBlock{of_run, pixel + run.first, run.count, rows.case_rows + run.first, 0, panel, panels});
     }
   }
 

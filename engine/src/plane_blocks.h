@@ -75,19 +75,19 @@ class PlaneBlocks {
   }
 
   // As ByteBlocks::run; there is one group.
-  template <class Begin, class Place, class Emit>
-  void run(const Call& call, const Begin& begin, const Place& place, const Emit& emit) const {
+  template <class Begin, class RowOf, class Emit>
+  void run(const Call& call, const Begin& begin, const RowOf& row_of, const Emit& emit) const {
     const Span span = product_.span(call);
     const int64_t most = most_pixels(), blocks = ceil_div(span.count, most);
     const int64_t chunk_panels = panels_at_once(panels_, blocks, call.pool.size());
     for_items(call, span, most, panels_, chunk_panels, [&](const Item& item) {
       auto* sums = reinterpret_cast<BlockSums*>(item.memory + sums_offset());
-      const int64_t count = item.count, first = item.place, panel = item.panel;
+      const int64_t count = item.count, panel = item.panel;
       const int64_t end = std::min(item.end, ceil_div(channels_, kTileChannels));
-      const int64_t channel = panel * kTileChannels, end_channel = std::min(end * kTileChannels, channels_);
-      begin(first, count, channel, end_channel);
-      int64_t offsets[kBlockPixels], places[kBlockPixels];
-      product_.locate(item.first, count, offsets, places, place);
+      const Part part = item.part(1, channels_);
+      begin(part);
+      int64_t offsets[kBlockPixels], case_rows[kBlockPixels];
+      product_.locate(item, row_of, offsets, case_rows);
       for (int64_t number = panel; number < item.end; ++number)
         for (int64_t p = 0; p < count; ++p)
           std::memcpy(sums[number - panel][p], starts_.data() + number * kTileChannels, sizeof(sums[0][0]));
@@ -95,8 +95,8 @@ class PlaneBlocks {
         subtract_blocks(call, item, offsets, sums);
       else
         subtract_tiles(call, item, end, offsets, sums);
-      emit(SumBlock{sums, first, count, places, 0, panel, end - panel});
-      call.done({first, count, channel, end_channel});
+      emit(SumBlock{sums, part.first, count, case_rows, 0, panel, end - panel});
+      call.done(part);
     });
   }
 

@@ -128,8 +128,8 @@ class CodeConv2d final : public Op {
     // All tables by border case have rows of one length.
     const auto row_of = [&](int64_t position) { return cases_ ? bases_->row(cases_->of_position(position)) : 0; };
     if (limits) {
-      const auto clear = [&](int64_t first, int64_t count, int64_t channel, int64_t end) {
-        if (limits->shares_words()) clearing(call, output())(first, count, channel, end);
+      const auto clear = [&](const Part& part) {
+        if (limits->shares_words()) clearing(call, output())(part);
       };
       blocks.run(call, clear, row_of, [&](const SumBlock& block) { limits->write(call, block, kernels_.bits); });
       return;
@@ -139,7 +139,8 @@ class CodeConv2d final : public Op {
         const int count = static_cast<int>(std::min<int64_t>(kTilePixels, block.count - p));
         const int64_t pixel = block.first_pixel + p;
         const int32_t* bases[kTilePixels];
-        for (int i = 0; i < count; ++i) bases[i] = bases_->panel(block.group, block.first_panel) + block.places[p + i];
+        for (int i = 0; i < count; ++i)
+          bases[i] = bases_->panel(block.group, block.first_panel) + block.case_rows[p + i];
         for (int64_t number = 0, size; number < block.panels; number += size) {
           const int64_t panel = block.first_panel + number;
           size = epilogue_ ? full_panels(group_channels_, panel, block.panels - number) : 1;
@@ -254,7 +255,7 @@ class QuantConv2d final : public Op {
   void run(const Call& call) const override {
     fill_planes(call);
     product_.run(
-        call, clearing(call, output()), kNoPlace,
+        call, clearing(call, output()), kOneRow,
         [&](const IntegerTile& tile, int64_t pixel, const int64_t*, int64_t group, int64_t panel) {
           int32_t sums[kTilePixels][kTileChannels];
           kernels_.integer_sums(tile, sums);
