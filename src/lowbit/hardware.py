@@ -7,10 +7,15 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+# What tells kinds of a CPU apart, by its entry in /proc/cpuinfo of x86.
+KIND = {"family": "cpu family", "model": "model"}
+
 
 def cpu_name() -> str:
-    """Model name of the CPU."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    """Name of the CPU with its family and model, where it tells: virtual machines give many kinds one name."""
+    name = _cpuinfo("model name")
+    kind = ", ".join(f"{key} {_cpuinfo(entry)}" for key, entry in KIND.items() if _cpuinfo(entry))
+    return (f"{name} ({kind})" if kind else name) or platform.processor() or platform.machine()
 
 
 def cpu_flags() -> frozenset[str]:
