@@ -216,7 +216,7 @@ def measure(path: str, net: str, batch: int, threads: int, peers: list[str]) -> 
     torch.set_num_threads(threads)
     engine = Engine(path, threads=threads)
     images = np.random.default_rng(0).standard_normal((batch, *engine.input_shape), dtype=np.float32)
-    tensors = [engine.model.op_tensors(index) for index in range(len(engine.model.ops))]
+    tensors = engine.model.all_op_tensors()
     inside: list[float] = []
     if net in LAYERS:
         channels, side, kernel = LAYERS[net]
