@@ -105,9 +105,9 @@ def ours(results: Path = RESULTS, copies: dict[str, str] | None = None) -> list[
 
 
 def nearest(figure: dict[str, Any], results: Iterable[Ours]) -> list[Ours]:
-    """Our results with the figure's method, bits and data: those with its model, else all."""
+    """Our results with the figure's method, bits and data, the best one first: those with its model, else all."""
     same = [r for r in results if all(getattr(r, key) == figure[key] for key in ("method", "bits_w", "bits_a", "data"))]
-    return [r for r in same if r.model == figure["model"]] or same
+    return sorted([r for r in same if r.model == figure["model"]] or same, key=lambda r: r.accuracy, reverse=True)
 
 
 def ledger(published: dict[str, Any], results: list[Ours]) -> str:
