@@ -125,7 +125,7 @@ def test_what_is_no_file_is_not_replaced_by_one(road: Path, tmp_path: Path, targ
     assert list(tmp_path.iterdir()) == [output]
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "model.safetensors", "evaluation.json"])
 @pytest.mark.parametrize("command", ["export", "evaluate", "compare"])
 def test_no_output_takes_the_place_of_a_file_of_a_run(road: Path, command: str, name: str) -> None:
     output = road / "float" / name

@@ -224,12 +224,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Loss, accuracy, confusion matrix, and precision, recall and F1 per class, on the test images."""
+    from lowbit.evaluation import default_output, render
     from lowbit.evaluation import evaluate as evaluate_source
-    from lowbit.evaluation import render
     from lowbit.memory import keep_freed_memory
     from lowbit.runs import check_output
 
-    if output is not None and output.name != "evaluation.json":
+    if output is not None and output.resolve() != default_output(source).resolve():
         check_output(output, source)
     keep_freed_memory()
     images = load_data(source, data, data_dir, image_size)

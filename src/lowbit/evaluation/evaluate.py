@@ -76,8 +76,10 @@ def evaluate(
         raise UsageError(f"the batch size is {batch_size}, but must be at least 1")
     path = Path(source)
     kind = _kind(path)
+    own = default_output(path)
+    target = own if output is None else Path(output)
     data_hash = getattr(data, "hash", None)
-    if kind == "run" and output is None and not is_of_data(data_hash, Run.open(path).config):
+    if kind == "run" and target.resolve() == own.resolve() and not is_of_data(data_hash, Run.open(path).config):
         raise UsageError(
             f"{path} was trained beside other images than these; name a file for the record with -o, so that "
             "evaluation.json stays what it is"
@@ -101,7 +103,7 @@ def evaluate(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions("torch", "numpy", "scikit-learn"),
     }
-    write_json(Path(output) if output is not None else default_output(path), record)
+    write_json(target, record)
     return record
 
 
