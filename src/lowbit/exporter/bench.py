@@ -150,7 +150,7 @@ def bench(
         threads: of the engine and of each peer.
         batch: images at a time.
         against: any of ``torch`` (in float32 and bf16), ``onnxruntime`` (float32 and int8), ``openvino`` (all three).
-        seconds: how long to go on; each is called 7 to 2000 times, after 3 calls to warm up.
+        seconds: how long to go on; see `interleaved_medians` for the turns.
         layers: whether to time the engine's ops too, which takes a second more.
 
     Raises:
@@ -234,7 +234,7 @@ def interleaved_medians(runners: Mapping[str, Call], seconds: float = 3.0) -> di
     return {name: wall for name, (wall, _, _) in _medians(runners, seconds).items()}
 
 
-def _medians(runners: Mapping[str, Call], seconds: float = 3.0) -> dict[str, tuple[float, float, int]]:
+def _medians(runners: Mapping[str, Call], seconds: float) -> dict[str, tuple[float, float, int]]:
     """Median wall and processor seconds of each call, and how many calls they are of; see `interleaved_medians`."""
     medians = {}
     for name, times in take_turns(runners, seconds).items():

@@ -1,7 +1,7 @@
 """Record what a model does to its input, by torch.fx, as a graph of torch modules and additions.
 
-Functional calls become the module that does the same, views and what is nothing in ``eval()`` disappear. So what
-lowers the graph knows modules only.
+Functional calls become the modules that do the same; views, and what does nothing in ``eval()``, disappear. So what
+lowers the graph needs to know modules only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _VIEWS = (nn.Flatten, nn.Unflatten)
 _VIEW_CALLS = {"contiguous", "flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view"}
 _VIEW_CALLS |= {getattr(torch, name) for name in _VIEW_CALLS if hasattr(torch, name)}
 _ADD_CALLS = {operator.add, torch.add, "add"}
-_DROPOUT_CALLS = {F.dropout, F.dropout1d, F.dropout2d, torch.dropout}
+_DROPOUT_CALLS = {F.dropout, F.dropout1d, F.dropout2d}
 _MEAN_CALLS = {torch.mean, "mean"}
 _SAME_AS_MODULE: dict[Any, Callable[..., nn.Module]] = {
     F.relu: nn.ReLU,

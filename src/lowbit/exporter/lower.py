@@ -138,7 +138,7 @@ class _Lowering:
         Raises:
             UsageError: a part has no op.
         """
-        self._find_readers()
+        self._find_readings(*self._find_readers())
         self._find_thresholds()
         for step in self.graph.steps[1:]:
             if step in self.fused:
@@ -159,31 +159,39 @@ class _Lowering:
             for step in self.graph.steps[1:]
         )
 
-    def _find_readers(self) -> None:
-        layers, by_float, read_as_float = [], set(), {self.graph.output: ["the output"]}
+    def _find_readers(self) -> tuple[dict[Step, bool], dict[Step, list[str]]]:
+        """The quantized layers, and whether each reads float32 itself; and what else reads each float32 value.
+
+        Raises:
+            UsageError: a layer's sums do not fit 32 bits.
+        """
+        layers, read_as_float = {}, {self.graph.output: ["the output"]}
         for step in self.graph.steps[1:]:
             if is_quantized(step):
-                layers.append(step)
+                layers[step] = _many_levels(step)
                 if is_integer(step):
                     largest_sum(step)
                 if has_k_map(step):
                     read_as_float.setdefault(step.inputs[0], []).append(f"the K map of '{step.source}'")
-                if _many_levels(step):
-                    by_float.add(step)
+                if layers[step]:
                     read_as_float.setdefault(step.inputs[0], []).append(f"the quantizer of '{step.source}'")
             elif not _is_between(step):
                 for value in step.inputs:
                     read_as_float.setdefault(value, []).append(f"'{step.source}'")
-        made: set[Step] = set()  # steps between layers whose results are there in float32
+        return layers, read_as_float
+
+    def _find_readings(self, layers: Mapping[Step, bool], read_as_float: Mapping[Step, list[str]]) -> None:
+        """From where each layer reads, when the pools that are computed in float anyway have moved."""
+        in_float: set[Step] = set()  # steps between layers that are computed in float
         for value, readers in read_as_float.items():
             self.float_readers[_root(value)] += readers
             while _is_between(value):
-                made.add(value)
+                in_float.add(value)
                 (value,) = value.inputs
-        move_pools(self.graph, made)
+        move_pools(self.graph, in_float)
         self.readings = {
-            step: _Reading(step, step.inputs[0], ()) if step in by_float else _trace_back(step, read_as_float, made)
-            for step in layers
+            step: _Reading(step, step.inputs[0], ()) if many else _trace_back(step, read_as_float, in_float)
+            for step, many in layers.items()
         }
 
     def _find_thresholds(self) -> None:
@@ -296,8 +304,14 @@ def _is_layer(step: Step) -> bool:
 
 def _is_between(step: Step) -> bool:
     """Whether a step can be inside a chain of thresholds. What falls and then rises cannot: it is made in float."""
-    bends = isinstance(step.module, nn.PReLU | PReLU) and bool((step.module.weight < 0).any())
-    return type(step.module) in (*POINTWISE, nn.MaxPool2d) and not bends
+    return type(step.module) in (*POINTWISE, nn.MaxPool2d) and not _bends(step.module)
+
+
+def _bends(activation: nn.Module | None) -> bool:
+    """Whether it falls and then rises: its slope below zero is negative."""
+    if isinstance(activation, nn.LeakyReLU):
+        return activation.negative_slope < 0
+    return isinstance(activation, nn.PReLU | PReLU) and bool((activation.weight < 0).any())
 
 
 def _root(step: Step) -> Step:
@@ -323,15 +337,18 @@ def _bits(layer: Step) -> int:
     return weight_codes(layer)[1].bits + activation_grid(layer).bits
 
 
-def _trace_back(layer: Step, read_as_float: Container[Step], made: Container[Step]) -> _Reading:
-    """From a layer to the sums that its codes can come of, or what a pool that is ``made`` in float takes of them, or
-    else to the nearest value that is made in float anyway: behind a stem's max-pool it has a quarter of the numbers.
+def _trace_back(layer: Step, read_as_float: Container[Step], in_float: Container[Step]) -> _Reading:
+    """Walk back from a layer to the value that its thresholds start from.
+
+    That is the sums of the quantized layer before it, or a max-pool of those sums that is computed in float anyway.
+    Without such a layer it is the nearest value that is computed in float anyway, such as a stem's pooled map, a
+    quarter of the numbers.
     """
     between: list[Step] = []
     (step,) = layer.inputs
     from_sums = is_quantized(_root(step))
     while _is_between(step) and (from_sums or step not in read_as_float):
-        if step in made and isinstance(step.module, nn.MaxPool2d) and not _is_between(step.inputs[0]):
+        if step in in_float and isinstance(step.module, nn.MaxPool2d) and not _is_between(step.inputs[0]):
             break
         between.append(step)
         (step,) = step.inputs

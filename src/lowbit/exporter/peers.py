@@ -1,11 +1,11 @@
 """Other runtimes, with the float network of a packed graph's architecture and its 8-bit form.
 
-A twin is built from the packed graph itself: the same convolutions with random weights, and wherever codes are made a
-batch norm and a ReLU, unless what becomes codes has been through one, without K maps, which only codes need. Where
-codes are made of a convolution's sums beside the pool, the norm and the activation that a shortcut reads, it is these
-that they stand for. It takes the time of the float network of that architecture; its outputs mean nothing. The 8-bit
-form is quantized statically by onnxruntime: activations as uint8, weights as int8 per channel, ranges from random
-images.
+A twin is built from the packed graph itself: the same convolutions with random weights. Where the packed graph makes
+codes, the twin has a batch norm and a ReLU, less what the value has been through already. Where the same sums also go
+through a pool, a norm and an activation in float, because a shortcut reads them, the twin's next layer reads the result
+of these. K maps are left out: only codes need them. A twin takes the time of the float network of that architecture;
+its outputs mean nothing. The 8-bit form is quantized statically by onnxruntime: activations as uint8, weights as int8
+per channel, ranges from random images.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def float_twin(packed: PackedModel) -> nn.Module:
 
 
 def _reads(packed: PackedModel) -> tuple[dict[int, list[int]], int]:
-    """What the twin of each value but the input is made of, and the value that is its output.
+    """For each value but the input, the values that its twin reads; and the value that is the twin's output.
 
     A product with a K map passes its first factor on. Codes of a layer's sums, where the layer's own block also pools,
     normalises or activates these in float, are made of what that leads to, and a pool that floats have been through is

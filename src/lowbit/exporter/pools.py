@@ -16,19 +16,24 @@ from torch import Tensor, nn
 from lowbit.exporter.capture import NORMS, Graph, Step
 
 
-def move_pools(graph: Graph, made: Container[Step]) -> None:
-    """Move each max-pool of ``made``, the steps between layers whose results are there in float32, to its layer.
+def move_pools(graph: Graph, in_float: Container[Step]) -> None:
+    """Move each max-pool that is computed in float anyway back towards the layer whose output it pools.
 
-    It passes steps of ``made`` that nothing else reads, as far as each channel only rises or falls. Steps stay where
-    they are and exchange what they do, so that whoever reads the last of them reads the same.
+    It passes steps that nothing else reads. Steps stay where they are and exchange what they do, so that whoever reads
+    the last of them reads the same.
+
+    Args:
+        in_float: the steps between layers that are computed in float; each of their channels only rises or only falls.
     """
     readers = Counter(value for step in graph.steps for value in step.inputs)
     for step in graph.steps:
-        if not isinstance(step.module, nn.MaxPool2d) or step not in made:
+        if not isinstance(step.module, nn.MaxPool2d) or step not in in_float:
             continue
         moved = [step]
         falling = torch.zeros(step.shape[0], dtype=torch.bool)
-        while readers[before := moved[0].inputs[0]] == 1 and before in made and (falls := _falls(before)) is not None:
+        while (before := moved[0].inputs[0]) in in_float and readers[before] == 1:
+            if (falls := _falls(before)) is None:
+                break
             moved.insert(0, before)
             falling = falling ^ falls
         if len(moved) == 1:
@@ -41,9 +46,8 @@ def move_pools(graph: Graph, made: Container[Step]) -> None:
 
 
 def _falls(step: Step) -> Tensor | None:
-    """Where a step between layers falls, (C,) or for all channels; None if it does both, or is a pool."""
+    """Where a step between layers falls, (C,) or for all channels; None of a pool."""
     module = step.module
     if isinstance(module, NORMS) and module.weight is not None:
         return module.weight.detach() < 0
-    bends = isinstance(module, nn.LeakyReLU) and module.negative_slope < 0
-    return None if bends or isinstance(module, nn.MaxPool2d) else torch.tensor(False)
+    return None if isinstance(module, nn.MaxPool2d) else torch.tensor(False)

@@ -47,9 +47,10 @@ class Domain:
 
 
 def sums(largest: int) -> Domain:
-    """The integers of ``-largest .. largest``; a sum is its own key. Unreachable thresholds are the ends of int32."""
-    if largest > 2**31 - 2:
-        raise UsageError(f"a sum of {largest} terms does not fit the 32 bits of a packed threshold")
+    """The integers of ``-largest .. largest``; a sum is its own key. Unreachable thresholds are the ends of int32.
+
+    ``largest`` leaves room for them, see `lowbit.exporter.grids.largest_sum`.
+    """
     ends = torch.iinfo(torch.int32)
 
     def stored(keys: Tensor) -> Tensor:
