@@ -194,6 +194,10 @@ class Run:
         return self.path / "checkpoints"
 
     @property
+    def checkpoint_path(self) -> Path:
+        return self.checkpoints_path / "last.ckpt"
+
+    @property
     def config(self) -> dict[str, Any]:
         try:
             config = read_json(self.config_path, partial(_Settings, self.config_path))

@@ -24,7 +24,7 @@ from lowbit import data, models
 from lowbit.errors import LowbitError, UsageError
 from lowbit.evaluation import evaluate
 from lowbit.runs import Run, write_json
-from lowbit.training import TrainConfig, train
+from lowbit.training import TrainConfig, calibrate_run, train
 from lowbit.training.batches import Batch, TrainBatches
 from lowbit.training.callbacks import COLUMNS, Recorder
 from lowbit.training.checkpoints import Checkpoint
@@ -238,7 +238,7 @@ def test_a_checkpoint_of_something_else_is_refused(
         press_ctrl_c(patch)
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    path = Run(Path(config.out)).checkpoints_path / "last.ckpt"
+    path = Run(Path(config.out)).checkpoint_path
     checkpoint = Checkpoint.load(path)
     setattr(checkpoint, part, {})
     checkpoint.save(path)
@@ -371,7 +371,7 @@ def test_not_finite_names_the_layer_and_spares_the_checkpoint(
     monkeypatch.setattr(TrainingModule, "training_step", poisoned)
     with pytest.raises(LowbitError, match=r"in epoch 2, step 3, the output of layer '1\..*' is not finite"):
         train(replace(config, method="float"))
-    checkpoint = Checkpoint.load(Run(Path(config.out)).checkpoints_path / "last.ckpt")
+    checkpoint = Checkpoint.load(Run(Path(config.out)).checkpoint_path)
     assert len(checkpoint.rows) == 1
     assert all(tensor.isfinite().all() for tensor in checkpoint.model.values())
 
@@ -424,18 +424,46 @@ def test_a_teacher_is_recorded_and_resuming_with_it_gives_the_same_bits(
     with pytest.raises(UsageError, match="its num_classes is 2, not 10"):
         train(replace(taught, data="digits", out=tmp_path / "other"))
     (teacher.path / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match="the run has not finished"):
+    with pytest.raises(UsageError, match=r"its model\.safetensors is gone; restore it"):
         train(replace(taught, out=tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 
 def test_an_epoch_is_not_chosen_by_images_that_the_source_has_seen(config: TrainConfig, tmp_path: Path) -> None:
     source = train(replace(config, method="float", epochs=1, out=tmp_path / "float")).path
-    for option in ({"init_from": source}, {"init_from": source / "model.safetensors"}, {"distill_from": source}):
+    calibrated = calibrate_run(source, tmp_path / "calibrated", seed=3).path
+    for option in (
+        {"init_from": source},
+        {"init_from": source / "model.safetensors"},
+        {"init_from": calibrated},
+        {"distill_from": source},
+    ):
         with pytest.raises(UsageError, match=r"trained on some of the images that are to validate this run"):
             train(replace(config, epochs=1, val_fraction=0.25, **option))
     same = train(replace(config, method="float", epochs=1, val_fraction=0.25, out=tmp_path / "same")).path
-    assert "best" in train(replace(config, epochs=1, val_fraction=0.25, init_from=same)).config
+    for number, init_from in enumerate((same, calibrate_run(same, tmp_path / "same-calibrated", seed=3).path)):
+        run = train(replace(config, epochs=1, val_fraction=0.25, init_from=init_from, out=tmp_path / str(number)))
+        assert "best" in run.config
+
+
+def test_a_run_that_resumes_from_its_start_starts_from_the_same_weights(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = train(replace(config, epochs=1, out=tmp_path / "source"))
+
+    def stopping(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingModule, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(config, init_from=source.path))
+    first = source.weights_path.read_bytes()
+    safetensors.torch.save_file({name: each + 1 for name, each in weights(source.path).items()}, source.weights_path)
+    with pytest.raises(UsageError, match=r"its weights are no longer those that .* started from"):
+        train(TrainConfig.resuming(config.out, progress=False))
+    source.weights_path.write_bytes(first)
+    assert len(train(TrainConfig.resuming(config.out, progress=False)).metrics()) == 2
 
 
 def test_a_run_says_where_it_was_resumed(

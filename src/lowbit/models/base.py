@@ -146,7 +146,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except FileNotFoundError:
         if path.exists():  # as it is called where it may not be read
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
-        raise LowbitError(f"{path} does not exist: the run has not finished; `lowbit train --resume` goes on") from None
+        raise LowbitError(
+            f"{path} does not exist: it was taken away, or the run has not finished (`lowbit train --resume` goes on)"
+        ) from None
     except (SafetensorError, OSError) as error:
         raise LowbitError(
             f"{path} is no safetensors file, or a damaged one ({error}); restore it, or train again"

@@ -34,9 +34,10 @@ COLUMNS = (
 
 
 class FiniteCheck(Callback):
-    """Stop before a loss or gradient that is not finite reaches the weights, and name the layer it came from.
+    """Stop at a loss or gradient that is not finite, and name the layer it came from.
 
-    On a CPU every step is checked. Elsewhere reading the result would stall the device, so every ``interval``-th is.
+    On a CPU every step is checked, so that none reaches the weights. Elsewhere reading the result would stall the
+    device: every ``interval``-th step is checked, and the last of each epoch, so that none reaches a checkpoint.
     """
 
     def __init__(self, interval: int = 32) -> None:
@@ -46,7 +47,7 @@ class FiniteCheck(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
-        if pl_module.device.type != "cpu" and trainer.global_step % self.interval:
+        if pl_module.device.type != "cpu" and trainer.global_step % self.interval and not trainer.is_last_batch:
             return
         gradients = [parameter.grad for parameter in pl_module.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -108,7 +109,7 @@ class Recorder(Callback):
             self.rows,
             self.diagnostics,
             {} if pl_module.averaged is None else pl_module.averaged.state_dict(),
-        ).save(self.run.checkpoints_path / "last.ckpt")
+        ).save(self.run.checkpoint_path)
         write_metrics(self.run, self.rows)
         for name, value in row.items():
             if name != "epoch":

@@ -56,7 +56,7 @@ def weights_hash(path: str | Path) -> str:
     """SHA-256 of a run's weights, in hexadecimal: so a resumed run knows its teacher again."""
     run = Run.of_option("--distill-from", path)
     if not run.weights_path.is_file():
-        raise UsageError(f"--distill-from {path}: the run has not finished; `lowbit train --resume` goes on with it")
+        raise UsageError(f"--distill-from {path}: its {run.weights_path.name} is gone; restore it, or train it anew")
     return run.weights_sha256
 
 

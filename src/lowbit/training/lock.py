@@ -11,6 +11,8 @@ from filelock import FileLock, Timeout
 from lowbit.errors import LowbitError
 
 LOCK = ".lock"
+# Seconds to wait for one that is ending.
+PATIENCE = 0.5
 
 
 @contextlib.contextmanager
@@ -31,7 +33,7 @@ def sole_process(folder: Path) -> Iterator[bool]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         abandoned = path.exists()
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=PATIENCE)
     except Timeout:
         raise LowbitError(
             f"another process is at work in {folder}; wait until it has ended, or choose another folder"
@@ -41,7 +43,7 @@ def sole_process(folder: Path) -> Iterator[bool]:
     try:
         yield abandoned
     finally:
-        # Removed while it is held: who opened it in this moment sees that it is gone, and starts over.
+        # Removed while it is held: who opened it in this moment sees that it is gone, and tries again.
         path.unlink(missing_ok=True)
         lock.release()
         with contextlib.suppress(OSError):

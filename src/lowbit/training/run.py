@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -36,7 +36,7 @@ from lowbit.training.checkpoints import Checkpoint
 from lowbit.training.diagnostics import Diagnostics, Probe
 from lowbit.training.distillation import load_teacher
 from lowbit.training.environment import PRECISIONS, auto_precision, device_name
-from lowbit.training.initialise import check_ranges, init_from, rest_of
+from lowbit.training.initialise import InitReport, check_ranges, init_from, rest_of
 from lowbit.training.lock import sole_process, visible
 from lowbit.training.module import TrainingModule, loss_of
 from lowbit.training.settings import (
@@ -87,10 +87,7 @@ def train(config: TrainConfig) -> Run:
             return _train(config, run, started, say)
     except KeyboardInterrupt:
         if run.config_path.is_file():
-            print_to_stderr(
-                f"stopped; `lowbit train --resume --out {run.path}` with the same options goes on "
-                "from the last finished epoch"
-            )
+            print_to_stderr(f"stopped; `lowbit train --resume --out {run.path}` goes on from the last finished epoch")
         raise
 
 
@@ -133,36 +130,17 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
         for option, source in (("--init-from", config.init_from), ("--distill-from", config.distill_from)):
             if source is not None:
                 refuse_other_split(option, Path(source), config, images)
-    torch.manual_seed(derived_seed(config.seed, 0, 0))
-    model = models.create(
-        config.model,
-        num_classes=len(images.classes),
-        method=method,
-        in_channels=settings["in_channels"],
-        image_size=settings["image_size"],
-        **config.model_options,
-    )
-    if config.diagnose and not quantized_layers(model):
-        raise UsageError(
-            f"method '{config.method}' quantizes no layer of {config.model}: there is nothing to diagnose; "
-            "leave --diagnose out"
-        )
     teacher = None
     if config.distill_from is not None:
         teacher = load_teacher(config.distill_from, settings).to(device).to(memory_format=torch.channels_last)
-    fresh = not _checkpoint(run).is_file()
-    if recipe.whiten and fresh:
-        normalise = Normalise(images.preprocessing, torch.device("cpu"))
-        whiten_first_layer_(model, images.train_images, split[0], normalise)
-    if recipe.freeze_first:
-        freeze_first_layer_(model)
-    if rest is not None:
-        models.quantize_rest_(model, rest)
-    report = init_from(model, config.init_from) if config.init_from is not None and fresh else None
+    model, report = make_model(config, method, recipe, settings, images, split[0], run.checkpoint_path.is_file())
     if report is not None:
         say(str(report))
-        if rest is not None:
-            check_ranges(model, report.source)
+        if started and recorded.get("init_report", {}).get("sha256") not in (None, report.sha256):
+            raise UsageError(
+                f"--init-from {config.init_from}: its weights are no longer those that {run.path} started from; "
+                "train into another folder"
+            )
     environment = {"versions": versions("torch", "numpy", "lightning"), "hardware": machine(device_name(device))}
     if started and environment != {key: recorded.get(key) for key in environment}:
         say("resuming with other versions or on another machine, which config.json records; last bits may differ")
@@ -185,6 +163,55 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
     return run
 
 
+def make_model(
+    config: TrainConfig,
+    method: Method,
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    images: ImageData,
+    chosen: Labels,
+    resuming: bool,
+) -> tuple[nn.Module, InitReport | None]:
+    """The network that a run begins with; where it resumes, one that its checkpoint's weights fit.
+
+    First its own weights, drawn by the run's seed, then those that the images of ``chosen`` whiten, then those of
+    ``--init-from``: what comes later replaces what came before, also in the rest, which has been made low-bit by then.
+
+    Returns:
+        The network, and what became of the weights of ``--init-from``, if they were read.
+
+    Raises:
+        UsageError: there is nothing to diagnose, or weights do not fit.
+    """
+    torch.manual_seed(derived_seed(config.seed, 0, 0))
+    model = models.create(
+        config.model,
+        num_classes=len(images.classes),
+        method=method,
+        in_channels=settings["in_channels"],
+        image_size=settings["image_size"],
+        **config.model_options,
+    )
+    if config.diagnose and not quantized_layers(model):
+        raise UsageError(
+            f"method '{config.method}' quantizes no layer of {config.model}: there is nothing to diagnose; "
+            "leave --diagnose out"
+        )
+    if recipe.whiten and not resuming:
+        normalise = Normalise(images.preprocessing, torch.device("cpu"))
+        whiten_first_layer_(model, images.train_images, chosen, normalise)
+    if recipe.freeze_first:
+        freeze_first_layer_(model)
+    if "rest" in settings:
+        models.quantize_rest_(model, settings["rest"])
+    if config.init_from is None or resuming:
+        return model, None
+    report = init_from(model, config.init_from)
+    if "rest" in settings:
+        check_ranges(model, report.source)
+    return model, report
+
+
 def refuse_other_split(option: str, source: Path, config: TrainConfig, images: ImageData) -> None:
     """Refuse to choose an epoch by images that the run of ``source``, on the same data, was trained on.
 
@@ -195,9 +222,11 @@ def refuse_other_split(option: str, source: Path, config: TrainConfig, images: I
     if not run.config_path.is_file():
         return
     theirs = run.config
-    if "calibration" in theirs or theirs["data"]["hash"] != images.hash:
+    if theirs["data"]["hash"] != images.hash:
         return
-    if (theirs["data"]["val_fraction"], theirs["seed"]) != (config.val_fraction, config.seed):
+    # What was calibrated has the weights and the split of its source; its own seed chose other images.
+    seed = theirs["calibration"]["source_seed"] if "calibration" in theirs else theirs["seed"]
+    if (theirs["data"]["val_fraction"], seed) != (config.val_fraction, config.seed):
         raise UsageError(
             f"{option} {source}: it was trained on some of the images that are to validate this run; train it with the "
             "same --val-fraction and --seed, or leave --val-fraction out"
@@ -222,7 +251,7 @@ def fit(
     Returns:
         The metrics of all epochs, those before the checkpoint included.
     """
-    checkpoint = Checkpoint.load(_checkpoint(run)) if _checkpoint(run).is_file() else None
+    checkpoint = Checkpoint.load(run.checkpoint_path) if run.checkpoint_path.is_file() else None
     rows, diagnosed = (checkpoint.rows, checkpoint.diagnostics) if checkpoint else ([], [])
     if checkpoint:
         say(f"resuming after epoch {len(rows)} of {recipe.epochs}")
@@ -337,10 +366,6 @@ def print_to_stderr(text: str) -> None:
 
 def _say_nothing(text: str) -> None:
     pass
-
-
-def _checkpoint(run: Run) -> Path:
-    return run.checkpoints_path / "last.ckpt"
 
 
 def _now() -> str:
