@@ -116,11 +116,15 @@ class Preprocessing:
         array = np.asarray(converted, dtype=np.uint8).reshape(*self.size, self.channels)
         return np.pad(array, ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
 
+    @property
+    def scale_and_shift(self) -> tuple[Inputs, Inputs]:
+        """``1 / (255 std)`` and ``mean / std`` of each channel, float32: see `normalise`."""
+        std = np.asarray(self.std, np.float64)
+        return (1.0 / (255.0 * std)).astype(np.float32), (np.asarray(self.mean, np.float64) / std).astype(np.float32)
+
     def normalise(self, pixels: Pixels) -> Inputs:
         """Pixels (N, H, W, C) uint8 to inputs (N, C, H, W) float32: ``pixel * (1 / (255 std)) - mean / std``."""
-        std = np.asarray(self.std, np.float64)
-        scale = (1.0 / (255.0 * std)).astype(np.float32)
-        shift = (np.asarray(self.mean, np.float64) / std).astype(np.float32)
+        scale, shift = self.scale_and_shift
         return np.ascontiguousarray((pixels.astype(np.float32) * scale - shift).transpose(0, 3, 1, 2))
 
     def __call__(self, images: Sequence[Image.Image]) -> Inputs:

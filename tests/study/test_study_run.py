@@ -20,7 +20,7 @@ from lowbit.report.statistics import mcnemar
 from lowbit.runs import Run, write_json
 from lowbit.study import read_results, read_study, worker
 from lowbit.study.folder import record_export
-from lowbit.study.latency import machine, time_rows
+from lowbit.study.latency import cpu_and_kernels, time_rows
 from lowbit.study.run import whole_lines
 from lowbit.training.lock import sole_process
 
@@ -134,8 +134,8 @@ def test_the_study_ends_in_a_table(finished: tuple[Path, str]) -> None:
         assert results[row].test_images == len(evaluation["labels"])
         assert results[row].packed_bytes == (folder / CELL / row / "model.lowbit").stat().st_size
         times = json.loads((folder / CELL / row / "latency.json").read_text())
-        assert results[row].milliseconds == times[machine()]["milliseconds"] > 0
-        assert results[row].timed_on.startswith(f"{machine()}, 20")
+        assert results[row].milliseconds == times[cpu_and_kernels()]["milliseconds"] > 0
+        assert results[row].timed_on.startswith(f"{cpu_and_kernels()}, 20")
     assert results["float"].p_value is None
     for row in ("xnor_net", "int8"):
         predictions = [evaluations[name]["predictions"] for name in (row, "float")]
@@ -157,13 +157,13 @@ def test_only_rows_without_a_good_time_are_timed(finished: tuple[Path, str], mon
     assert list(paths) == ["float", "xnor_net", "int8"]
     for path, disturbed in zip(paths.values(), (True, False), strict=False):
         found = json.loads(path.read_text())
-        found[machine()] |= {"disturbed": disturbed, "date": "2020"}
-        write_json(path, {"Other": found[machine()], **found})
+        found[cpu_and_kernels()] |= {"disturbed": disturbed, "date": "2020"}
+        write_json(path, {"Other": found[cpu_and_kernels()], **found})
     paths["int8"].unlink()
     said: list[str] = []
     time_rows(study.rows, said.append)
-    assert said == [f"timing 2 packed rows on {machine()}"]
-    dates = {name: json.loads(path.read_text())[machine()]["date"] for name, path in paths.items()}
+    assert said == [f"timing 2 packed rows on {cpu_and_kernels()}"]
+    dates = {name: json.loads(path.read_text())[cpu_and_kernels()]["date"] for name, path in paths.items()}
     assert [name for name, date in dates.items() if date == "2020"] == ["xnor_net"]
     assert "Other" in json.loads(paths["float"].read_text())
     record_export(Run(CELL / "int8"))

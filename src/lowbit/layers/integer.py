@@ -6,13 +6,11 @@ AMX multiply them as bytes and add in 32 bits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lowbit.hardware import cpu_flags
-from lowbit.layers.conv2d_mode import Conv2dMode
+from lowbit.layers.conv2d_mode import Conv2dMode, Pair
 from lowbit.layers.windows import windows
 
 # Windows of an image lie side by side in memory; as many images at a time as fit.
@@ -22,28 +20,24 @@ WINDOW_BYTES = 1 << 26
 class IntegerConvolutions(Conv2dMode):
     """While active, `torch.conv2d` of float32 numbers that are all integers of a byte multiplies bytes.
 
-    Results are the same to the bit: both ways the sums are exact. Taken over are convolutions without gradient, groups
+    Results are the same to the bit: both ways the sums are exact. Taken over are plain convolutions without gradient
     and bias, on a CPU with VNNI; everything else goes to torch as before.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.fast = bool({"avx512_vnni", "avx_vnni", "asimddp"} & set(cpu_flags()))
+        self.fast = bool({"avx512_vnni", "avx_vnni"} & cpu_flags())
 
     def convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
     ) -> Tensor | None:
         """The convolution, where both operands are bytes."""
-        if self.fast and bias is None and groups == 1 and isinstance(padding, tuple) and _is_plain(x, weight):
+        in_float = x.dtype == weight.dtype == torch.float32
+        if self.fast and bias is None and in_float and not torch.is_grad_enabled():
             small = _as_bytes(x), _as_bytes(weight)
             if small[0] is not None and small[1] is not None:
                 return _convolve(small[0], small[1], stride, padding, dilation)
         return None
-
-
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    on_cpu = x.device.type == weight.device.type == "cpu"
-    return on_cpu and x.dim() == 4 and x.dtype == weight.dtype == torch.float32 and not torch.is_grad_enabled()
 
 
 def _as_bytes(x: Tensor) -> Tensor | None:
@@ -52,9 +46,7 @@ def _as_bytes(x: Tensor) -> Tensor | None:
     return small if torch.equal(small.to(x.dtype), x) else None
 
 
-def _convolve(
-    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
-) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     columns = weight.permute(2, 3, 1, 0).reshape(-1, len(weight)).contiguous()
     views = windows(x, weight.shape[2:], stride, padding, dilation)
     pixels = views.shape[:3]

@@ -122,9 +122,7 @@ def _check(evaluation: Any, run: Run) -> None:
             and len(matrix) == len(classes) == len(evaluation["per_class"])
             and all(len(row) == len(classes) and all(type(n) is int and n >= 0 for n in row) for row in matrix)
             and len(evaluation["predictions"]) == len(evaluation["labels"]) == evaluation["total"]
-            and all(
-                finite(e[key]) is not None for e in evaluation["per_class"] for key in ("precision", "recall", "f1")
-            )
+            and all(finite(e[key]) is not None for e in evaluation["per_class"] for key in SCORES)
             and finite(evaluation["accuracy"]) is not None
             and isinstance(evaluation["correct"], int)
         )

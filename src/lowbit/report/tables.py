@@ -224,7 +224,7 @@ def significance(entries: Sequence[Entry]) -> str:
 
 
 def _with_the_first(entries: Sequence[Entry]) -> list[tuple[Entry, Entry, McNemar | str]]:
-    """Each run that can be tested against an earlier one, after the first such."""
+    """Each run with the first run above it that it can be tested against; runs without one are left out."""
     firsts: list[Entry] = []
     pairs: list[tuple[Entry, Entry, McNemar | str]] = []
     for entry in entries:

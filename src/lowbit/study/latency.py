@@ -16,7 +16,7 @@ from lowbit.study.plan import Row
 SECONDS = 0.5
 
 
-def machine() -> str:
+def cpu_and_kernels() -> str:
     """What a time is of: the CPU's name, and the instruction set whose kernels run."""
     return f"{cpu_name()}, {next(each['isa'] for each in instruction_sets() if each['chosen'])}"
 
@@ -33,7 +33,7 @@ def time_rows(rows: Sequence[Row], say: Callable[[str], None]) -> None:
     Raises:
         LowbitError: a packed file cannot be read, or the disk is full.
     """
-    here = machine()
+    here = cpu_and_kernels()
     todo = []
     for row in rows:
         if row.state == DONE:

@@ -129,7 +129,7 @@ def _compare(study: Study, row: Row, settings: dict[str, Any]) -> None:
         if row.source is not None and "sha256" in (report := recorded.get("init_report", {})):
             settings["init_report"] = {**report, "sha256": row.source.run.weights_sha256}
     try:
-        # What a calibrated run does not know was added by a later version.
+        # A setting that config.json does not have came with a later version than the run's.
         refuse_changes(row.run, recorded, {key: settings[key] for key in settings if key in recorded})
     except UsageError as error:
         raise UsageError(f"{study.path}: {error}, by another `out` or another name of the row") from None

@@ -24,10 +24,7 @@ class Normalise:
     """`Preprocessing.normalise` on tensors: (N, H, W, C) uint8 to (N, C, H, W) float32, channels last in memory."""
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
-        std = np.asarray(preprocessing.std, np.float64)
-        mean = np.asarray(preprocessing.mean, np.float64)
-        self.scale = torch.from_numpy((1.0 / (255.0 * std)).astype(np.float32)).to(device)
-        self.shift = torch.from_numpy((mean / std).astype(np.float32)).to(device)
+        self.scale, self.shift = (torch.from_numpy(each).to(device) for each in preprocessing.scale_and_shift)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return pixels.to(torch.float32).mul_(self.scale).sub_(self.shift).permute(0, 3, 1, 2)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from lowbit.layers.conv2d_mode import Conv2dMode
+from lowbit.layers.conv2d_mode import Conv2dMode, Pair
 from lowbit.training.small_maps import SmallMapConv2d
 from lowbit.training.winograd import WinogradConv2d
 
@@ -16,25 +14,16 @@ WAYS = (SmallMapConv2d, WinogradConv2d)
 class FastConvolutions(Conv2dMode):
     """While active, `torch.conv2d` on a CPU goes by the first of the ``WAYS`` that takes it.
 
-    Only plain convolutions are asked about (a batch of images, dilation 1, one group, arguments as `nn.Conv2d` passes
-    them); everything else goes to torch as before. Results differ from torch's by rounding only, so that sums of
-    integers need not be integers any more: it is for steps of a training, those of a teacher among them, and not for
-    measuring a network, whose sums are exact (`lowbit.layers.integer`).
+    Only plain ones of dilation 1 are asked about; everything else goes to torch as before. Results differ from torch's
+    by rounding only, so that sums of integers need not be integers any more: it is for steps of a training, those of a
+    teacher among them, and not for measuring a network, whose sums are exact (`lowbit.layers.integer`).
     """
 
     def convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
     ) -> Tensor | None:
         """The convolution by the first way that takes it."""
-        if (
-            x.device.type != "cpu"
-            or x.dim() != 4
-            or x.numel() == 0
-            or x.shape[1] != weight.shape[1]
-            or dilation != (1, 1)
-            or groups != 1
-            or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in (stride, padding))
-        ):
+        if dilation != (1, 1):
             return None
         for way in WAYS:
             if way.takes(x, weight, stride, padding):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -253,7 +252,7 @@ class TrainingModule(pl.LightningModule):
         self.tallies[self.sets[dataloader_idx]].add(loss, (logits.argmax(1) == labels).sum(), len(labels))
 
 
-def modules_in_call_order(model: nn.Module, images: Tensor) -> Iterator[tuple[str, nn.Module, bool]]:
+def modules_in_call_order(model: nn.Module, images: Tensor) -> list[tuple[str, nn.Module, bool]]:
     """Run the model once; give each module's name, the module and whether its output is finite, in order of return."""
     seen: list[tuple[str, nn.Module, bool]] = []
 
@@ -270,7 +269,7 @@ def modules_in_call_order(model: nn.Module, images: Tensor) -> Iterator[tuple[st
     finally:
         for handle in handles:
             handle.remove()
-    return iter(seen)
+    return seen
 
 
 def find_not_finite(model: nn.Module, images: Tensor) -> str:
@@ -280,7 +279,7 @@ def find_not_finite(model: nn.Module, images: Tensor) -> str:
         model: with the gradients of the failed step still in ``.grad``.
         images: the failed step's inputs.
     """
-    order = list(modules_in_call_order(model, images))
+    order = modules_in_call_order(model, images)
     for name, _, finite in order:
         if not finite:
             return f"the output of layer '{name}'"

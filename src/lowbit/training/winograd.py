@@ -117,7 +117,7 @@ def _convolve(x: Tensor, weight: Tensor, keep: list[Tensor] | None = None) -> Te
 
 
 def _to_weight(windows: list[Tensor], gradient: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of ``weight``: of its transform, as 36 products over all tiles, and back."""
+    """The gradient of ``weight``: first that of its transform, 36 products over all tiles, then transformed back."""
     outputs, inputs = weight.shape[:2]
     sums = weight.new_zeros(POINTS, inputs, outputs)
     for images, of_x in zip(_chunks(gradient, max(outputs, inputs)), windows, strict=True):
@@ -150,7 +150,7 @@ def _windows(x: Tensor) -> Tensor:
 
 
 def _spread(gradient: Tensor) -> Tensor:
-    """The gradient of the products of each tile, of that of the output (N, C, H, W): (36, tiles, C)."""
+    """From the gradient of the output (N, C, H, W), that of the 36 products of each tile: (36, tiles, C)."""
     n, channels, height, width = gradient.shape
     down, across = _tiles(height, width)
     images = pad(gradient.permute(0, 2, 3, 1), (0, 0, 0, across * SIDE - width, 0, down * SIDE - height))
