@@ -31,7 +31,7 @@ ThreadPool::~ThreadPool() {
     stop_ = true;
     ++generation_;
   }
-  wake_.notify_all();
+  generation_.notify_all();
   for (auto& helper : helpers_) helper.join();
 }
 
@@ -47,7 +47,7 @@ void ThreadPool::run_job(const Job& job) {
     next_ = 0;
     ++generation_;
   }
-  wake_.notify_all();
+  generation_.notify_all();
   take_items(job, 0);
   {
     const std::lock_guard lock(mutex_);
@@ -63,13 +63,13 @@ void ThreadPool::run_job(const Job& job) {
 
 void ThreadPool::help(int thread) {
   const DefaultFloatMode mode;
-  size_t seen = 0;
+  uint32_t seen = 0;
   for (;;) {
     for (int spins = 0; spins < kSpins && generation_ == seen; ++spins) pause();
+    generation_.wait(seen);
     Job job;
     {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return generation_ != seen; });
+      const std::lock_guard lock(mutex_);
       seen = generation_;
       if (stop_) return;
       if (!open_) continue;

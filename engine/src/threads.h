@@ -1,8 +1,8 @@
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -44,12 +44,11 @@ class ThreadPool {
 
   std::vector<std::thread> helpers_;
   std::mutex mutex_;
-  std::condition_variable wake_;
-  Job job_;                            // guarded by mutex_
-  bool open_ = false, stop_ = false;   // guarded by mutex_
-  std::atomic<size_t> generation_{0};  // changes with every job
-  std::atomic<size_t> next_{0};        // first item that nobody has taken
-  std::atomic<int> busy_{0};           // helpers inside the current job
+  Job job_;                              // guarded by mutex_
+  bool open_ = false, stop_ = false;     // guarded by mutex_
+  std::atomic<uint32_t> generation_{0};  // changes with every job: helpers wait for that
+  std::atomic<size_t> next_{0};          // first item that nobody has taken
+  std::atomic<int> busy_{0};             // helpers inside the current job
 };
 
 }  // namespace lowbit
