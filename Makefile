@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find engine -type f)
 
-.PHONY: demo test check bench docs setup clean
+.PHONY: demo test check bench docs wheel setup clean
 
 demo: setup
 	$(BIN)/lowbit demo
@@ -31,6 +31,12 @@ bench: setup
 # Runs the tutorial, so that its output is of this version; the site is in site/.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean --quiet
+
+# For other machines, in dist/: auditwheel finds out, and writes into its name, from which glibc on it runs.
+wheel: setup
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl
 
 setup: .venv/installed
 
