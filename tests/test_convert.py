@@ -293,7 +293,10 @@ ERRORS = {
     "override of a norm": (network, "bnn", {"features.3": None}, "override 'features.3' matches no layer"),
     "no layer": (lambda: nn.Sequential(nn.ReLU()), "bnn", {}, "no Conv1d, Conv2d, Conv3d or Linear inside"),
     "a single layer": (lambda: nn.Linear(2, 2), "bnn", {}, "wrap a single layer in nn.Sequential"),
-    "a second time": (lambda: _quantized("bnn"), "bnn", {}, "no Conv1d, Conv2d, Conv3d or Linear inside"),
+    "a second time": (lambda: _quantized("bnn"), "bnn", {}, "inside the model are quantized already"),
+    "a method that was not called": (network, methods.registry["bnn"], {}, "is no method; give a name or a Method"),
+    "override with no method": (network, "bnn", {"features.0": False}, "False is no method; give a name or a Method"),
+    "overrides without methods": (network, "bnn", ["features.0"], "must map layers' names to methods or None"),
 }
 
 
@@ -312,6 +315,12 @@ def test_errors_leave_the_model_alone(make, method, overrides, message):
         quantize_(model, method, overrides)
     assert dict(model.named_modules()) == modules
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_override_names_a_layer_whose_name_is_a_pattern_too():
+    model = nn.ModuleDict({f"c[{i}]": nn.Linear(2, 2) for i in range(3)})
+    reports = quantize_(model, "bnn", {"c[1]": None})
+    assert [report.bits_w for report in reports] == [1, 32, 1]
 
 
 def test_resolve_method():

@@ -33,8 +33,15 @@ class LayerReport:
 
 
 def resolve_method(method: str | Method) -> Method:
-    """A `Method` from its registered name, with default options; a `Method` is returned as it is."""
-    return methods.registry[method]() if isinstance(method, str) else method
+    """A `Method` from its registered name, with default options; a `Method` is returned as it is.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    made = methods.registry[method]() if isinstance(method, str) else method
+    if not isinstance(made, Method):
+        raise UsageError(f"{made!r} is no method; give a name or a Method, such as lowbit.methods.registry['bnn']()")
+    return made
 
 
 def quantize_(
@@ -81,18 +88,22 @@ def quantize_(
             model is then unchanged.
     """
     method = resolve_method(method)
-    overrides = overrides or {}
+    overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping):
+        raise UsageError(f"overrides are {overrides!r}, but must map layers' names to methods or None")
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if is_quantizable(module) or isinstance(module, QuantizedLayer):
             names.setdefault(module, []).append(name)
     if not any(is_quantizable(layer) for layer in names) or model in names:
         raise UsageError(
-            "the model has no Conv1d, Conv2d, Conv3d or Linear inside; wrap a single layer in nn.Sequential"
+            "all Conv1d, Conv2d, Conv3d and Linear inside the model are quantized already"
+            if names and model not in names
+            else "the model has no Conv1d, Conv2d, Conv3d or Linear inside; wrap a single layer in nn.Sequential"
         )
     everything = [name for layer, aliases in names.items() if is_quantizable(layer) for name in aliases]
     for pattern in overrides:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in everything):
+        if not any(_matches(name, pattern) for name in everything):
             raise UsageError(f"override '{pattern}' matches no layer; layers: {', '.join(everything)}")
     in_stems, in_shortcuts = (
         {layer for part in model.modules() if isinstance(part, kind) for layer in part.modules()}
@@ -168,6 +179,10 @@ def _take_dropout(model: nn.Module, name: str) -> nn.Module | None:
     return None
 
 
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
 def _choose(
     aliases: Sequence[str],
     first: bool,
@@ -177,7 +192,7 @@ def _choose(
     overrides: Mapping[str, str | Method | None],
 ) -> tuple[Method, str]:
     """The method of a layer, and why it is not the model's own."""
-    matches = [pattern for pattern in overrides if any(fnmatch.fnmatchcase(name, pattern) for name in aliases)]
+    matches = [pattern for pattern in overrides if any(_matches(name, pattern) for name in aliases)]
     if matches:
         override = overrides[matches[-1]]
         return resolve_method("float" if override is None else override), f"by override '{matches[-1]}'"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import checked, ops
 from nets import Plain, Residual, Shared, awkward_, chain, quantized
 from pairs import pairs
@@ -14,6 +17,7 @@ from torch.nn.utils import prune
 import lowbit
 from lowbit import methods, models
 from lowbit.errors import UsageError
+from lowbit.exporter.verify import verify
 from lowbit.preprocessing import Preprocessing
 
 IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -308,7 +312,91 @@ def falling_and_rising() -> nn.Module:
     return model
 
 
+class _Pooled(nn.Module):
+    """What many residual networks do behind their last map; and options that have defaults."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor, features: bool = False, mask: torch.Tensor | None = None) -> torch.Tensor:
+        h = F.relu(self.conv(x))
+        if mask is not None:
+            h = h + mask
+        h = F.avg_pool2d(h, h.size()[3]).view(h.size(0), -1)
+        return h if features else self.fc(h)
+
+
+def test_sizes_that_forward_asks_for_and_options_with_defaults() -> None:
+    exported, _ = checked(awkward_(_Pooled()), IMAGES)
+    assert ops(exported) == ["conv2d", "relu", "avg_pool", "conv2d"]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_is_exported_without_the_wrap(wrap) -> None:
+    model = chain()
+    wrapped = wrap(model)
+    expected = lowbit.export(model, IMAGES[:1]).packed
+    assert lowbit.export(wrapped, IMAGES[:1]).packed.to_bytes() == expected.to_bytes()
+    assert verify(wrapped, expected, IMAGES).passed
+
+
+class _Calling(nn.Module):
+    """Two convolutions and a function of the module and its input."""
+
+    def __init__(self, forward: Callable[[_Calling, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        self.call = forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(self, x)
+
+
+class _Keeping(_Calling):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = self.f(x)
+        return F.relu(self.kept)
+
+
+class _TwoInputs(_Calling):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.f(x + y)
+
+
+class _OfPython(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({"class": nn.Conv2d(3, 2, 3)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.heads["class"](x)
+
+
+def keeping() -> nn.Module:
+    model = _Keeping(_Calling.forward)
+    model(torch.zeros(1, 3, 16, 16))
+    return model
+
+
+def with_a_hook(model: nn.Module) -> nn.Module:
+    model.register_forward_pre_hook(lambda _, given: (given[0] * 2,))
+    return model
+
+
 REFUSED = {
+    "a kept result": (keeping(), "'kept' keeps a result of forward with its gradient"),
+    "two inputs": (_TwoInputs(_Calling.forward), "the model takes a second input 'y'; it must take one tensor"),
+    "a random forward": (
+        _Calling(lambda self, x: F.dropout(self.f(x))),
+        "something is random, such as a dropout that is called without training=self.training",
+    ),
+    "a hook of the model": (with_a_hook(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())), "the model has a hook"),
+    "a slice": (_Calling(lambda self, x: self.f[1:](self.f[:1](x))), "call the layers of a slice one by one"),
+    "a name of Python": (
+        _OfPython(),
+        "the layer 'heads.class' has a name that Python code cannot hold; rename it",
+    ),
     "control flow": (chain(_Branch()), "'3' (_Branch) cannot be captured"),
     "concatenation": (
         nn.Sequential(nn.Conv2d(3, 2, 1), nn.Identity(), nn.ReLU(), _Cat()),
@@ -383,7 +471,13 @@ def test_what_cannot_be_lowered_is_refused_by_name(model: nn.Module, message: st
 
 
 @pytest.mark.parametrize(
-    "dtype_or_shape", [torch.zeros(1, 3, 16), torch.zeros(1, 3, 16, 16).double(), torch.zeros(0, 3, 16, 16)]
+    "dtype_or_shape",
+    [
+        torch.zeros(1, 3, 16),
+        torch.zeros(1, 3, 16, 16).double(),
+        torch.zeros(0, 3, 16, 16),
+        np.zeros((1, 3, 16, 16), np.float32),
+    ],
 )
 def test_the_example_input_must_be_a_float32_batch(dtype_or_shape: Tensor) -> None:
     with pytest.raises(UsageError, match="the example input is"):

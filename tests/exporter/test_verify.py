@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from interpreter import Interpreter
-from nets import chain
+from nets import chain, quantized
 from torch import nn
 
 import lowbit
+from lowbit import methods
 from lowbit.errors import LowbitError, UsageError
 from lowbit.exporter.verify import VerifyReport, verify
 from lowbit.packed import PackedModel
@@ -120,8 +121,52 @@ def test_a_code_at_its_threshold_is_excused_and_counted() -> None:
 def test_another_model_is_refused_or_fails(packed: PackedModel) -> None:
     with pytest.raises(LowbitError, match="layer '2'"):
         run(packed, nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-    with pytest.raises(UsageError, match="verify needs float32 images"):
+    with pytest.raises(UsageError, match=r"verify needs a float32 tensor of shape \(N, 3, 16, 16\), not"):
         verify(MODEL, packed, IMAGES[:, :1], engine=Interpreter(packed))
+
+
+class _Spare(nn.Module):
+    """Calls a binary layer a second time, on another map, and another layer, all for nothing in ``eval()``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.aux, self.head = (nn.Conv2d(channels, 4, 3, padding=1) for channels in (3, 4, 4, 4))
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        h = self.stem(x)
+        spare = self.aux(self.body(self.pool(h)))
+        h = self.head(self.body(h))
+        return (h, spare) if self.training else h
+
+
+def test_what_the_output_does_not_need_is_not_missed() -> None:
+    model = quantized(_Spare(), "bnn")
+    packed = lowbit.export(model, IMAGES[:1]).packed
+    report = run(packed, model)
+    assert report.passed
+    assert [check.layer for check in report.layers if check.what == "codes in"] == ["stem", "body", "head"][-2:]
+
+
+def test_what_cancels_against_the_bias_may_differ_by_its_own_rounding() -> None:
+    """Of one image, whose channels have one number each."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(25):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 64), nn.Linear(64, 256), nn.Linear(256, 10)).eval()
+        for layer in model[1:]:
+            layer.weight.data = torch.randn(layer.weight.shape, generator=generator) / 8
+            layer.bias.data = torch.randn(layer.bias.shape, generator=generator) / 2
+        lowbit.quantize_(model, methods.registry["xnor_net"](k_map=True))
+        image = torch.randn(1, 3, 4, 4, generator=generator)
+        assert verify(model, lowbit.export(model, image).packed, image).passed
+
+
+def test_what_is_no_packed_model_or_no_image_is_refused(packed: PackedModel) -> None:
+    with pytest.raises(UsageError, match=r"not Export; give its \.packed"):
+        verify(MODEL, lowbit.export(MODEL, IMAGES[:1]), IMAGES)
+    for images in (IMAGES.numpy(), IMAGES[0], IMAGES[:0], IMAGES.permute(0, 2, 3, 1), IMAGES.double()):
+        with pytest.raises(UsageError, match=r"verify needs a float32 tensor of shape \(N, 3, 16, 16\), not "):
+            verify(MODEL, packed, images)
 
 
 def _last_binary(packed: PackedModel) -> int:

@@ -130,6 +130,21 @@ def test_a_weight_without_gradient_is_left_alone():
 
 
 @pytest.mark.filterwarnings("error")
+def test_weights_that_are_not_trained_are_not_projected():
+    model = network(lambda weight: weight.add_(1))
+    frozen, elsewhere = model[0].weight.requires_grad_(False), model[1].weight
+    before = [frozen.clone(), elsewhere.clone()]
+    optimizer = torch.optim.SGD([frozen, *model[2].parameters()], lr=0.1)
+    attach_rules(optimizer, model)
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert torch.equal(frozen, before[0])
+    assert torch.equal(elsewhere, before[1])
+    optimizer.add_param_group({"params": [elsewhere], "lr": 0.0})
+    optimizer.step()
+    assert torch.equal(elsewhere, before[1] + 1)
+
+
 def test_an_optimizer_without_what_quantizers_learn_is_warned_of():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     before = torch.optim.SGD(model.parameters(), lr=0.1)

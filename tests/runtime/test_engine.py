@@ -103,6 +103,11 @@ def test_wrong_threads_are_refused(model, threads):
         Engine(model, threads=threads)
 
 
+def test_what_is_no_packed_model_is_refused():
+    with pytest.raises(UsageError, match=r"a dict is no packed model, file's path or its bytes; .* give \.packed"):
+        Engine({})
+
+
 def test_unknown_isa_is_refused(model, monkeypatch):
     monkeypatch.setenv("LOWBIT_ISA", "sse9")
     with pytest.raises(UsageError, match=r"LOWBIT_ISA is 'sse9'.*scalar"):

@@ -6,7 +6,8 @@ lowers the graph needs to know modules only.
 
 from __future__ import annotations
 
-import copy
+import inspect
+import keyword
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lowbit.errors import UsageError
+from lowbit.exporter.copying import copy_of, unwrapped
 from lowbit.layers import PReLU, QuantConv2d, QuantizedLayer, QuantLinear, Repeat, Shift
 
 Shape = tuple[int, int, int]
@@ -101,27 +103,36 @@ def capture(model: nn.Module, example_input: Tensor) -> Graph:
             place while something else reads it, or the model does what cannot be lowered; the message names the module
             or call.
     """
+    if not isinstance(example_input, Tensor):
+        raise UsageError(f"the example input is a {type(example_input).__name__}, but must be a torch tensor")
     if example_input.dtype != torch.float32 or example_input.dim() not in (2, 4) or not example_input.numel():
         found = f"{str(example_input.dtype).removeprefix('torch.')} {tuple(example_input.shape)}"
         raise UsageError(f"the example input is {found}, but must be float32 (N, C, H, W) or (N, features), N >= 1")
     wide = next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
     if wide is not None:
         raise UsageError(f"parameter '{wide}' is not float32; export the model after model.float()")
-    is_leaf = _Tracer().is_leaf_module  # recorded as a whole, and without what its hooks do
-    hooked = next((n for n, m in model.named_modules() if is_leaf(m, n) and _has_hooks(m)), None)
+    model = unwrapped(model)
+    is_leaf = _Tracer().is_leaf_module  # recorded as a whole, and without what its hooks do, as is the model itself
+    hooked = next((n for n, m in model.named_modules() if (is_leaf(m, n) or m is model) and _has_hooks(m)), None)
     if hooked is not None:
+        what = f"'{hooked}'" if hooked else "the model"
         raise UsageError(
-            f"'{hooked}' has a hook, which the packed network would not have; take it off (torch's remove_weight_norm, "
+            f"{what} has a hook, which the packed network would not have; take it off (torch's remove_weight_norm, "
             "remove_spectral_norm and prune.remove do), or write what it does as a module"
         )
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy_of(model)
     module = _trace(model)
     # Numbers of both signs: of zeros, say, a ReLU in place changes none.
     numbers = torch.randn(example_input.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = _Shapes(module).run(numbers.clone())
-        expected = model(numbers.clone())
-    if isinstance(found, Tensor) and not (isinstance(expected, Tensor) and _same(found, expected)):
+        expected, again = (model(numbers.clone()) for _ in range(2))
+    if not _same(again, expected):
+        raise UsageError(
+            "the model gives another result each time, also in eval(): something is random, such as a dropout that is "
+            "called without training=self.training"
+        )
+    if not _same(found, expected):
         raise UsageError(
             "the model computes something else than its graph: a tensor is changed in place, as by `+=`, while "
             "something else reads it; write `x = x + y`"
@@ -133,7 +144,10 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same(a: Any, b: Any) -> bool:
+    """Whether ``b`` is the tensor that ``a`` is; a result that is none is refused elsewhere."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return not isinstance(a, Tensor)
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=0, equal_nan=True)
 
 
@@ -159,21 +173,39 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     # A bare layer is a leaf, and a leaf is recorded only when another module calls it.
     root = nn.Sequential(model) if tracer.is_leaf_module(model, "") else model
     try:
-        graph = tracer.trace(root)
+        # What may be left out is left out.
+        given = inspect.signature(root.forward).parameters.values()
+        graph = tracer.trace(root, {p.name: p.default for p in given if p.default is not p.empty})
     except UsageError:
         raise
     except Exception as error:
         raise _cannot_capture(f"the model ({type(model).__name__})", error) from error
-    return fx.GraphModule(root, graph)
+    inputs = [node.target for node in graph.nodes if node.op == "placeholder" and not node.args]
+    if len(inputs) > 1:
+        raise UsageError(f"the model takes a second input '{inputs[1]}'; it must take one tensor")
+    try:
+        return fx.GraphModule(root, graph)
+    except SyntaxError:  # of the code that it writes
+        name = next(name for name, _ in root.named_modules() if not _is_writable(name))
+        raise UsageError(f"the layer '{name}' has a name that Python code cannot hold; rename it") from None
+
+
+def _is_writable(name: str) -> bool:
+    return name.isprintable() and not {'"', "\\"} & set(name) and not any(map(keyword.iskeyword, name.split(".")))
 
 
 def _cannot_capture(where: str, error: Exception) -> UsageError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UsageError(f"{where} cannot be captured: {reason}; its forward must not branch on values or shapes")
+    mend = ""
+    if isinstance(error, fx.proxy.TraceError):
+        mend = "; its forward must not branch on values or shapes"
+    elif isinstance(error, NameError):
+        mend = "; modules must be attributes of others: call the layers of a slice one by one"
+    return UsageError(f"{where} cannot be captured: {reason}{mend}")
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and leaves at each node that makes a tensor its shape."""
+    """Runs a graph and leaves at each node the shape of the tensor that it makes, or what else it makes."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -186,6 +218,8 @@ class _Shapes(fx.Interpreter):
             raise UsageError(f"'{n.target}' does not run on what the example input becomes: {error}") from error
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)
+        else:
+            n.meta["value"] = result
         return result
 
 
@@ -216,8 +250,6 @@ class _Reader:
 
     def _step(self, node: fx.Node) -> Step:
         if node.op == "placeholder":
-            if self.steps:
-                raise UsageError(f"the model takes a second input '{node.target}'; it must take one tensor")
             return self._append(Step("input", _map_shape(node, node.name)))
         if node.op == "call_module":
             name = str(node.target)
@@ -243,7 +275,8 @@ class _Reader:
         if make is None or len(tensors) != 1:
             called = call if isinstance(call, str) else getattr(call, "__name__", str(call))
             raise UsageError(f"the call of '{called}' (node '{name}'{_owner(node)}) cannot be lowered; {_MEND}")
-        return self._module_step(node, name, make(*node.args[1:], **node.kwargs).eval())
+        options = fx.node.map_arg((node.args[1:], node.kwargs), lambda each: each.meta["value"])
+        return self._module_step(node, name, make(*options[0], **options[1]).eval())
 
     def _module_step(self, node: fx.Node, name: str, module: nn.Module) -> Step:
         argument = node.args[0] if node.args else None

@@ -191,13 +191,16 @@ def _bisect(chain: Chain, domain: Domain) -> tuple[Tensor, list[Tensor]]:
     )
     keys = keys.clamp(domain.lowest, domain.highest).sort(dim=0).values
     slopes = _Slopes(chain.name)
-    traces = chain.run(domain.values(keys))
-    slopes.add(traces)
-    # The number of steps at or below each key; where codes fall, they are the levels that are lost.
-    steps = torch.searchsorted(first.T.contiguous().sort(dim=1).values, keys.T.contiguous(), right=True).T
-    expected = steps.where(rising, chain.levels - steps)
-    if not torch.equal(expected, traces[-1].long()):
-        slopes.refuse((expected != traces[-1]).any(dim=0), "code")
+    ordered = first.T.contiguous().sort(dim=1).values
+    wrong = torch.zeros(chain.channels, dtype=torch.bool)
+    for part in torch.split(keys, max(1, _ELEMENTS // chain.channels)):
+        traces = chain.run(domain.values(part))
+        slopes.add(traces)
+        # The number of steps at or below each key; where codes fall, they are the levels that are lost.
+        steps = torch.searchsorted(ordered, part.T.contiguous(), right=True).T
+        wrong |= (steps.where(rising, chain.levels - steps) != traces[-1]).any(dim=0)
+    if wrong.any():
+        slopes.refuse(wrong, "code")
     return first.T, slopes.total
 
 

@@ -4,8 +4,8 @@ Every integer layer of the engine is given the codes that the torch model's own 
 difference is found where it arises and does not spread:
 
 - What an integer op gives (codes, or its sums as float32) must be equal, all of it.
-- What a layer with a table of levels or a K map gives as float32 may differ by ``1e-5 * max(|y|, rms of y in its
-  channel)``.
+- What a layer with a table of levels or a K map gives as float32 may differ by ``1e-5 * max(|y|, |y - bias|, rms of y
+  in its channel)``.
 - After a float op a code may differ where the pre-activation lies on the threshold: the number ``z`` that the quantizer
   reads, computed by a float64 copy of the model, passes it within ``1e-5 * max(|z|, rms of z in its channel)``.
 - Logits may differ from the float64 copy's by 1e-5 of the largest logit of their image.
@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError, UsageError
+from lowbit.exporter.copying import copy_of
 from lowbit.layers import QuantizedLayer
 from lowbit.packed import PackedModel, Value, read
 
@@ -152,14 +154,19 @@ def verify(
         UsageError: there are no images, or they do not have the packed input's size.
         LowbitError: the file cannot be read, or its layers are not those of the model.
     """
+    if not isinstance(packed, PackedModel | str | Path):
+        raise UsageError(f"verify needs a packed model or a file's path, not {type(packed).__name__}; give its .packed")
     packed = packed if isinstance(packed, PackedModel) else read(packed)
-    if images[0:1].numel() != np.prod(packed.input_shape) or images.dtype != torch.float32:
-        raise UsageError(f"verify needs float32 images of shape {packed.input_shape}, not {tuple(images.shape)}")
+    shape = packed.input_shape
+    fits = isinstance(images, Tensor) and images.dtype == torch.float32 and len(images.shape) > 1 and len(images) > 0
+    if not (fits and images.shape[1:] in (shape, shape[:1] if shape[1:] == (1, 1) else shape)):
+        given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise UsageError(f"verify needs a float32 tensor of shape (N, {', '.join(map(str, shape))}), not {given}")
     if engine is None:
         from lowbit.runtime import Engine
 
         engine = Engine(packed)
-    trained = copy.deepcopy(model).cpu().eval()
+    trained = copy_of(model)
     comparison = _Comparison(packed, engine, trained)
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
@@ -183,6 +190,7 @@ class _Comparison:
         self.engine = engine
         self.torch = _Recorded(trained)
         self.float64 = _Recorded(copy.deepcopy(trained).double())
+        self.calls = Counter(op["source"] for op in packed.ops if op["op"] in _ON_CODES)
         self.counts: dict[tuple[str, str], _Count] = {}
         self.images = 0
         self.end_to_end_images = 0
@@ -194,6 +202,11 @@ class _Comparison:
         """Run one batch both ways."""
         logits = self.torch.run(images)
         exact_logits = self.float64.run(images.double(), self.torch.outputs).flatten(1).numpy()
+        for layer, made in self.torch.inputs.items():
+            if len(made) > self.calls[layer]:
+                used = self.torch.used_calls(layer, images, logits)
+                self.torch.keep(layer, used)
+                self.float64.keep(layer, used)
         inputs = images.reshape(-1, *self.packed.input_shape)
         last, differs = self._run_ops(inputs)
         alone = self.engine(inputs.numpy()).reshape(len(images), -1)
@@ -242,7 +255,9 @@ class _Comparison:
             if kind in _ON_LAYERS and result.dtype == np.float32:
                 results = self.torch.outputs if kind == "multiply" else self.torch.unscaled
                 expected = _channels_last(results[layer][call], self.values[index + 1], layer)
-                differs |= self._compare_floats(layer, result, expected, kind in _INTEGER)
+                biased = results is self.torch.outputs or not self.torch.layers[layer].k_map
+                bias = self.torch.layers[layer].bias if biased else None
+                differs |= self._compare_floats(layer, result, expected, kind in _INTEGER, bias)
             values.append(result)
             exact.append(kind in _INTEGER or (kind in _EXACT and exact[source]))
         for layer, made in self.torch.inputs.items():
@@ -258,12 +273,14 @@ class _Comparison:
             excused = wrong & (np.minimum(found, own) >= low) & (np.maximum(found, own) <= high)
         return self._count(layer, "codes in", exact, wrong, excused)
 
-    def _compare_floats(self, layer: str, found: Array, expected: Array, exactly: bool) -> Array:
+    def _compare_floats(self, layer: str, found: Array, expected: Array, exactly: bool, bias: Tensor | None) -> Array:
         wrong = found != expected
         if not exactly:
-            rms = np.sqrt(np.square(expected, dtype=np.float64).mean(axis=(0, 1, 2)))
+            size = np.sqrt(np.square(expected, dtype=np.float64).mean(axis=(0, 1, 2)))
+            for y in (expected, expected if bias is None else expected - bias.detach().numpy()):
+                size = np.maximum(size, np.abs(y))
             # A NaN is wrong, too.
-            wrong = ~(np.abs(found - expected) <= TOLERANCE * np.maximum(np.abs(expected), rms))
+            wrong = ~(np.abs(found - expected) <= TOLERANCE * size)
         return self._count(layer, "sums out" if exactly else "floats out", exactly, wrong, np.zeros_like(wrong))
 
     def _range(self, layer: str, call: int) -> tuple[Tensor, Tensor]:
@@ -308,6 +325,29 @@ class _Recorded:
         with self._hooked(outputs):
             logits: Tensor = self.model(images)
         return logits
+
+    def used_calls(self, layer: str, images: Tensor, logits: Tensor) -> list[int]:
+        """The calls of a layer that ``logits`` depend on: other results than its own change them."""
+
+        def changes(call: int, number: float) -> bool:
+            calls = count()
+
+            def hook(_: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> Tensor:
+                return torch.full_like(result, number) if next(calls) == call else result
+
+            handle = self.layers[layer].register_forward_hook(hook)
+            try:
+                return not torch.equal(self.model(images), logits)
+            finally:
+                handle.remove()
+
+        made = range(len(self.inputs[layer]))
+        return [call for call in made if any(changes(call, number) for number in (-1e30, 1e30))]
+
+    def keep(self, layer: str, calls: Sequence[int]) -> None:
+        """Forget all but some calls of a layer."""
+        for of_layers in (self.inputs, self.outputs, self.unscaled):
+            of_layers[layer] = [of_layers[layer][call] for call in calls]
 
     def encode(self, layer: str, x: Tensor) -> Tensor:
         """The codes that a layer's own quantizer makes of ``x``."""

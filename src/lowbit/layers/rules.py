@@ -27,21 +27,35 @@ def update_(model: nn.Module, optimizer: Optimizer) -> None:
     The rule gets the weight, its gradient and the learning rate of the weight's group; the optimizer then passes over
     the weight, which has no gradient left.
     """
-    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-    for module in quantized_layers(model):
+    for module, rate in _trained(model, optimizer):
         weight = module.weight
-        if module.update is not None and weight.grad is not None and weight in rates:
-            module.update(weight, weight.grad, rates[weight])
+        if module.update is not None and weight.grad is not None:
+            module.update(weight, weight.grad, rate)
             weight.grad = None
 
 
-def attach_rules(optimizer: Optimizer, model: nn.Module) -> None:
-    """Project the latent weights of ``model`` now, and let its method's rules act at every ``optimizer.step()``.
+@torch.no_grad()
+def _project_trained(model: nn.Module, optimizer: Optimizer) -> None:
+    for module, _ in _trained(model, optimizer):
+        if module.projection is not None:
+            module.projection(module.weight)
 
-    Update rules stand in for the optimizer's own; projections follow it. A plain training loop needs this one line
-    beside `quantize_`. Evaluation and export never do either: what they see is what the last step left. Where ``step``
-    is given a closure, which computes the gradients only then, update rules act after it.
-    Warns where the optimizer trains a layer's weight, but not what its quantizers learn.
+
+def _trained(model: nn.Module, optimizer: Optimizer) -> list[tuple[QuantizedLayer, float]]:
+    """The quantized layers whose latent weights ``optimizer`` moves, with their learning rates."""
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    layers = quantized_layers(model)
+    return [(layer, rates[w]) for layer in layers if (w := layer.weight).requires_grad and w in rates]
+
+
+def attach_rules(optimizer: Optimizer, model: nn.Module) -> None:
+    """Project the latent weights that ``optimizer`` trains, and let their method's rules act at each of its steps.
+
+    Update rules stand in for the optimizer's own; projections follow it. Weights that it does not have, or that need no
+    gradient, stay as they are. A plain training loop needs this one line beside `quantize_`. Evaluation and export do
+    neither: what they see is what the last step left. Where ``step`` is given a closure, which computes the gradients
+    only then, update rules act after it. Warns where the optimizer trains a layer's weight, but not what its quantizers
+    learn.
     """
     trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, module in named_quantized_layers(model).items():
@@ -64,9 +78,9 @@ def attach_rules(optimizer: Optimizer, model: nn.Module) -> None:
 
         return (me,), {**kwargs, "closure": compute_and_update}
 
-    project_(model)
+    _project_trained(model, optimizer)
     optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(lambda *_: project_(model))
+    optimizer.register_step_post_hook(lambda *_: _project_trained(model, optimizer))
 
 
 def named_quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -73,8 +73,11 @@ class Engine:
             self.model, self._values = model, model.values()
         elif isinstance(model, bytes):
             self.model, self._values = packed.parse_with_values(model)
-        else:
+        elif isinstance(model, str | Path):
             self.model, self._values = packed.read_with_values(model)
+        else:
+            what = f"a {type(model).__name__} is no packed model, file's path or its bytes"
+            raise UsageError(f"{what}; of what lowbit.export returns, give .packed")
         tensors = [
             {name: np.ascontiguousarray(tensor) for name, tensor in of_op.items()}
             for of_op in self.model.all_op_tensors()
