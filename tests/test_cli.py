@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from PIL import Image
 
 from lowbit import packed
 from lowbit.cli import app
+from lowbit.data import registry
 from lowbit.errors import LowbitError
 
 TRAIN = ("--model", "lenet", "--data", "digits", "--set", "model.width=0.25", "--threads", "1")
@@ -149,6 +151,12 @@ def test_what_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called("inspect", "x.lowbit", status=1).stderr.startswith("lowbit: x.lowbit: permission denied; ")
 
 
+@pytest.fixture
+def digits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load the digits once, not for each of hundreds of commands."""
+    monkeypatch.setitem(registry._entries, "digits", functools.cache(registry["digits"]))
+
+
 def keys(settings: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The keys of a JSON object and of those in it, as paths."""
     for key, value in settings.items():
@@ -185,12 +193,14 @@ def refusals(road: Path, tmp_path: Path, spoil: Any) -> Iterator[tuple[tuple[str
                 yield path, str(error)
 
 
+@pytest.mark.usefixtures("digits_once")
 def test_a_config_that_lacks_a_key_is_taken_or_named(road: Path, tmp_path: Path) -> None:
     refused = refusals(road, tmp_path, lambda settings, key: settings.pop(key))
     named = {path for path, sentence in refused if f"it has no '{path[-1]}'" in sentence}
     assert {("model",), ("method", "name"), ("preprocessing",), ("data", "hash"), ("classes",)} <= named
 
 
+@pytest.mark.usefixtures("digits_once")
 @pytest.mark.parametrize("value", [None, ["x"], -1, "x"], ids=repr)
 def test_a_config_of_other_types_is_taken_or_refused(road: Path, tmp_path: Path, value: Any) -> None:
     refused = {path for path, _ in refusals(road, tmp_path, lambda settings, key: settings.update({key: value}))}

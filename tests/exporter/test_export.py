@@ -392,6 +392,10 @@ REFUSED = {
         "something is random, such as a dropout that is called without training=self.training",
     ),
     "a hook of the model": (with_a_hook(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())), "the model has a hook"),
+    "a tensor by name": (
+        _Calling(lambda self, x: torch.relu(input=self.f(x))),
+        "the call of 'relu' (node 'relu') cannot be lowered; give it one tensor, in the first place and not by name",
+    ),
     "a slice": (_Calling(lambda self, x: self.f[1:](self.f[:1](x))), "call the layers of a slice one by one"),
     "a name of Python": (
         _OfPython(),

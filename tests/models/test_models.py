@@ -291,7 +291,7 @@ def _shape(path, state):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_missing, "does not exist: the run has not finished"),
+        (_missing, "does not exist: it was taken away, or the run has not finished"),
         (_garbage, "is no safetensors file"),
         (_empty, "is no safetensors file"),
         (_folder, "is no safetensors file"),

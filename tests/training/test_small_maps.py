@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from lowbit.training.convolutions import FastConvolutions
+from lowbit.training.environment import auto_precision
 from lowbit.training.small_maps import PIXELS_FORWARD, PIXELS_WEIGHT_GRADIENT, SmallMapConv2d
 
 BF16 = torch.bfloat16
+# Where a CPU has no products of bfloat16, torch rounds what it adds, too.
+ROUNDINGS = 1 if auto_precision(torch.device("cpu")) == "bf16" else 8
 
 
 def autocast(dtype: torch.dtype = BF16) -> torch.autocast:
@@ -78,7 +81,7 @@ def test_equal_to_float32_up_to_bfloat16_rounding(shapes, seed):
     absolute = [None if part is None else part.abs() for part in (x, weight, bias)]
     sizes = gradients(absolute[0], absolute[1], absolute[2], geometry, g.abs(), mode=False)
     for result, reference, size in zip(results, references, sizes, strict=True):
-        assert ((result - reference).abs() <= 2.0**-7 * size + 1e-6).all()
+        assert ((result - reference).abs() <= ROUNDINGS * 2.0**-7 * size + 1e-6).all()
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["x", "weight"])

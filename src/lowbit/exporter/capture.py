@@ -272,9 +272,10 @@ class _Reader:
                 self._make(node, name, nn.AdaptiveAvgPool2d(1), (*_map_shape(tensors[0], name)[:1], 1, 1))
             )
         make = _SAME_AS_MODULE.get(call)
-        if make is None or len(tensors) != 1:
+        if make is None or tensors != list(node.args[:1]):
             called = call if isinstance(call, str) else getattr(call, "__name__", str(call))
-            raise UsageError(f"the call of '{called}' (node '{name}'{_owner(node)}) cannot be lowered; {_MEND}")
+            mend = _MEND if make is None else "give it one tensor, in the first place and not by name"
+            raise UsageError(f"the call of '{called}' (node '{name}'{_owner(node)}) cannot be lowered; {mend}")
         options = fx.node.map_arg((node.args[1:], node.kwargs), lambda each: each.meta["value"])
         return self._module_step(node, name, make(*options[0], **options[1]).eval())
 

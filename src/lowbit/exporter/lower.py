@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import UsageError
 from lowbit.exporter.capture import LAYERS, POINTWISE, Graph, Step, capture
+from lowbit.exporter.copying import unwrapped
 from lowbit.exporter.grids import (
     activation_grid,
     has_k_map,
@@ -96,7 +97,7 @@ def export(
     lowering = _Lowering(graph)
     with torch.no_grad():
         lowering.run()
-    method = getattr(getattr(model, "method", None), "name", None)
+    method = getattr(getattr(unwrapped(model), "method", None), "name", None)
     packed = PackedModel(
         input_shape=graph.input.shape,
         ops=lowering.ops,
