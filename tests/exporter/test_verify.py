@@ -161,6 +161,15 @@ def test_what_cancels_against_the_bias_may_differ_by_its_own_rounding() -> None:
         assert verify(model, lowbit.export(model, image).packed, image).passed
 
 
+def test_a_long_float_sum_may_round_more() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 3)).eval()
+    image = torch.zeros(1, 3, 224, 224)
+    report = verify(model, lowbit.export(model, image).packed, image)
+    assert report.tolerance == pytest.approx(1e-5 * (3 * 224 * 224 / 65536) ** 0.5)
+    assert report.to_dict()["tolerance"] == report.tolerance
+    assert run(copy.deepcopy(lowbit.export(MODEL, IMAGES[:1]).packed)).tolerance == 1e-5
+
+
 def test_what_is_no_packed_model_or_no_image_is_refused(packed: PackedModel) -> None:
     with pytest.raises(UsageError, match=r"not Export; give its \.packed"):
         verify(MODEL, lowbit.export(MODEL, IMAGES[:1]), IMAGES)
