@@ -111,7 +111,7 @@ def train(
     data: DataName = None,
     data_dir: DataDir = None,
     image_size: ImageSize = None,
-    epochs: Annotated[int | None, typer.Option(help="Times that all train images are seen.", min=1)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the train images.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in a step.", min=2)] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The peak.")] = None,
@@ -294,10 +294,16 @@ def verify(
 
     from lowbit.exporter.verify import verify as verify_model
     from lowbit.models import load_run
+    from lowbit.packed import read
 
-    data = load_data(run, data_dir=data_dir)
+    data, model = load_data(run, data_dir=data_dir), read(packed)
+    if model.input_shape != data.preprocessing.shape:
+        raise LowbitError(
+            f"{packed} is of another network than {run}: it takes images {model.input_shape}, not "
+            f"{data.preprocessing.shape}; export it again from this run"
+        )
     inputs = torch.from_numpy(data.preprocessing.normalise(data.test_images[:images]))
-    report = verify_model(load_run(run), packed, inputs)
+    report = verify_model(load_run(run), model, inputs)
     if as_json:
         print_json(report.to_dict())
     else:

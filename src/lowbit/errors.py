@@ -12,10 +12,11 @@ class UsageError(LowbitError, ValueError):
 
 
 def sentence(error: LowbitError | PermissionError) -> str:
-    """What a user is told, also of a file or folder that may not be read or written."""
-    if isinstance(error, LowbitError):
-        return str(error)
-    return f"{error.filename or error}: permission denied; change its rights, or take another place"
+    """What a user is told, in one line, also of a file or folder that may not be read or written."""
+    text = f"{error}"
+    if not isinstance(error, LowbitError):
+        text = f"{error.filename or error}: permission denied; change its rights, or take another place"
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def briefly(error: BaseException) -> str:

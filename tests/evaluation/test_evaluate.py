@@ -1,6 +1,7 @@
 """Evaluation changes no weight, is the same for every batch size, and counts what a network costs."""
 
 import dataclasses
+import io
 import json
 from dataclasses import dataclass, replace
 
@@ -157,11 +158,28 @@ def test_a_run_is_evaluated_with_its_own_normalisation(run, large):
     assert evaluate(run, large)["loss"] == pytest.approx(scores(logits, large.test_labels, large.classes)["loss"])
 
 
+def test_grey_images_are_seen_in_colour_by_a_network_that_takes_colour(run, large):
+    grey = dataclasses.replace(
+        large,
+        test_images=large.test_images[..., :1],
+        preprocessing=Preprocessing("L", (32, 32), 0, (0.1,), (1.0,)),
+    )
+    colour = dataclasses.replace(large, test_images=large.test_images[..., [0, 0, 0]])
+    assert evaluate(run, grey)["predictions"] == evaluate(run, colour)["predictions"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"classes": ("a", "b", "d", "c")}, "other classes"),
-        ({"preprocessing": Preprocessing("RGB", (8, 8), 0, (0, 0, 0), (1, 1, 1))}, r"shape \(3, 32, 32\)"),
+        (
+            {"preprocessing": Preprocessing("RGB", (8, 8), 0, (0, 0, 0), (1, 1, 1))},
+            "gives colour images of 8x8 pixels",
+        ),
+        (
+            {"preprocessing": Preprocessing("RGB", (28, 28), 2, (0, 0, 0), (1, 1, 1))},
+            "gives colour images of 28x28 pixels with a border of 2; --image-size resizes",
+        ),
     ],
 )
 def test_data_that_does_not_fit_the_run_is_refused(run, large, change, message):
@@ -246,3 +264,15 @@ def test_the_terminal_shows_every_number_whole(width, capsys):
     assert all(str(count) in printed for row in record["confusion_matrix"] for count in row)
     assert all(f"{share:.3f}" in printed for row in record["normalised"] for share in row)
     assert all(name in printed for name in (*classes, "macro average", "weighted average"))
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(50, True), (51, False)])
+def test_matrices_of_many_classes_are_left_to_the_record(classes, shown):
+    labels = np.arange(classes)
+    record = {"run": "many", **scores(np.eye(classes, dtype=np.float32), labels, [f"c{i}" for i in labels])}
+    console = Console(record=True, width=200, file=io.StringIO())
+    render(record, console)
+    text = console.export_text()
+    assert ("Normalised by row" in text) is shown
+    assert (f"The confusion matrix of {classes} classes is in the record." in text) is not shown
+    assert "Scores per class" in text

@@ -498,6 +498,8 @@ def test_a_run_says_where_it_was_resumed(
         ({"data": "digit"}, "did you mean digits"),
         ({"recipe": "fast"}, "has no recipe 'fast'"),
         ({"overrides": {"rate": 1}}, "has no field 'rate'"),
+        ({"overrides": {"cutout": 32}}, "must be below the images' side, 32"),
+        ({"overrides": {"crop": 99}}, "must be below the images' side, 32"),
         ({"overrides": {"source": "mine"}}, "has no field 'source'"),
         ({"precision": "half"}, "--precision"),
         ({"threads": 0}, "--threads"),

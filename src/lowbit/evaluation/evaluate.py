@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,23 +118,33 @@ class _TestPart:
 def as_trained(
     data: LabelledImages, classes: Sequence[str] | None, preprocessing: Preprocessing | None, source: Path
 ) -> LabelledImages:
-    """``data`` with the normalisation that a model was trained with.
+    """``data`` with the normalisation that a model was trained with, and in colour where the model takes colour.
 
     Args:
         classes, preprocessing: of the model at ``source``; None where it does not say.
 
     Raises:
-        LowbitError: the model has other classes, or takes images of another shape.
+        LowbitError: the model has other classes, or takes images of another size or border, or grey ones.
     """
     if classes is not None and list(classes) != list(data.classes):
         raise LowbitError(f"{source} knows other classes than the data set; evaluate it on data with the same classes")
     if preprocessing is None:
         return data
-    if preprocessing.shape != data.preprocessing.shape:
+    given, images = data.preprocessing, data.test_images
+    if (given.mode, preprocessing.mode) == ("L", "RGB"):
+        images = images.repeat(3, axis=-1)
+        given = replace(given, mode="RGB", mean=preprocessing.mean, std=preprocessing.std)
+    if any(getattr(given, key) != getattr(preprocessing, key) for key in ("mode", "size", "pad")):
         raise LowbitError(
-            f"{source} takes images of shape {preprocessing.shape}, but the data set gives {data.preprocessing.shape}"
+            f"{source} takes {_images(preprocessing)}, but the data set gives {_images(given)}; "
+            "--image-size resizes those of a folder"
         )
-    return _TestPart(data.test_images, data.test_labels, data.classes, preprocessing)
+    return _TestPart(images, data.test_labels, data.classes, preprocessing)
+
+
+def _images(preprocessing: Preprocessing) -> str:
+    colours, (height, width) = {"L": "grey", "RGB": "colour"}[preprocessing.mode], preprocessing.size
+    return f"{colours} images of {width}x{height} pixels with a border of {preprocessing.pad}"
 
 
 def evaluate_model(

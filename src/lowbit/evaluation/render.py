@@ -10,14 +10,25 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+MOST_CLASSES = 50
+
 
 def render(record: dict[str, Any], console: Console) -> None:
-    """Print loss, accuracy, confusion matrix, row-normalised matrix and scores per class of ``evaluation.json``."""
+    """Print loss, accuracy, confusion matrix, row-normalised matrix and scores per class of ``evaluation.json``.
+
+    Of more than `MOST_CLASSES` the matrices, which no terminal would hold, are left to the file.
+    """
     classes = record["classes"]
     console.print(_headline(record))
+    matrices = {
+        "confusion_matrix": ("Confusion matrix (rows: true class)", "d"),
+        "normalised": ("Normalised by row", ".3f"),
+    }
+    if len(classes) > MOST_CLASSES:
+        console.print(f"The confusion matrix of {len(classes)} classes is in the record.")
+        matrices = {}
     for table in (
-        _matrix("Confusion matrix (rows: true class)", classes, record["confusion_matrix"], "d"),
-        _matrix("Normalised by row", classes, record["normalised"], ".3f"),
+        *(_matrix(title, classes, record[key], form) for key, (title, form) in matrices.items()),
         _scores(record),
     ):
         needed = Measurement.get(console, console.options.update(max_width=1 << 16), table).minimum

@@ -50,8 +50,8 @@ class FiniteCheck(Callback):
         if pl_module.device.type != "cpu" and trainer.global_step % self.interval and not trainer.is_last_batch:
             return
         gradients = [parameter.grad for parameter in pl_module.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if bool(torch.isfinite(norm + pl_module.step_loss)):
+        largest = torch.nn.utils.get_total_norm(gradients, torch.inf)
+        if bool(torch.isfinite(largest) & torch.isfinite(pl_module.step_loss)):
             return
         assert pl_module.step_batch is not None
         with trainer.precision_plugin.forward_context():
@@ -118,7 +118,13 @@ class Recorder(Callback):
         self.say(self.line(row, trainer.max_epochs))
 
     def row(self, module: TrainingModule) -> Row:
-        """Figures of the epoch that just ended; losses are means per image, accuracies lie in 0..1."""
+        """Figures of the epoch that just ended: a row of metrics.csv.
+
+        ``learning_rate``: of the last step. ``train_loss``: of what was minimised, smoothed labels and a teacher among
+        it, the mean over the images of the epoch's steps. ``val_loss``, ``test_loss``: of the labels alone, by the
+        weights after the epoch or by their average. ``val_accuracy``, ``test_accuracy``: 0 to 1. ``seconds``: of
+        steps and measuring.
+        """
         row: Row = {"epoch": module.current_epoch + 1, "learning_rate": module.learning_rate}
         row["train_loss"] = module.tallies["train"].mean_loss
         for name in module.sets:

@@ -41,6 +41,7 @@ from lowbit.training.lock import sole_process, visible
 from lowbit.training.module import TrainingModule, loss_of
 from lowbit.training.settings import (
     TrainConfig,
+    check_augmentation,
     choose_recipe,
     describe_data,
     describe_request,
@@ -123,6 +124,7 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
         settings["rest"] = rest
     images = data.load(config.data, config.data_dir, config.image_size)
     settings |= describe_data(config, images)
+    check_augmentation(recipe, images)
     if started:
         refuse_changes(run, recorded, settings)
     split = images.split(config.val_fraction, config.seed)

@@ -175,6 +175,13 @@ def check_effect(method: Method, recipe: Recipe, asked: Iterable[str], taught: b
             needs = [NEEDS[name]] if name in NEEDS else ["optimizer", "schedule"]
             beside = " and ".join(f"{need} {getattr(recipe, need)}" for need in needs)
             raise UsageError(f"recipe field {name} has no effect beside {beside}; leave it out")
+        elif name == "schedule" and recipe.schedule == "step" and not recipe.milestones:
+            raise UsageError("recipe field schedule is step, which needs milestones: set recipe.milestones")
+        elif name == "warmup" and recipe.warmup >= recipe.epochs:
+            raise UsageError(
+                f"recipe field warmup is {recipe.warmup} of {recipe.epochs} epochs, so that the learning rate never "
+                "comes to its peak; make it shorter"
+            )
         elif name == "label_smoothing" and taught and recipe.distill_weight == 1:
             raise UsageError(
                 "recipe field label_smoothing is of the labels, and a teacher's logits are the only target; "
@@ -203,7 +210,7 @@ def check_recipe(recipe: Recipe) -> None:
         "warmup": (0 <= recipe.warmup < math.inf, "at least 0"),
         "epochs": (recipe.epochs >= 1, "at least 1"),
         "batch_size": (recipe.batch_size >= 2, "at least 2"),
-        "distill_weight": (0 <= recipe.distill_weight <= 1, "at least 0 and at most 1"),
+        "distill_weight": (0 < recipe.distill_weight <= 1, "above 0 and at most 1"),
         "temperature": (0 < recipe.temperature < math.inf, "above 0"),
         "average": (0 <= recipe.average <= 1, "at least 0 and at most 1"),
         "crop": (recipe.crop >= 0, "at least 0"),
@@ -214,6 +221,20 @@ def check_recipe(recipe: Recipe) -> None:
     for name, (good, wanted) in ranges.items():
         if not good:
             raise UsageError(f"recipe field {name} is {getattr(recipe, name)}, but must be {wanted}")
+
+
+def check_augmentation(recipe: Recipe, images: ImageData) -> None:
+    """Refuse to cut out, or to shift by, whole images.
+
+    Raises:
+        UsageError: a field is as large as the images; the message names it.
+    """
+    side = min(images.preprocessing.shape[1:])
+    for name in ("crop", "cutout"):
+        if getattr(recipe, name) >= side:
+            raise UsageError(
+                f"recipe field {name} is {getattr(recipe, name)}, but must be below the images' side, {side}"
+            )
 
 
 def describe_request(config: TrainConfig, recipe_name: str, recipe: Recipe) -> dict[str, Any]:
