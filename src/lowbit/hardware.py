@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from importlib import metadata
@@ -14,7 +15,7 @@ KIND = {"family": "cpu family", "model": "model"}
 def cpu_name() -> str:
     """Name of the CPU with its family and model, where it tells: virtual machines give many kinds one name."""
     name = _cpuinfo("model name")
-    kind = ", ".join(f"{key} {_cpuinfo(entry)}" for key, entry in KIND.items() if _cpuinfo(entry))
+    kind = ", ".join(f"{key} {value}" for key, entry in KIND.items() if (value := _cpuinfo(entry)))
     return (f"{name} ({kind})" if kind else name) or platform.processor() or platform.machine()
 
 
@@ -41,8 +42,14 @@ def machine(device: str = "cpu") -> dict[str, str | int | None]:
 
 def _cpuinfo(key: str) -> str:
     """The first processor's entry in /proc/cpuinfo; empty where there is none."""
+    return _entries().get(key, "")
+
+
+@functools.cache
+def _entries() -> dict[str, str]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
+        return {}
+    pairs = (line.partition(":") for line in reversed(lines))  # so that the first processor's stay
+    return {key.strip(): value.strip() for key, _, value in pairs}

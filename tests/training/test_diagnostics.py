@@ -395,7 +395,7 @@ def test_a_diagnosed_run_gives_the_same_weights(
     config = replace(config, method=name, method_options=options, precision="bf16", epochs=2, val_fraction=0.2)
     plain = train(config)
     diagnosed = train(replace(config, out=tmp_path / "diagnosed", diagnose=True))
-    a, b = (Checkpoint.load(run.checkpoints_path / "last.ckpt") for run in (plain, diagnosed))
+    a, b = (Checkpoint.load(run.checkpoint_path) for run in (plain, diagnosed))
     assert same(a.model, b.model)
     assert same(a.optimizer, b.optimizer)
     for row, other in zip(a.rows, b.rows, strict=True):
@@ -446,7 +446,7 @@ def test_a_run_from_before_there_were_diagnostics_goes_on(config: TrainConfig, m
     for later in ("average", "crop", "cutout", "distill_weight", "temperature", "whiten", "freeze_first"):
         del old["recipe"][later]
     run.config_path.write_text(json.dumps(old))
-    path = run.checkpoints_path / "last.ckpt"
+    path = run.checkpoint_path
     state = torch.load(path, weights_only=True)
     del state["diagnostics"], state["average"]
     torch.save(state, path)

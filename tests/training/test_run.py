@@ -94,7 +94,7 @@ def test_it_learns_and_the_last_epoch_gives_the_weights(config: TrainConfig) -> 
     run = train(replace(config, method="float", epochs=6, overrides={**config.overrides, "learning_rate": 0.02}))
     assert run.metrics()[-1]["test_accuracy"] > 0.85
     assert "best" not in run.config
-    checkpoint = Checkpoint.load(run.checkpoints_path / "last.ckpt")
+    checkpoint = Checkpoint.load(run.checkpoint_path)
     assert equal(weights(run.path), checkpoint.model)
     assert checkpoint.average == {}
 
@@ -118,7 +118,7 @@ def test_averaged_weights_are_measured_and_saved(
     # Of 3 epochs of 5 steps, those whose middle lies in the last 1.35.
     overrides = {**config.overrides, "epochs": 3, "average": 0.45}
     run = train(replace(config, method=method, method_options=options, overrides=overrides))
-    saved, last = weights(run.path), Checkpoint.load(run.checkpoints_path / "last.ckpt")
+    saved, last = weights(run.path), Checkpoint.load(run.checkpoint_path)
     model = models.load_run(run.path)
     names = {name for name, _ in model.named_parameters()}
     assert len(steps) == 15
@@ -322,7 +322,7 @@ def test_killed_at_random_moments_gives_the_same_weights(config: TrainConfig, tm
     assert -signal.SIGKILL in ends, (seed, ends)
     killed = Run(Path(config.out))
     assert equal(weights(whole.path), weights(killed.path)), seed
-    last = [Checkpoint.load(run.checkpoints_path / "last.ckpt").model for run in (whole, killed)]
+    last = [Checkpoint.load(run.checkpoint_path).model for run in (whole, killed)]
     assert equal(*last), seed
     assert len(killed.metrics()) == 5
     assert killed.config["best"] == whole.config["best"]
@@ -351,7 +351,7 @@ def test_a_full_disk_is_one_sentence_and_loses_no_epoch(
         with pytest.raises(LowbitError, match=rf"cannot write .*{place}: No space left on device"):
             train(config)
     run = Run(Path(config.out))
-    assert len(Checkpoint.load(run.checkpoints_path / "last.ckpt").rows) == (2 if place == "metrics.csv" else 1)
+    assert len(Checkpoint.load(run.checkpoint_path).rows) == (2 if place == "metrics.csv" else 1)
     assert [path.name for path in run.path.rglob(".*")] == []
     assert equal(weights(train(replace(config, resume=True)).path), weights(whole.path))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -130,15 +130,15 @@ def as_trained(
         raise LowbitError(f"{source} knows other classes than the data set; evaluate it on data with the same classes")
     if preprocessing is None:
         return data
-    given, images = data.preprocessing, data.test_images
-    if (given.mode, preprocessing.mode) == ("L", "RGB"):
-        images = images.repeat(3, axis=-1)
-        given = replace(given, mode="RGB", mean=preprocessing.mean, std=preprocessing.std)
-    if any(getattr(given, key) != getattr(preprocessing, key) for key in ("mode", "size", "pad")):
+    given = data.preprocessing
+    in_colour = (given.mode, preprocessing.mode) == ("L", "RGB")
+    same_frame = (given.size, given.pad) == (preprocessing.size, preprocessing.pad)
+    if not same_frame or not (in_colour or given.mode == preprocessing.mode):
         raise LowbitError(
             f"{source} takes {_images(preprocessing)}, but the data set gives {_images(given)}; "
             "--image-size resizes those of a folder"
         )
+    images = data.test_images.repeat(3, axis=-1) if in_colour else data.test_images
     return _TestPart(images, data.test_labels, data.classes, preprocessing)
 
 

@@ -146,9 +146,9 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether ``b`` is the tensor that ``a`` is; a result that is none is refused elsewhere."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return not isinstance(a, Tensor)
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=0, equal_nan=True)
+    if not isinstance(a, Tensor):
+        return True
+    return isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=0, equal_nan=True)
 
 
 class _Tracer(fx.Tracer):

@@ -6,7 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
-from lowbit.errors import UsageError
+from lowbit.errors import UsageError, briefly
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -34,4 +34,4 @@ def copy_of(model: nn.Module) -> nn.Module:
                         f"'{place}' keeps a result of forward with its gradient, which cannot be copied; "
                         f"keep {key}.detach(), or run the model under torch.no_grad()"
                     ) from error
-        raise UsageError(f"the model cannot be copied: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"the model cannot be copied: {briefly(error)}") from error

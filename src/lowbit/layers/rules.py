@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,9 +16,7 @@ from lowbit.layers.quantized import QuantizedLayer
 @torch.no_grad()
 def project_(model: nn.Module) -> None:
     """Apply each quantized layer's projection to its latent weight, in place, once."""
-    for module in quantized_layers(model):
-        if module.projection is not None:
-            module.projection(module.weight)
+    _project(quantized_layers(model))
 
 
 @torch.no_grad()
@@ -35,10 +34,10 @@ def update_(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 @torch.no_grad()
-def _project_trained(model: nn.Module, optimizer: Optimizer) -> None:
-    for module, _ in _trained(model, optimizer):
-        if module.projection is not None:
-            module.projection(module.weight)
+def _project(layers: Iterable[QuantizedLayer]) -> None:
+    for layer in layers:
+        if layer.projection is not None:
+            layer.projection(layer.weight)
 
 
 def _trained(model: nn.Module, optimizer: Optimizer) -> list[tuple[QuantizedLayer, float]]:
@@ -78,9 +77,12 @@ def attach_rules(optimizer: Optimizer, model: nn.Module) -> None:
 
         return (me,), {**kwargs, "closure": compute_and_update}
 
-    _project_trained(model, optimizer)
+    def after(*_: Any) -> None:
+        _project(layer for layer, _ in _trained(model, optimizer))
+
+    after()
     optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(lambda *_: _project_trained(model, optimizer))
+    optimizer.register_step_post_hook(after)
 
 
 def named_quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
