@@ -24,6 +24,11 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(_cpuinfo("flags").split())
 
 
+def cpu_vendor() -> str:
+    """Maker of an x86 CPU, as it names itself: ``GenuineIntel``, ``AuthenticAMD``; empty on other systems."""
+    return _cpuinfo("vendor_id")
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Versions of Python, of lowbit and of ``packages``, by name."""
     found = {"python": platform.python_version()}

@@ -222,12 +222,19 @@ def test_nesterov_takes_the_gradient_ahead() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "precision"),
-    [({"amx_bf16", "avx512f"}, "bf16"), ({"avx512_bf16"}, "bf16"), ({"avx512f"}, "float32"), (set(), "float32")],
+    ("vendor", "flags", "precision"),
+    [
+        ("GenuineIntel", {"amx_bf16", "avx512_bf16"}, "bf16"),
+        ("GenuineIntel", {"avx512_bf16"}, "float32"),
+        ("AuthenticAMD", {"avx512_bf16"}, "bf16"),
+        ("AuthenticAMD", {"avx512f"}, "float32"),
+        ("", set(), "float32"),
+    ],
 )
-def test_a_cpu_trains_in_bf16_where_it_multiplies_it(
-    flags: set[str], precision: str, monkeypatch: pytest.MonkeyPatch
+def test_a_cpu_trains_in_bf16_where_that_is_faster(
+    vendor: str, flags: set[str], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(environment, "cpu_vendor", lambda: vendor)
     monkeypatch.setattr(environment, "cpu_flags", lambda: frozenset(flags))
     assert environment.auto_precision(torch.device("cpu")) == precision
 
