@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/lowbit demo
 
 test: setup
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist loadfile --max-worker-restart 0
 
 check: setup
 	$(BIN)/ruff check .
