@@ -35,7 +35,8 @@ class TrainConfig:
         overrides: fields of the recipe to change, by name.
         epochs: short for ``overrides={"epochs": ...}``.
         seed: of initial weights, split, order, augmentation and dropout.
-        precision: ``auto`` (bf16 on a GPU, a CPU with AMX or AMD's with AVX-512 BF16, else float32), ``bf16`` or ``float32``.
+        precision: ``bf16``, ``float32`` or ``auto``: bf16 on a GPU, a CPU with AMX and AMD's with AVX-512 BF16, else
+            float32.
         val_fraction: part of the train images that selects the best epoch; 0 keeps the last epoch's weights.
         init_from: run folder or safetensors file to take fitting weights from. What its method has left in float, and
             calibration made low-bit, stays low-bit.
