@@ -1,8 +1,6 @@
 // The binary product by blocks of 32 pixels and 32 channels, where the instruction set has kernels for them.
 #pragma once
 
-#include <bit>
-
 #include "convolution.h"
 
 namespace lowbit {
@@ -11,40 +9,41 @@ namespace lowbit {
 class BlockWeights {
  public:
   BlockWeights(const Product<uint64_t>& product, const BlockKernels& kernels)
-      : panel_words_(product.taps().size() * kTileChannels * kernels.mask_words),
-        panels_(round_up(product.panels(), 2)),
-        masks_(panels_ * panel_words_, 0),
-        ones_(panels_ * kTileChannels, 0) {
-    const size_t depth = product.taps().size();
-    uint64_t* masks = masks_.data();
-    for (int64_t first = 0; first < panels_; first += 2)
-      for (size_t k = 0; k < depth; ++k, masks += kBlockChannels * kernels.mask_words) {
-        uint64_t words[kBlockChannels] = {};
-        for (int64_t number = first; number < std::min(first + 2, product.panels()); ++number)
-          for (int c = 0; c < kTileChannels; ++c) {
-            const uint64_t word = product.panel(0, number)[k * kTileChannels + c];
-            words[(number - first) * kTileChannels + c] = word;
-            ones_[number * kTileChannels + c] += std::popcount(word);
-          }
+      : panel_bytes_(product.taps().size() * kernels.mask_bytes / kernels.panels),
+        panels_(round_up(product.panels(), kernels.panels)),
+        masks_(panels_ * panel_bytes_) {
+    const int64_t together = kernels.panels;
+    std::byte* masks = masks_.data();
+    for (int64_t first = 0; first < panels_; first += together)
+      for (size_t k = 0; k < product.taps().size(); ++k, masks += kernels.mask_bytes) {
+        uint64_t words[kMostTogether * kTileChannels] = {};
+        for (int64_t number = first; number < std::min(first + together, product.panels()); ++number)
+          std::copy_n(product.panel(0, number) + k * kTileChannels, kTileChannels,
+                      words + (number - first) * kTileChannels);
         kernels.arrange_weights(words, masks);
       }
   }
 
   int64_t panels() const { return panels_; }
-  const uint64_t* masks(int64_t panel) const { return masks_.data() + panel * panel_words_; }
-  const int32_t* ones(int64_t panel) const { return ones_.data() + panel * kTileChannels; }
+  const std::byte* masks(int64_t panel) const { return masks_.data() + panel * panel_bytes_; }
 
  private:
-  int64_t panel_words_;
-  int64_t panels_;  // an even number
-  Buffer<uint64_t> masks_;
-  Buffer<int32_t> ones_;
+  static constexpr int64_t kMostTogether = 4;
+
+  int64_t panel_bytes_;
+  int64_t panels_;  // rounded up to those that lie together
+  Buffer<std::byte> masks_;
 };
 
-// Whether there are blocks for a product, and sums short enough: for all of a long one they would take much memory.
-inline bool fit_blocks(const Product<uint64_t>& product, const BlockKernels* kernels) {
+// Whether there are blocks, and so many panels that less than a third of what fills them is spare.
+inline bool fill_blocks(int64_t panels, const BlockKernels* kernels) {
+  return kernels != nullptr && 2 * round_up(panels, kernels->panels) < 3 * panels;
+}
+
+// Whether sums are short enough for blocks: for all of a long one they would take much memory.
+inline bool fit_blocks(const Product<uint64_t>& product, const BlockKernels& kernels) {
   constexpr size_t kMostPixelBytes = 4 << 20;
-  return kernels != nullptr && kernels->pixel_bytes(product.taps().size()) <= kMostPixelBytes;
+  return kernels.pixel_bytes(product.taps().size()) <= kMostPixelBytes;
 }
 
 class BinaryBlocks {
@@ -69,8 +68,7 @@ class BinaryBlocks {
       product_.locate(item, row_of, offsets, case_rows);
       const int size = static_cast<int>(item.count);
       kernels_.arrange_pixels(product_.planes_of(call, 0), product_.taps().data(), depth_, offsets, size, arranged);
-      kernels_.count(arranged, weights_.masks(panel), weights_.ones(panel), depth_, size, static_cast<int>(end - panel),
-                     counts);
+      kernels_.count(arranged, weights_.masks(panel), depth_, size, static_cast<int>(end - panel), counts);
       emit(SumBlock{counts, part.first, part.count, case_rows, 0, panel, std::min(end, product_.panels()) - panel});
       call.done(part);
     });

@@ -50,7 +50,7 @@ class BinaryConv2d : public Op {
         cases_(input, window) {
     if (MatrixBlocks::fits(spec, input, window, kernels.matrices))
       matrices_.emplace(make_matrices(spec, input, window, *kernels.matrices));
-    else if (groups_ == 1 && product_.panels() > 1 && fit_blocks(product_, kernels.blocks))
+    else if (groups_ == 1 && fill_blocks(product_.panels(), kernels.blocks) && fit_blocks(product_, *kernels.blocks))
       blocks_.emplace(product_, *kernels.blocks);
     product_.prepare_words(kernels);
     shape_ = describe(spec, input, output().bits);
@@ -154,7 +154,7 @@ class BinaryConv2d : public Op {
   std::optional<MatrixBlocks> matrices_;
 
  private:
-  static constexpr int64_t kMinBlockPixels = 8, kManyPixels = 64, kMostImages = 64;
+  static constexpr int64_t kMinBlockPixels = 4, kManyPixels = 64, kMostImages = 64;
 
   bool by_blocks_[2] = {true, true};  // from kMinBlockPixels and from kManyPixels on
   std::string shape_;

@@ -18,8 +18,8 @@ class PlaneBlocks {
  public:
   // Whether a product has so few bits, and weights on such a grid, that this may be the faster way, and its layouts, of
   // which there may be three with blocks, take no more memory than what weights are counted for.
-  static bool fits(const OpSpec& spec, int bits, int64_t depth) {
-    const int64_t words = spec.weight_width * round_up(spec.channels, kBlockChannels) * ceil_div(depth, 64);
+  static bool fits(const OpSpec& spec, int bits, int64_t depth, const Kernels& kernels) {
+    const int64_t words = spec.weight_width * padded_channels(spec, kernels) * ceil_div(depth, 64);
     const int64_t counted = round_up(spec.channels, kTileChannels) * depth * 4;
     return 3 * words * static_cast<int64_t>(sizeof(uint64_t)) <= counted && spec.groups == 1 && depth >= kLeastDepth &&
            bits * spec.weight_width <= kMostProducts &&
@@ -32,12 +32,13 @@ class PlaneBlocks {
         input_(input),
         width_(spec.weight_width),
         unit_(static_cast<int32_t>(spec.weight_multiplier / 2)),
-        panels_(round_up(ceil_div(spec.channels, kTileChannels), 2)),
+        panels_(padded_channels(spec, kernels) / kTileChannels),
         channels_(spec.channels),
         few_pixels_(window.height * window.width < kTilePixels),
-        product_(make_product(spec, input, window, depth, weights)),
+        product_(make_product(spec, input, window, depth, weights, panels_ * kTileChannels)),
         starts_(panels_ * kTileChannels, 0) {
-    if (fit_blocks(product_, kernels.blocks)) blocks_.emplace(product_, *kernels.blocks);
+    if (fill_blocks(panels(spec), kernels.blocks) && fit_blocks(product_, *kernels.blocks))
+      blocks_.emplace(product_, *kernels.blocks);
     const size_t taps = product_.taps().size();
     for (int64_t j = 0; j < width_; ++j)
       for (int64_t c = 0; c < panels_ * kTileChannels; ++c) {
@@ -103,10 +104,17 @@ class PlaneBlocks {
  private:
   static constexpr int64_t kLeastDepth = 32, kMostProducts = 8;
 
-  // The channels of each bit of the weights follow those of the bit before, from a pair of panels of their own on.
+  static int64_t panels(const OpSpec& spec) { return ceil_div(spec.channels, kTileChannels); }
+
+  // Of one bit of the weights: panels that blocks have together are of one bit.
+  static int64_t padded_channels(const OpSpec& spec, const Kernels& kernels) {
+    const int64_t together = fill_blocks(panels(spec), kernels.blocks) ? kernels.blocks->panels : 1;
+    return round_up(panels(spec), together) * kTileChannels;
+  }
+
+  // The channels of each bit of the weights, `padded` in number, follow those of the bit before.
   static Product<uint64_t> make_product(const OpSpec& spec, const Shape& input, const Window& window, int64_t depth,
-                                        const WeightCodes& weights) {
-    const int64_t padded = round_up(spec.channels, kBlockChannels);
+                                        const WeightCodes& weights, int64_t padded) {
     OpSpec by_bit = spec;
     by_bit.channels = spec.weight_width * padded;
     const auto word_at = [&](int64_t row, int64_t tap, int64_t w) {
@@ -164,7 +172,7 @@ class PlaneBlocks {
       kernels.arrange_pixels(product_.planes_of(call, 0, i), product_.taps().data(), depth, offsets, size, item.memory);
       for (int64_t j = 0; j < width_; ++j) {
         const int64_t first = j * panels_ + item.panel;
-        kernels.count(item.memory, blocks_->masks(first), blocks_->ones(first), depth, size, panels, counts);
+        kernels.count(item.memory, blocks_->masks(first), depth, size, panels, counts);
         for (int number = 0; number < panels; ++number)
           for (int p = 0; p < size; ++p)
             for (int c = 0; c < kTileChannels; ++c)
@@ -194,7 +202,7 @@ class PlaneBlocks {
   Shape input_;
   int64_t width_;
   int32_t unit_;
-  int64_t panels_;  // of each bit of the weights, an even number
+  int64_t panels_;  // of each bit of the weights
   int64_t channels_;
   bool few_pixels_;  // in an image
   Product<uint64_t> product_;

@@ -43,7 +43,7 @@ class CodeConv2d final : public Op {
       matrices_.emplace(spec, input, window, weight_at, false, *kernels.matrices);
     } else {
       bytes_.emplace(spec, input, window, depth, weights, largest, kernels_);
-      if (PlaneBlocks::fits(spec, input.bits, depth)) {
+      if (PlaneBlocks::fits(spec, input.bits, depth, kernels)) {
         planes_.emplace(spec, input, window, depth, weights, kernels);
         by_planes_ = planes_->products() <= kernels_.planes;
         shape_ = describe(spec, input, output().bits) + std::to_string(spec.weight_width);

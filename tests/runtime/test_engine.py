@@ -24,12 +24,12 @@ from lowbit.preprocessing import Preprocessing
 from lowbit.runtime import Engine, instruction_sets, load_image, peak
 
 # How instruction sets multiply bits, where not by tiles.
-WAYS = {"amx": "matrices.multiply", "avx_vnni": "blocks.count", "avx2": "blocks.count"}
+WAYS = {"amx": "matrices.multiply", "avx512": "blocks.count", "avx_vnni": "blocks.count", "avx2": "blocks.count"}
 
 
 @pytest.fixture
 def model():
-    model = vgg(np.random.default_rng(1), (16, 24, "M"), 8, classes=3)
+    model = vgg(np.random.default_rng(1), (16, 40, "M"), 8, classes=3)
     model.preprocessing = Preprocessing("RGB", (8, 8), 0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     model.classes = ["ant", "bee", "cow"]
     return model
@@ -204,7 +204,7 @@ def test_instruction_sets_are_those_of_the_build_and_one_is_chosen(monkeypatch):
 def test_run_op_checks_its_inputs(model):
     engine = Engine(model)
     codes = np.zeros((2, 8, 8, 16), np.uint8)
-    assert engine.run_op(2, [codes]).shape == (2, 8, 8, 24)
+    assert engine.run_op(2, [codes]).shape == (2, 8, 8, 40)
     with pytest.raises(UsageError, match="no op 9"):
         engine.run_op(9, [codes])
     with pytest.raises(UsageError, match="1 inputs, not 2"):

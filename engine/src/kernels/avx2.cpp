@@ -1,5 +1,5 @@
 // AVX2 with FMA: xor and a byte-wise count by vpshufb on 4 channels at a time, one activation word broadcast to all of
-// them. Long sums are added up in carry-save form, so that only one word in eight is counted. Of many pixels, tables
+// them. Long sums are added up in carry-save form, so that only one word in eight is counted. Of some pixels, tables
 // tell how many bits differ.
 #include "kernels/by_count.h"
 #include "kernels/kernels.h"
@@ -456,6 +456,44 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
     }
   }
 }
+
+}  // namespace
+}  // namespace lowbit
+
+namespace lowbit {
+namespace {
+
+__m256i repeated(const void* bytes) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(bytes)));
+}
+
+__m256i looked_up(__m256i table, __m256i indices) { return _mm256_shuffle_epi8(table, indices); }
+
+__m256i low_bytes(__m256i a) { return _mm256_unpacklo_epi8(a, _mm256_setzero_si256()); }
+__m256i high_bytes(__m256i a) { return _mm256_unpackhi_epi8(a, _mm256_setzero_si256()); }
+
+void store_counts(__m256i words, bool add, BlockSums* counts, int row) {
+  auto* to = reinterpret_cast<__m256i*>((*counts)[row]);
+  __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(words)),
+          high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(words, 1));
+  if (add) {
+    low = _mm256_add_epi32(low, load(to));
+    high = _mm256_add_epi32(high, load(to + 1));
+  }
+  _mm256_storeu_si256(to, low);
+  _mm256_storeu_si256(to + 1, high);
+}
+
+void count_floats(const int32_t (*counts)[kTileChannels], int count, int panels, const int32_t* const* bases,
+                  const FloatOutput& out) {
+  for (int first = 0; first < panels * kTileChannels; first += 8) {
+    const auto* panel = counts + first / kTileChannels * kBlockPixels;
+    store_sums(count, out, first,
+               [&](int p) { return dots(load(panel[p] + first % kTileChannels), bases[p] + first); });
+  }
+}
+
+constexpr CountKernels kCounts{sum_bits, count_floats};
 
 }  // namespace
 }  // namespace lowbit

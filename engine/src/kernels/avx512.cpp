@@ -1,6 +1,6 @@
 // AVX-512 without VPOPCNTDQ (Skylake-X and later): words are added up in carry-save form, whose full adder is two
 // ternary-logic instructions, or one where its sum is a parity (full_adders.h), so that only one word in eight is
-// counted, byte by byte with vpshufb.
+// counted, byte by byte with vpshufb. Of some pixels, tables tell how many bits differ.
 #include "kernels/by_count.h"
 #include "kernels/kernels.h"
 #include "kernels/pairs.h"
@@ -169,11 +169,44 @@ constexpr ByteKernels kBytes{4, 4, arrange_rows, byte_sums, sums_to_codes, sums_
 }  // namespace
 }  // namespace lowbit
 
+#include "kernels/count_floats.h"
+
+namespace lowbit {
+namespace {
+
+__m512i load(const void* data) { return _mm512_loadu_si512(data); }
+
+__m512i repeated(const void* bytes) {
+  return _mm512_broadcast_i32x4(_mm_load_si128(static_cast<const __m128i*>(bytes)));
+}
+
+__m512i looked_up(__m512i table, __m512i indices) { return _mm512_shuffle_epi8(table, indices); }
+
+__m512i low_bytes(__m512i a) { return _mm512_unpacklo_epi8(a, _mm512_setzero_si512()); }
+__m512i high_bytes(__m512i a) { return _mm512_unpackhi_epi8(a, _mm512_setzero_si512()); }
+
+void store_counts(__m512i words, bool add, BlockSums* counts, int row) {
+  for (int i = 0; i < 2; ++i) {
+    int32_t* to = counts[2 * i][row];
+    __m512i wide = _mm512_cvtepu16_epi32(i == 0 ? _mm512_castsi512_si256(words) : _mm512_extracti64x4_epi64(words, 1));
+    if (add) wide = _mm512_add_epi32(wide, _mm512_loadu_si512(to));
+    _mm512_storeu_si512(to, wide);
+  }
+}
+
+constexpr CountKernels kCounts{sum_bits, count_floats};
+
+}  // namespace
+}  // namespace lowbit
+
+#include "kernels/nibble_tables.h"
 #include "kernels/table.h"
 
 constinit const lowbit::Kernels lowbit::kAvx512Kernels = [] {
   lowbit::Kernels kernels = lowbit::table("avx512");
+  kernels.blocks = &lowbit::kBlocks;
   kernels.bytes = &lowbit::kBytes;
+  kernels.counts = &lowbit::kCounts;
   kernels.float_panels = 2;
   kernels.prepare_words = lowbit::prepare_words;
   return kernels;

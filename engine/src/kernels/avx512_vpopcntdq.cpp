@@ -131,7 +131,7 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
 
 void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t,
                BlockSums* sums) {
-  for (int panel = 0; panel < panels; panel += 2, weights += depth * kBlockChannels)
+  for (int panel = 0; panel < panels; panel += 2, weights += depth * 2 * kTileChannels)
     LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, sums[panel] + first,
                      sums[panel + 1] + first)
 }

@@ -43,19 +43,19 @@ struct FloatOutput {
   const float* added = nullptr;  // for binary_floats, CountKernels::floats and ByteKernels::floats
 };
 
-// A binary product by blocks: pixels and channels meet 32 by 32, too many for the tiles above. Weights are laid out for
-// it when a file is loaded, pixels when they are used.
+// A binary product by blocks: up to 32 pixels meet 32 or 64 channels, too many for the tiles above. Weights are laid
+// out for it when a file is loaded, pixels when they are used.
 inline constexpr int kBlockPixels = 32;
-inline constexpr int kBlockChannels = 2 * kTileChannels;
 
 // Sums or counts of one panel: [pixel][channel].
 using BlockSums = int32_t[kBlockPixels][kTileChannels];
 
 struct BlockKernels {
-  size_t mask_words;  // that a word of a channel becomes
+  int panels;         // whose weights lie together: 2 or 4
+  size_t mask_bytes;  // that a word of each of their channels becomes
 
-  // Where the words of two panels go: from words[2][16], one per channel, to masks[32 * mask_words].
-  void (*arrange_weights)(const uint64_t* words, uint64_t* masks);
+  // Where words[panels][16] go, one of each channel.
+  void (*arrange_weights)(const uint64_t* words, std::byte* masks);
 
   size_t (*pixel_bytes)(size_t depth);  // of one block, what arrange_pixels writes
 
@@ -63,10 +63,10 @@ struct BlockKernels {
   void (*arrange_pixels)(const uint64_t* plane, const int64_t* taps, size_t depth, const int64_t* pixels, int count,
                          std::byte* arranged);
 
-  // counts[panel][p][c] = number of bits in which pixel p and channel c of the panel differ. The panels are an even
-  // number, masks are [panels / 2][depth][32 * mask_words], ones[panel][16] the set bits of each channel.
-  void (*count)(const std::byte* arranged, const uint64_t* masks, const int32_t* ones, size_t depth, int count,
-                int panels, BlockSums* counts);
+  // counts[panel][p][c] = number of bits in which pixel p and channel c of the panel differ. Of all panels some lie
+  // together: masks[those][depth][mask_bytes].
+  void (*count)(const std::byte* arranged, const std::byte* masks, size_t depth, int count, int panels,
+                BlockSums* counts);
 };
 
 // What sums, or counts, are held against: those of pixel p against limits[places[p] + c]. All go on to the last panel.
