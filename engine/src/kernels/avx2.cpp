@@ -288,71 +288,19 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
   }
 }
 
-// Bytes whose pairs do not fit 16 bits are split: of each four, the first and third, then the second and fourth, become
-// 16 bits wide. Pixels are split once for all panels and weights once for all pixels, so many fours at a time as stay
-// in the L1 cache.
-constexpr size_t kSplitFours = 64;
+void store(void* to, __m256i a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }
 
-struct SplitPixel {
-  int32_t even[kSplitFours], odd[kSplitFours];
-};
+__m256i all_lanes(int32_t number) { return _mm256_set1_epi32(number); }
 
-// Of both halves of the channels.
-struct SplitFour {
-  __m256i even[2], odd[2];
-};
+__m256i add_products(__m256i sums, __m256i a, __m256i b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
 
-// Adds the products of some fours to the sums of P pixels, or writes them if they are the first.
-template <int P>
-void multiply_split(const SplitPixel* pixels, const SplitFour* weights, size_t fours, bool is_first,
-                    int32_t (*sums)[kTileChannels]) {
-  __m256i of[P][2];
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p)
-    for (int half = 0; half < 2; ++half) of[p][half] = is_first ? _mm256_setzero_si256() : load(sums[p] + 8 * half);
-  for (size_t k = 0; k < fours; ++k) {
-    const SplitFour four = weights[k];
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      const __m256i even = _mm256_set1_epi32(pixels[p].even[k]), odd = _mm256_set1_epi32(pixels[p].odd[k]);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        of[p][half] = _mm256_add_epi32(of[p][half], _mm256_madd_epi16(even, four.even[half]));
-        of[p][half] = _mm256_add_epi32(of[p][half], _mm256_madd_epi16(odd, four.odd[half]));
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p)
-    for (int half = 0; half < 2; ++half)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums[p] + 8 * half), of[p][half]);
-}
+}  // namespace
+}  // namespace lowbit
 
-void multiply_wide(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, BlockSums* sums) {
-  constexpr uint32_t kAlternate = 0x00ff00ff;
-  SplitPixel split[kBlockPixels];
-  SplitFour of_panel[kSplitFours];
-  for (size_t start = 0; start < depth; start += 4 * kSplitFours) {
-    const size_t left = (depth - start) / 4, fours = left < kSplitFours ? left : kSplitFours;
-    for (int p = 0; p < count; ++p)
-      for (size_t k = 0; k < fours; ++k) {
-        uint32_t four;
-        __builtin_memcpy(&four, pixels + p * depth + start + 4 * k, 4);
-        split[p].even[k] = static_cast<int32_t>(four & kAlternate);
-        split[p].odd[k] = static_cast<int32_t>(four >> 8 & kAlternate);
-      }
-    for (int panel = 0; panel < panels; ++panel) {
-      const int8_t* rows = weights + (panel * depth + start) * kTileChannels;
-      for (size_t k = 0; k < fours; ++k)
-        for (int half = 0; half < 2; ++half, rows += 32) {
-          const __m256i row = load(rows);
-          of_panel[k].even[half] = _mm256_srai_epi16(_mm256_slli_epi16(row, 8), 8);
-          of_panel[k].odd[half] = _mm256_srai_epi16(row, 8);
-        }
-      LOWBIT_BY_FOURS(multiply_split, count, split + first, of_panel, fours, start == 0, sums[panel] + first)
-    }
-  }
-}
+#include "kernels/split_codes.h"
+
+namespace lowbit {
+namespace {
 
 void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t pair,
                BlockSums* sums) {

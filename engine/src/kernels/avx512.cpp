@@ -129,39 +129,30 @@ void multiply_bytes(const uint8_t* pixels, const int8_t* weights, size_t depth, 
   for (int p = 0; p < P; ++p) _mm512_storeu_si512(result[p], sums[p]);
 }
 
-// Bytes whose pairs do not fit 16 bits: they are made wide first.
-template <int P>
-void multiply_wide(const uint8_t* pixels, const int8_t* weights, size_t depth, int32_t (*result)[kTileChannels]) {
-  __m512i low[P], high[P];  // of two pairs of each of eight channels
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) low[p] = high[p] = _mm512_setzero_si512();
-  for (size_t k = 0; k < depth; k += 4) {
-    const __m512i row = _mm512_loadu_si512(weights + k * kTileChannels);
-    const __m512i w_low = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(row));
-    const __m512i w_high = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(row, 1));
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-      const __m512i codes = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(four_codes(pixels + p * depth + k)));
-      low[p] = _mm512_add_epi32(low[p], _mm512_madd_epi16(codes, w_low));
-      high[p] = _mm512_add_epi32(high[p], _mm512_madd_epi16(codes, w_high));
-    }
-  }
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p)
-    _mm512_storeu_si512(result[p], _mm512_add_epi32(_mm512_permutex2var_epi32(low[p], even, high[p]),
-                                                    _mm512_permutex2var_epi32(low[p], odd, high[p])));
-}
+__m512i load(const void* data) { return _mm512_loadu_si512(data); }
+void store(void* to, __m512i a) { _mm512_storeu_si512(to, a); }
+
+__m512i all_lanes(int32_t number) { return _mm512_set1_epi32(number); }
+
+__m512i add_products(__m512i sums, __m512i a, __m512i b) { return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b)); }
+
+}  // namespace
+}  // namespace lowbit
+
+#include "kernels/split_codes.h"
+
+namespace lowbit {
+namespace {
 
 void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t pair,
                BlockSums* sums) {
   const auto steps = static_cast<size_t>(INT16_MAX / (pair > 0 ? pair : 1));
+  if (steps == 0) {
+    multiply_wide(pixels, weights, depth, count, panels, sums);
+    return;
+  }
   for (int panel = 0; panel < panels; ++panel, weights += depth * kTileChannels)
-    if (steps > 0)
-      LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
-    else
-      LOWBIT_BY_EIGHTS(multiply_wide, count, pixels + first * depth, weights, depth, sums[panel] + first)
+    LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
 }
 
 constexpr ByteKernels kBytes{4, 4, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats, sum_bits};
@@ -173,8 +164,6 @@ constexpr ByteKernels kBytes{4, 4, arrange_rows, byte_sums, sums_to_codes, sums_
 
 namespace lowbit {
 namespace {
-
-__m512i load(const void* data) { return _mm512_loadu_si512(data); }
 
 __m512i repeated(const void* bytes) {
   return _mm512_broadcast_i32x4(_mm_load_si128(static_cast<const __m128i*>(bytes)));
