@@ -372,13 +372,16 @@ MISTAKES = {
         "--image-size is 20000, but must be from 1 to 16384",
     ),
     "no run": (["evaluate", "nowhere"], 2, "nowhere does not exist"),
-    "a folder without a run": (["evaluate", "."], 1, "no run folder"),
-    "a folder as an image": (["predict", "digits-1bit", "."], 1, ". is no regular file"),
+    "a folder without a run": (["evaluate", "."], 2, "no run folder"),
+    "a folder as an image": (["predict", "digits-1bit", "."], 2, ". is no regular file"),
     "a batch beyond the memory": (["bench", "digits-1bit", "--batch", "1000000000"], 2, "more memory than there is"),
     "a batch beyond any memory": (["bench", "digits-1bit", "--batch", str(10**18)], 2, "more memory than there is"),
     "a name too long for a file": (["predict", "digits-1bit", "a" * 300], 1, "cannot be decoded"),
     "nothing to bench": (["bench"], 2, "bench needs a packed file"),
-    "no packed file": (["inspect", "nowhere.lowbit"], 1, "nowhere.lowbit"),
+    "no packed file": (["inspect", "nowhere.lowbit"], 2, "nowhere.lowbit is no file"),
+    "no image": (["predict", "digits-1bit", "nowhere.png"], 2, "nowhere.png does not exist"),
+    "no run to export": (["export", "nowhere", "-o", "x"], 2, "nowhere is no run folder"),
+    "no run to compare": (["compare", "nowhere", "-o", "x"], 2, "nowhere is no run folder"),
 }
 
 

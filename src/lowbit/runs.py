@@ -119,11 +119,11 @@ class Run:
         """The run at ``path``.
 
         Raises:
-            LowbitError: there is no run folder there.
+            UsageError: there is no run folder there.
         """
         run = cls(Path(path))
         if not run.config_path.is_file():
-            raise LowbitError(f"{path} is no run folder: it has no config.json; `lowbit train --out {path}` makes one")
+            raise UsageError(f"{path} is no run folder: it has no config.json; `lowbit train --out {path}` makes one")
         return run
 
     @classmethod
@@ -131,7 +131,8 @@ class Run:
         """The run at ``path``, if `is_finished`.
 
         Raises:
-            LowbitError: there is no run folder there, or its training has not finished.
+            UsageError: there is no run folder there.
+            LowbitError: its training has not finished.
         """
         run = cls.open(path)
         if not run.is_finished:

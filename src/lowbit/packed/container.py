@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, UsageError
 from lowbit.files import write_whole
 from lowbit.packed.graph import (
     Array,
@@ -128,12 +128,13 @@ def read_with_values(path: str | Path) -> tuple[PackedModel, list[Value]]:
     alone; to cut a file short in place while a model of it is in use is as fatal as with any mapped file.
 
     Raises:
-        LowbitError: there is no file, or it is damaged, malformed or of an unknown format version.
+        UsageError: there is no file.
+        LowbitError: it is damaged, malformed or of an unknown format version.
     """
     path = Path(path)
     try:
         if not path.is_file():
-            raise LowbitError(f"{path} is no file; `lowbit export RUN -o {path}` writes one")
+            raise UsageError(f"{path} is no file; `lowbit export RUN -o {path}` writes one")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_FILE_BYTES:
