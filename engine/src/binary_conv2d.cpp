@@ -82,8 +82,8 @@ class BinaryConv2d : public Op {
   // for all strips of an image, for they share what the first has prepared.
   template <class RowOf, class Emit>
   bool run_blocks(const Call& call, const RowOf& row_of, const Emit& emit) const {
-    const int64_t pixels = call.batch * output().pixels();
-    if (pixels < kMinBlockPixels || !by_blocks_[pixels >= kManyPixels]) return false;
+    const int64_t pixels = call.batch * output().pixels(), fewest = matrices_ ? kMinMatrixPixels : kMinBlockPixels;
+    if (pixels < fewest || !by_blocks_[pixels >= kManyPixels]) return false;
     if (matrices_) {
       matrices_->fill(call);
       matrices_->run(call, kNoBegin, row_of, emit);
@@ -154,7 +154,7 @@ class BinaryConv2d : public Op {
   std::optional<MatrixBlocks> matrices_;
 
  private:
-  static constexpr int64_t kMinBlockPixels = 4, kManyPixels = 64, kMostImages = 64;
+  static constexpr int64_t kMinBlockPixels = 4, kMinMatrixPixels = 8, kManyPixels = 64, kMostImages = 64;
 
   bool by_blocks_[2] = {true, true};  // from kMinBlockPixels and from kManyPixels on
   std::string shape_;
