@@ -10,6 +10,7 @@ import inspect
 import keyword
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,7 +176,8 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     try:
         # What may be left out is left out.
         given = inspect.signature(root.forward).parameters.values()
-        graph = tracer.trace(root, {p.name: p.default for p in given if p.default is not p.empty})
+        with _sizes_in_pools():
+            graph = tracer.trace(root, {p.name: p.default for p in given if p.default is not p.empty})
     except UsageError:
         raise
     except Exception as error:
@@ -188,6 +190,23 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     except SyntaxError:  # of the code that it writes
         name = next(name for name, _ in root.named_modules() if not _is_writable(name))
         raise UsageError(f"the layer '{name}' has a name that Python code cannot hold; rename it") from None
+
+
+@contextmanager
+def _sizes_in_pools() -> Iterator[None]:
+    """Let a proxy be the kernel of ``avg_pool2d``: torch 2.6 refuses one before it asks whether to record the call."""
+    plain = F.avg_pool2d
+
+    def recorded(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(input, fx.Proxy):
+            return input.tracer.create_proxy("call_function", plain, (input, *args), kwargs)
+        return plain(input, *args, **kwargs)
+
+    F.avg_pool2d = recorded
+    try:
+        yield
+    finally:
+        F.avg_pool2d = plain
 
 
 def _is_writable(name: str) -> bool:
