@@ -19,3 +19,29 @@ from lowbit import hardware
 def test_kinds_of_a_cpu_with_one_name_are_told_apart(monkeypatch, entries, name):
     monkeypatch.setattr(hardware, "_cpuinfo", lambda key: entries.get(key, ""))
     assert hardware.cpu_name() == name
+
+
+CPUINFO = b"""processor\t: 0
+vendor_id\t: AuthenticAMD
+model name\t: Some \xff CPU
+flags\t\t: fpu avx2
+bugs\t\t:
+
+processor\t: 1
+vendor_id\t: another
+flags\t\t: fpu
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [(CPUINFO, ("AuthenticAMD", "Some \ufffd CPU", {"fpu", "avx2"})), (None, ("", None, set()))],
+    ids=["two processors", "no file"],
+)
+def test_what_linux_tells_of_the_first_processor(monkeypatch, tmp_path, text, found):
+    if text is not None:
+        (tmp_path / "cpuinfo").write_bytes(text)
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(hardware, "_entries", hardware._entries.__wrapped__)
+    name = hardware.cpu_name() if text is not None else None
+    assert (hardware.cpu_vendor(), name, hardware.cpu_flags()) == found

@@ -1,4 +1,4 @@
-// The binary product by blocks of 32 pixels and 32 channels, where the instruction set has kernels for them.
+// The binary product by blocks of 32 pixels and 32 or 64 channels, where the instruction set has kernels for them.
 #pragma once
 
 #include "convolution.h"
@@ -16,7 +16,7 @@ class BlockWeights {
     std::byte* masks = masks_.data();
     for (int64_t first = 0; first < panels_; first += together)
       for (size_t k = 0; k < product.taps().size(); ++k, masks += kernels.mask_bytes) {
-        uint64_t words[kMostTogether * kTileChannels] = {};
+        uint64_t words[BlockKernels::kMostPanels * kTileChannels] = {};
         for (int64_t number = first; number < std::min(first + together, product.panels()); ++number)
           std::copy_n(product.panel(0, number) + k * kTileChannels, kTileChannels,
                       words + (number - first) * kTileChannels);
@@ -28,8 +28,6 @@ class BlockWeights {
   const std::byte* masks(int64_t panel) const { return masks_.data() + panel * panel_bytes_; }
 
  private:
-  static constexpr int64_t kMostTogether = 4;
-
   int64_t panel_bytes_;
   int64_t panels_;  // rounded up to those that lie together
   Buffer<std::byte> masks_;

@@ -82,22 +82,26 @@ class BinaryConv2d : public Op {
   // for all strips of an image, for they share what the first has prepared.
   template <class RowOf, class Emit>
   bool run_blocks(const Call& call, const RowOf& row_of, const Emit& emit) const {
-    const int64_t pixels = call.batch * output().pixels(), fewest = matrices_ ? kMinMatrixPixels : kMinBlockPixels;
-    if (pixels < fewest || !by_blocks_[pixels >= kManyPixels]) return false;
+    if (!in_blocks(call.batch * output().pixels())) return false;
     if (matrices_) {
       matrices_->fill(call);
       matrices_->run(call, kNoBegin, row_of, emit);
-    } else if (blocks_) {
+    } else {
       fill_planes(call);
       blocks_->run(call, row_of, emit);
     }
-    return matrices_ || blocks_;
+    return true;
   }
 
-  // What it calls for one image, if that has pixels enough.
+  bool in_blocks(int64_t pixels) const {
+    if (!matrices_ && !blocks_) return false;
+    return pixels >= (matrices_ ? kMinMatrixPixels : kMinBlockPixels) && by_blocks_[pixels >= kManyPixels];
+  }
+
+  // What it calls for one image.
   const char* shown(const char* by_tiles) const {
-    if (!by_blocks_[output().pixels() >= kManyPixels]) return by_tiles;
-    return matrices_ ? "matrices.multiply" : blocks_ ? "blocks.count" : by_tiles;
+    if (!in_blocks(output().pixels())) return by_tiles;
+    return matrices_ ? "matrices.multiply" : "blocks.count";
   }
 
   // Calls emit(counts, pixels, panels, first pixel, case rows, panel) for up to 8 pixels of a block times all its

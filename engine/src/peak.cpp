@@ -184,6 +184,32 @@ LOWBIT_CHAINS(maddubs_512, __m512i, __m512i, _mm512_add_epi16(sum, _mm512_maddub
 namespace lowbit {
 namespace {
 
+// As look_ups_256.
+void look_up_512(__m512i& first, __m512i& second, __m512i& x, __m512i w, __m512i nibble) {
+  __m512i differ[3];
+#pragma GCC unroll 3
+  for (__m512i& looked_up : differ) {
+    LOWBIT_OPAQUE(x);
+    looked_up = _mm512_shuffle_epi8(x, w);
+  }
+  const __m512i three = _mm512_add_epi8(_mm512_add_epi8(differ[0], differ[1]), differ[2]);
+  first = _mm512_add_epi8(first, _mm512_and_si512(three, nibble));
+  second = _mm512_add_epi16(second, _mm512_srli_epi16(three, 4));
+}
+
+void look_ups_512(int64_t rounds) {
+  const __m512i nibble = _mm512_set1_epi8(15);
+  __m512i a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, x{}, w{};
+  LOWBIT_OPAQUE(w);
+  for (; rounds > 0; --rounds) {
+    look_up_512(a, b, x, w, nibble);
+    look_up_512(c, d, x, w, nibble);
+    look_up_512(e, f, x, w, nibble);
+    look_up_512(g, h, x, w, nibble);
+  }
+  for (__m512i sum : {a, b, c, d, e, f, g, h}) LOWBIT_OPAQUE(sum);
+}
+
 void carry_save_512(int64_t rounds) {
   const __m512i digits = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
   const __m512i low = _mm512_set1_epi8(15);
@@ -311,6 +337,7 @@ std::vector<Loop> loops() {
   all.push_back({"avx512", "float", kChains * 16, fma_512});
   all.push_back({"avx512", "integer", kChains * 64, maddubs_512});
   all.push_back({"avx512", "binary", 8 * 512, carry_save_512});
+  all.push_back({"avx512", "binary", 4 * 3 * 512, look_ups_512});
 #endif
 #ifdef LOWBIT_AVX512_VPOPCNTDQ
   all.push_back({"avx512_vpopcntdq", "integer", kChains * 64, vnni_512});

@@ -8,6 +8,8 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+CPUINFO = Path("/proc/cpuinfo")
+
 # What tells kinds of a CPU apart, by its entry in /proc/cpuinfo of x86.
 KIND = {"family": "cpu family", "model": "model"}
 
@@ -53,7 +55,7 @@ def _cpuinfo(key: str) -> str:
 @functools.cache
 def _entries() -> dict[str, str]:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return {}
     pairs = (line.partition(":") for line in reversed(lines))  # so that the first processor's stay

@@ -132,6 +132,21 @@ def test_each_op_names_the_kernel_that_it_calls(model, monkeypatch, isa):
     assert Engine(table_net(np.random.default_rng(6))).kernels[:2] == ["float_codes", "float_tile"]
 
 
+@pytest.mark.parametrize("isa", _engine.available_isas())
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_a_layer_of_few_pixels_names_the_tiles_that_it_calls(monkeypatch, isa, side):
+    monkeypatch.setenv("LOWBIT_ISA", isa)
+    monkeypatch.setenv("LOWBIT_TUNE", "0")
+    rng, net = np.random.default_rng(8), Builder((64, side, side))
+    net.op("threshold", tensors=thresholds(rng, np.float32, 64, 1, 1.0), bits=1)
+    tensors = {"weight_bits": words(rng, 64, 3, 3, depth=64), "scale": np.ones(64, np.float32)}
+    shape = window((3, 3), padding=(1, 1), dilation=(1, 1))
+    net.op("binary_conv2d", tensors=tensors, groups=1, channels=64, **shape)
+    fewest = {"blocks.count": 4, "matrices.multiply": 8}
+    kernel = WAYS.get(isa, "binary_floats")
+    assert Engine(net.model).kernels[1] == (kernel if side**2 >= fewest.get(kernel, 0) else "binary_floats")
+
+
 def test_kernels_chosen_by_measuring_give_the_same_bits(model, monkeypatch):
     outputs = []
     for tune in ("0", "1"):

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from lowbit.hardware import cpu_flags
 from lowbit.training.convolutions import FastConvolutions
-from lowbit.training.environment import auto_precision
 from lowbit.training.small_maps import PIXELS_FORWARD, PIXELS_WEIGHT_GRADIENT, SmallMapConv2d
 
 BF16 = torch.bfloat16
 # Where a CPU has no products of bfloat16, torch rounds what it adds, too.
-ROUNDINGS = 1 if auto_precision(torch.device("cpu")) == "bf16" else 8
+ROUNDINGS = 1 if cpu_flags() & {"amx_bf16", "avx512_bf16"} else 8
 
 
 def autocast(dtype: torch.dtype = BF16) -> torch.autocast:

@@ -302,17 +302,6 @@ __m256i add_products(__m256i sums, __m256i a, __m256i b) { return _mm256_add_epi
 namespace lowbit {
 namespace {
 
-void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t pair,
-               BlockSums* sums) {
-  const auto steps = static_cast<size_t>(INT16_MAX / (pair > 0 ? pair : 1));
-  if (steps == 0) {
-    multiply_wide(pixels, weights, depth, count, panels, sums);
-    return;
-  }
-  for (int panel = 0; panel < panels; ++panel, weights += depth * kTileChannels)
-    LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
-}
-
 // Eight channels from `first` on, which may be those of a panel behind the first.
 __m256i completed(const IntegerSums& sums, int p, int first) {
   const int32_t* row = sums.sums[first / kTileChannels * kBlockPixels + p] + first % kTileChannels;
@@ -404,12 +393,6 @@ void float_codes(const float* x, const float* thresholds, size_t pitch, const ui
     }
   }
 }
-
-}  // namespace
-}  // namespace lowbit
-
-namespace lowbit {
-namespace {
 
 __m256i repeated(const void* bytes) {
   return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(bytes)));

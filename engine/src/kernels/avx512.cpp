@@ -144,17 +144,6 @@ __m512i add_products(__m512i sums, __m512i a, __m512i b) { return _mm512_add_epi
 namespace lowbit {
 namespace {
 
-void byte_sums(const uint8_t* pixels, const int8_t* weights, size_t depth, int count, int panels, int64_t pair,
-               BlockSums* sums) {
-  const auto steps = static_cast<size_t>(INT16_MAX / (pair > 0 ? pair : 1));
-  if (steps == 0) {
-    multiply_wide(pixels, weights, depth, count, panels, sums);
-    return;
-  }
-  for (int panel = 0; panel < panels; ++panel, weights += depth * kTileChannels)
-    LOWBIT_BY_EIGHTS(multiply_bytes, count, pixels + first * depth, weights, depth, steps, sums[panel] + first)
-}
-
 constexpr ByteKernels kBytes{4, 4, arrange_rows, byte_sums, sums_to_codes, sums_by_ramp, sums_to_floats, sum_bits};
 
 }  // namespace

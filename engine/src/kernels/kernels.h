@@ -51,6 +51,8 @@ inline constexpr int kBlockPixels = 32;
 using BlockSums = int32_t[kBlockPixels][kTileChannels];
 
 struct BlockKernels {
+  static constexpr int kMostPanels = 4;
+
   int panels;         // whose weights lie together: 2 or 4
   size_t mask_bytes;  // that a word of each of their channels becomes
 
@@ -252,7 +254,7 @@ struct Kernels {
 
   const RowKernels* rows;
 
-  // For binary products of many pixels; null where the tiles are as good.
+  // For binary products of more than a few pixels; null where the tiles are as good.
   const BlockKernels* blocks = nullptr;
 
   // For products of codes with weights that fit a byte; null where integer_sums is as good.

@@ -14,6 +14,7 @@ namespace {
 
 constexpr size_t kNibbles = 16;  // of a word
 constexpr int kVectorPanels = sizeof(Vector) / kTileChannels;
+static_assert(kVectorPanels <= BlockKernels::kMostPanels);
 constexpr int kPairsAtTwo = sizeof(Vector) == 64 ? 4 : 2;  // of pixels, that two vectors leave registers for
 constexpr size_t kByteNibbles = 60;  // of up to 4 each: (1 + 16 + 256) * 4 * 60 fits 16 bits, see add_nibbles
 constexpr size_t kSumNibbles = 65535 / (4 * kByteNibbles) * kByteNibbles;
