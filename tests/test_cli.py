@@ -57,7 +57,9 @@ def test_verify_passes_on_its_own_run_and_fails_on_another(road: Path) -> None:
 def test_export_makes_the_rest_8_bit_and_says_both_accuracies(road: Path) -> None:
     packed, run = road / "int8.lowbit", road / "xnor_net-int8"
     said = called("export", road / "xnor_net", "--rest", "int8", "-o", packed, "--json")
-    assert all(part["packed"] for part in json.loads(said.stdout) if part["kind"].startswith("Quant"))
+    quantized = [part["packed"] for part in json.loads(said.stdout) if part["kind"].startswith("Quant")]
+    assert quantized
+    assert all(quantized)
     evaluations = [json.loads((path / "evaluation.json").read_text()) for path in (road / "xnor_net", run)]
     before, after = (each["accuracy"] for each in evaluations)
     assert f"test accuracy {100 * before:.2f} % -> {100 * after:.2f} %" in said.stderr

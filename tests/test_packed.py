@@ -12,15 +12,17 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
 from packed_models import Builder, coded, described_net, quant_net, table_net, window
 
 from lowbit import _engine, packed
 from lowbit.errors import LowbitError
+from lowbit.exporter.bench import BenchResult, Layer, Row
 from lowbit.packed import PackedModel
 from lowbit.runtime import Engine
-from lowbit.terminal import print_rows
+from lowbit.terminal import notes, print_rows
 
 
 def coded_model() -> PackedModel:
@@ -429,9 +431,17 @@ def test_a_pool_of_floats_may_say_which_channels_fall():
             packed.validate(net.model)
 
 
-def test_names_are_no_markup_to_the_table_that_inspect_prints(capsys):
-    print_rows("a [/b] file", [{"source": "[/b] [red]layer[/red]"}], False)
-    assert "[/b] [red]layer[/red]" in capsys.readouterr().out
+def test_names_are_no_markup_to_what_commands_print(capsys):
+    name = "[/b] [red]layer[/red]"
+    print_rows("a [/b] file", [{"source": name}], False)
+    notes.print(f"{name} written")
+    layer = Layer(name, "conv2d", "tile", 1.0, 1, 1)
+    result = BenchResult("a [/b] file", "scalar", 1, 1, (Row(name, 1.0, 1.0, 1.0),), (layer,))
+    Console(width=300).print(result.render())
+    printed = capsys.readouterr()
+    assert printed.out.count(name) == 3
+    assert printed.out.count("a [/b] file") == 2
+    assert f"{name} written" in printed.err
 
 
 def test_what_is_the_same_in_all_rows_has_no_column_of_a_brief_table(capsys):

@@ -88,7 +88,7 @@ def models(
     from lowbit.models import registry
 
     if name is not None:
-        describe(registry, name, as_json, hidden=("block",))
+        describe(registry, name, as_json)
         return
     print_rows("Models", [{"name": each, "what": first_line(registry[each])} for each in registry], as_json)
 

@@ -15,17 +15,27 @@ from lowbit.errors import LowbitError
 PARTIAL = ".partial"  # how names of unfinished files end
 
 
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
+
+
+UMASK = _umask()  # read once: reading sets it, for all threads
+
+
 @contextlib.contextmanager
 def write_whole(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears under ``path`` complete or not at all.
 
-    The bytes go to a temporary file beside it, are flushed to the disk, and take the name in one step.
+    The bytes go to a temporary file beside it, are flushed to the disk, and take the name in one step, which is flushed
+    as well. A link stays: what it points to is written.
 
     Raises:
         LowbitError: the disk is full, the folder cannot be written, or ``path`` is a folder or a device; what was
             there is untouched.
     """
     temporary = None
+    path = Path(os.path.realpath(path))
     try:
         if path.exists() and not path.is_file():
             raise LowbitError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; choose another name")
@@ -37,9 +47,10 @@ def write_whole(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~UMASK)
         os.replace(temporary, path)
         temporary = None
+        _flush_names(path.parent)
     except OSError as error:
         raise LowbitError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
@@ -47,6 +58,16 @@ def write_whole(path: Path) -> Iterator[IO[bytes]]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _flush_names(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256_of(path: Path) -> str:

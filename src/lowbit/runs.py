@@ -214,6 +214,8 @@ class Run:
             raise LowbitError(f"{self.config_path} is damaged: its 'classes' are no names; train again")
         if not all(isinstance(best.get(key, 0), int | float) for key in ("epoch", "accuracy")):
             raise LowbitError(f"{self.config_path} is damaged: its 'best_test' holds no numbers; train again")
+        if not isinstance(config.get("data", {}).get("hash", ""), str):
+            raise LowbitError(f"{self.config_path} is damaged: the 'hash' of its data is no text; train again")
         return config
 
     @property

@@ -16,24 +16,20 @@ if TYPE_CHECKING:
     from lowbit.methods import Recipe
     from lowbit.registry import Registry
 
-notes = Console(stderr=True, highlight=False, soft_wrap=True)
+notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def describe(
     registry: Registry[Callable[..., Any]],
     name: str,
     as_json: bool,
-    hidden: Sequence[str] = (),
     recipes: Mapping[str, Recipe] | None = None,
 ) -> None:
-    """Print what the entry ``name`` is, a table of its options, without those in ``hidden``, recipes, and all else that
-    its docstring says.
-    """
+    """Print what the entry ``name`` is, a table of its options, recipes, and all else that its docstring says."""
     documentation = inspect.cleandoc(registry[name].__doc__ or "")
     rows = [
         {"option": p.name, "type": _type_name(p.annotation), "default": p.default}
         for p in registry.options(name).values()
-        if p.name not in hidden
     ]
     if as_json:
         described: dict[str, Any] = {"name": name, "documentation": documentation, "options": rows}

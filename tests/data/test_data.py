@@ -17,7 +17,7 @@ from PIL import Image
 from lowbit import data
 from lowbit.data.augment import cutout, random_crop_flip
 from lowbit.data.base import channel_statistics
-from lowbit.data.fashion_mnist import DEBIAN, fashion_mnist
+from lowbit.data.fashion_mnist import DEBIAN, MOST_BYTES, fashion_mnist
 from lowbit.errors import LowbitError, UsageError
 
 
@@ -78,7 +78,9 @@ def test_fashion_mnist_from_data_dir(tmp_path: Path) -> None:
     assert clothes.train_images[:, 2:-2, 2:-2].min() == 7
     assert clothes.train_labels[:3].tolist() == [0, 1, 2]
     header = gzip.compress(b"")[:10]
-    for damaged in (gzip.compress(b"\0\0\x08\x03short"), header + b"\xff no deflate stream"):
+    flat = gzip.compress(b"\0\0\x08\x01\0\0\0\x04four")
+    endless = gzip.compress(b"\0\0\x08\x03" + bytes(MOST_BYTES))
+    for damaged in (gzip.compress(b"\0\0\x08\x03short"), header + b"\xff no deflate stream", flat, endless):
         (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(damaged)
         with pytest.raises(LowbitError, match=r"train-images-idx3-ubyte.gz is damaged"):
             data.load("fashion_mnist", tmp_path)

@@ -152,3 +152,23 @@ def test_a_weight_that_is_not_the_layers_own_stays():
     expected = model(x)
     assert fold_batch_norms_(model) == []
     torch.testing.assert_close(model(x), expected)
+
+
+class ReadsByHand(nn.Module):
+    """Its forward reads the weight of a layer that it calls, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.norm = awkward_(nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight)
+
+
+def test_a_weight_that_forward_reads_itself_stays():
+    model = ReadsByHand().eval()
+    x = torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    assert fold_batch_norms_(model) == []
+    torch.testing.assert_close(model(x), expected)

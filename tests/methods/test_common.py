@@ -321,7 +321,7 @@ def test_a_plain_loop_learns(key):
     assert (logits.argmax(1) == labels).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize("key", [key for key in METHODS if "stochastic" not in key])
 def test_integers_in_eval_equal_fake_quantized_values_in_train(key):
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -337,7 +337,6 @@ def test_integers_in_eval_equal_fake_quantized_values_in_train(key):
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         trained = network.train()(images)
-        if not torch.equal(network(images), trained):
-            pytest.skip("draws at random in training")
+        assert torch.equal(network(images), trained)
         evaluated = network.eval()(images)
     torch.testing.assert_close(evaluated, trained, rtol=1e-5, atol=1e-5)

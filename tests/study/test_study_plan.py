@@ -205,6 +205,8 @@ MISTAKES = {
         ", run 1 (float): recipe field 'temperature' is for a teacher",
     ),
     "folder as name": ('"float"', '"float"\nname = "../x"', ": name is '../x', but must be made of letters"),
+    "log as name": ('"float"', '"float"\nname = "a.log"', ": name is 'a.log', but logs of rows are called so"),
+    "too deep": ('"float"', "[" * 9999 + "]" * 9999, " cannot be read as TOML"),
     "key of a run": ('"float"', '"float"\nfrom = "x"', ", run 1 (float) has no key 'from'"),
     "same name": ('"float"', '"float"\n[[run]]\nmethod = "float"', ", run 2 (float): a second row is called 'float'"),
     "same row": (

@@ -19,10 +19,11 @@ from lowbit.cli import app
 from lowbit.errors import LowbitError, UsageError
 from lowbit.files import remove_partial_files, write_whole
 from lowbit.methods.base import Recipe
+from lowbit.models.base import load_weights
 from lowbit.preprocessing import Preprocessing
 from lowbit.training import environment, train
 from lowbit.training.batches import EvalBatches, TrainBatches, derived_seed
-from lowbit.training.checkpoints import Checkpoint
+from lowbit.training.checkpoints import Checkpoint, save_weights
 from lowbit.training.distillation import distillation_loss
 from lowbit.training.module import find_not_finite, make_optimizer, parameter_groups, squared_hinge
 from lowbit.training.schedules import multiplier
@@ -347,6 +348,38 @@ def test_checkpoint_round_trip_and_damage(tmp_path: Path) -> None:
     torch.save({"model": {}, "optimizer": {}, "rows": 5}, path)
     with pytest.raises(LowbitError, match=r"last\.ckpt cannot be read \(its rows is no list\)"):
         Checkpoint.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"h", b"hello", b"\x80\x02]q\x00."])
+def test_what_is_no_checkpoint_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(LowbitError, match=r"last\.ckpt cannot be read \(.*\); train again"):
+        Checkpoint.load(path)
+
+
+def test_a_link_stays_and_a_new_file_is_as_private_as_any_other(tmp_path: Path) -> None:
+    target, link, other = tmp_path / "target", tmp_path / "link", tmp_path / "other"
+    target.write_text("old")
+    link.symlink_to(target)
+    with write_whole(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    other.touch()
+    assert target.stat().st_mode == other.stat().st_mode
+
+
+def test_weights_under_two_names_are_saved_and_come_back(tmp_path: Path) -> None:
+    def shared() -> nn.Module:
+        layer = nn.Linear(3, 3)
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    saved, loaded = shared(), shared()
+    save_weights(saved, tmp_path / "model.safetensors")
+    load_weights(loaded, tmp_path / "model.safetensors")
+    assert torch.equal(saved[0].weight, loaded[0].weight)
+    assert loaded[0] is loaded[2]
 
 
 def test_unfinished_files_are_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ def test_a_run_leaves_all_that_others_read(config: TrainConfig, capfd: pytest.Ca
     assert list((run.path / "tensorboard").iterdir())
     out, err = capfd.readouterr()
     assert out == ""
-    assert err.splitlines() == [line for line in err.splitlines() if line.startswith("epoch ")]
+    assert [line.split(":")[0] for line in err.splitlines()] == [
+        f"epoch {row['epoch']:.0f}/{len(rows)}" for row in rows
+    ]
 
 
 def test_best_epoch_on_validation_gives_the_weights(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,9 +434,11 @@ def test_a_teacher_is_recorded_and_resuming_with_it_gives_the_same_bits(
 def test_an_epoch_is_not_chosen_by_images_that_the_source_has_seen(config: TrainConfig, tmp_path: Path) -> None:
     source = train(replace(config, method="float", epochs=1, out=tmp_path / "float")).path
     calibrated = calibrate_run(source, tmp_path / "calibrated", seed=3).path
+    larger = train(replace(config, method="float", epochs=1, image_size=16, out=tmp_path / "larger")).path
     for option in (
         {"init_from": source},
         {"init_from": source / "model.safetensors"},
+        {"init_from": larger},
         {"init_from": calibrated},
         {"distill_from": source},
     ):

@@ -15,6 +15,7 @@ from lowbit.errors import LowbitError
 from lowbit.preprocessing import Pixels, Preprocessing
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+MOST_BYTES = 100_000_000  # of a file unpacked: twice what the larger one holds
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -45,23 +46,32 @@ def fashion_mnist(data_dir: Path) -> ImageData:
 
 
 def _part(folder: Path, part: str) -> tuple[Pixels, Labels]:
-    images = read_idx(folder / f"{part}-images-idx3-ubyte.gz")
+    images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", (28, 28))
     labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz")
     return images[..., None], labels.astype(np.int64)
 
 
-def read_idx(path: Path) -> npt.NDArray[np.uint8]:
+def read_idx(path: Path, each: tuple[int, ...] = ()) -> npt.NDArray[np.uint8]:
     """A gzipped IDX file of bytes: two zeros, type 8, number of axes, big-endian sizes, then the bytes.
 
+    Args:
+        path: of the file.
+        each: shape of one of its items.
+
     Raises:
-        LowbitError: the file is missing, cut short or of another type.
+        LowbitError: the file is missing, cut short, of another type or shape, or of more than `MOST_BYTES`.
     """
     try:
-        data = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES:,} bytes")
         zero, kind, axes = struct.unpack_from(">HBB", data)
         shape = struct.unpack_from(f">{axes}I", data, 4)
         if (zero, kind) != (0, 8):
             raise ValueError("not IDX of bytes")
+        if shape[1:] != each or not shape:
+            raise ValueError(f"it holds {shape}")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise LowbitError(f"{path} is damaged or missing ({error}); install or download the data set again") from None

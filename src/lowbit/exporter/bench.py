@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lowbit.errors import UsageError
 from lowbit.exporter import peers
@@ -100,11 +102,13 @@ class BenchResult:
 
     def render(self) -> RenderableType:
         """The result for the terminal."""
-        table = Table(title=f"{self.file}, batch {self.batch}, {_threads(self.threads)} each", title_justify="left")
+        table = Table(
+            title=f"{escape(self.file)}, batch {self.batch}, {_threads(self.threads)} each", title_justify="left"
+        )
         for column in ("runtime", "ms per batch", "processor ms", "time / engine's"):
             table.add_column(column, justify="left" if column == "runtime" else "right")
         for row in self.rows:
-            table.add_row(row.name, f"{row.milliseconds:.3f}", f"{row.cpu_milliseconds:.3f}", f"{row.ratio:.2f}")
+            table.add_row(Text(row.name), f"{row.milliseconds:.3f}", f"{row.cpu_milliseconds:.3f}", f"{row.ratio:.2f}")
         notes = ["medians of interleaved runs; a peer runs the same architecture with random weights"]
         if self.disturbed:
             notes.append(
@@ -122,9 +126,7 @@ class BenchResult:
             table.add_column(column, justify="right", no_wrap=column == "ms")
         for layer in self.layers:
             table.add_row(
-                layer.name,
-                layer.op,
-                layer.kernel,
+                *map(Text, (layer.name, layer.op, layer.kernel)),
                 "" if layer.kernel == JOINED else f"{layer.milliseconds:.4f}",
                 "" if layer.gmacs is None else f"{layer.gmacs:.1f}",
                 "" if layer.share is None else f"{100 * layer.share:.0f} %",

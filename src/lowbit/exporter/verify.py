@@ -29,6 +29,7 @@ import numpy.typing as npt
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError, UsageError
@@ -124,7 +125,9 @@ class VerifyReport:
             after = "integer ops" if check.exact else "float ops"
             counts = [f"{n:,}" for n in (check.compared, check.different, check.excused)]
             same = "close" if check.what == "floats out" else "equal"
-            table.add_row(check.layer, check.what, after, *counts, _verdict(check.passed) if check.different else same)
+            table.add_row(
+                Text(check.layer), check.what, after, *counts, _verdict(check.passed) if check.different else same
+            )
         summary = (
             f"logits: largest error {self.logit_error:.1e} layer by layer, {self.end_to_end_error:.1e} end to end, "
             f"in {self.end_to_end_images} images (of the largest logit; allowed {self.tolerance:.1e})\n"

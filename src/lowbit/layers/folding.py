@@ -24,7 +24,7 @@ def fold_batch_norms_(model: nn.Module) -> list[str]:
 
     A pair is folded when the norm alone reads the layer, the model calls either once, and the layer's weight and bias
     are its own. Other norms stay: those without running statistics, those behind something else, such as pooling or an
-    addition, and those behind a layer whose weight a hook computes or another layer shares.
+    addition, and those behind a layer whose weight a hook computes, another layer shares or ``forward`` reads itself.
 
     Args:
         model: before `quantize_`; torch.fx must be able to trace it. A linear layer that is followed by a norm gives
@@ -46,6 +46,8 @@ def fold_batch_norms_(model: nn.Module) -> list[str]:
         raise UsageError(f"batch norms cannot be folded, for torch.fx cannot trace the model: {error}") from error
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    read_by_hand = {id(modules[name]) for name in read if name in modules}
     times = Counter(id(modules[node.target]) for node in calls)
     holders = Counter(id(own) for module in model.modules() for own in module._parameters.values())
     folded = []
@@ -55,6 +57,8 @@ def fold_batch_norms_(model: nn.Module) -> list[str]:
             continue
         layer, norm = modules[str(source.target)], modules[node.target]
         if type(layer) not in _LAYERS or not _can_fold(norm) or times[id(layer)] > 1 or times[id(norm)] > 1:
+            continue
+        if read_by_hand & {id(layer), id(norm)}:
             continue
         if "weight" not in layer._parameters or max(holders[id(own)] for own in _parameters(layer)) > 1:
             continue

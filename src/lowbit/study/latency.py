@@ -39,7 +39,11 @@ def time_rows(rows: Sequence[Row], say: Callable[[str], None]) -> None:
         if row.state == DONE:
             costs = read_costs(row.run)
             before = costs.latencies.get(here)
-            if costs.packed_bytes is not None and (before is None or before.disturbed):
+            if (
+                packed_path(row.run).is_file()
+                and costs.packed_bytes is not None
+                and (before is None or before.disturbed)
+            ):
                 todo.append(row)
     if todo:
         say(f"timing {len(todo)} packed rows on {here}")

@@ -115,7 +115,7 @@ def read_study(path: str | Path) -> Study:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; give the TOML file of a study") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as TOML: {error}") from None
     top = Table(document, str(path))
     out = Path(top.take("out", str))
@@ -215,6 +215,8 @@ def _plan(
     name = table.take("name", str, None)
     if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
         raise UsageError(f"{where}: name is '{name}', but must be made of letters, digits, '.', '-' and '_'")
+    if name is not None and name.endswith(".log"):
+        raise UsageError(f"{where}: name is '{name}', but logs of rows are called so; leave '.log' out")
     options = table.take("options", dict, {})
     grid = table.take("grid", dict, {})
     starts = {key: table.take(key, str, None) for key in ("init_from", "distill_from")}

@@ -95,7 +95,9 @@ def calibrate_run(
             config["data"]["spec"], data_dir or config["data"]["data_dir"], config["data"]["image_size"]
         )
         if image_data.hash != config["data"]["hash"]:
-            raise LowbitError(f"{config['data']['spec']} is not the data that {source} was trained on; give --data-dir")
+            spec = config["data"]["spec"]
+            mend = "restore that folder" if spec.startswith("folder:") else "give --data-dir"
+            raise LowbitError(f"{spec} is not the data that {source} was trained on; {mend}")
         chosen = _choose_images(image_data, images, seed, config)
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
         batches = EvalBatches(

@@ -143,6 +143,13 @@ class Recorder(Callback):
         return f"epoch {row['epoch']:.0f}/{epochs}: {', '.join(parts)}, {row['seconds']:.1f} s"
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the event file: when training ends, and when it fails, after which Lightning calls no teardown."""
         if hasattr(self, "board"):
             self.board.close()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -61,14 +60,14 @@ class Checkpoint:
             return checkpoint
         except PermissionError:
             raise
-        except (OSError, EOFError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        except Exception as error:  # whatever the unpickler stumbles over in foreign bytes
             raise LowbitError(
                 f"checkpoint {path} cannot be read ({briefly(error)}); train again with another --out"
             ) from None
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's state as safetensors, whole or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    """Write a model's state as safetensors, whole or not at all; what two names share is written twice."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     with write_whole(path) as file:
         file.write(safetensors.torch.save(tensors))

@@ -100,6 +100,8 @@ def _train(config: TrainConfig, run: Run, started: bool, say: Callable[[str], No
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.threads is not None and not 1 <= config.threads <= MAX_THREADS:
         raise UsageError(f"--threads is {config.threads}, but must be from 1 to {MAX_THREADS}")
+    if config.seed < 0:
+        raise UsageError(f"--seed is {config.seed}, but must be at least 0")
     if device.type == "cpu":
         keep_freed_memory()
     torch.set_num_threads(config.threads or recorded.get("threads") or torch.get_num_threads())
@@ -224,7 +226,8 @@ def refuse_other_split(option: str, source: Path, config: TrainConfig, images: I
     if not run.config_path.is_file():
         return
     theirs = run.config
-    if theirs["data"]["hash"] != images.hash:
+    # The hash is of images in the size of the run; of another size, the same data may still be meant.
+    if theirs["data"]["hash"] != images.hash and theirs["data"]["spec"] != config.data:
         return
     # What was calibrated has the weights and the split of its source; its own seed chose other images.
     seed = theirs["calibration"]["source_seed"] if "calibration" in theirs else theirs["seed"]
