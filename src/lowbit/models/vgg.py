@@ -13,12 +13,10 @@ from lowbit.models.base import registry
 
 Row = tuple[int | str, ...]
 
-# Simonyan and Zisserman 2014, table 1, columns A, B, D and E.
 VGG11: Row = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
 VGG13: Row = (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
 VGG16: Row = (64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M")
 VGG19: Row = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M")
-# The network of BNN, HWGQ and most later papers on CIFAR-10, without its hidden dense layers.
 VGG_SMALL: Row = (128, 128, "M", 256, 256, "M", 512, 512, "M")
 
 
@@ -47,7 +45,13 @@ def _vgg(row: Row, block: Block, num_classes: int, in_channels: int, image_size:
 def vgg11(
     block: Block, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, width: float = 1.0
 ) -> nn.Module:
-    """VGG-11 (column A): 8 convolutions and one dense layer. ``width`` multiplies all widths."""
+    """VGG-11 (column A): 8 convolutions and one dense layer. ``width`` multiplies all widths.
+
+    Raises:
+        UsageError: ``image_size`` is no multiple of 32.
+
+    Source: Simonyan & Zisserman 2014, arXiv 1409.1556, table 1, with one dense layer in place of its three.
+    """
     return _vgg(VGG11, block, num_classes, in_channels, image_size, width)
 
 
@@ -55,7 +59,13 @@ def vgg11(
 def vgg13(
     block: Block, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, width: float = 1.0
 ) -> nn.Module:
-    """VGG-13 (column B): 10 convolutions and one dense layer. ``width`` multiplies all widths."""
+    """VGG-13 (column B): 10 convolutions and one dense layer. ``width`` multiplies all widths.
+
+    Raises:
+        UsageError: ``image_size`` is no multiple of 32.
+
+    Source: Simonyan & Zisserman 2014, arXiv 1409.1556, table 1, with one dense layer in place of its three.
+    """
     return _vgg(VGG13, block, num_classes, in_channels, image_size, width)
 
 
@@ -63,7 +73,13 @@ def vgg13(
 def vgg16(
     block: Block, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, width: float = 1.0
 ) -> nn.Module:
-    """VGG-16 (column D): 13 convolutions and one dense layer. ``width`` multiplies all widths."""
+    """VGG-16 (column D): 13 convolutions and one dense layer. ``width`` multiplies all widths.
+
+    Raises:
+        UsageError: ``image_size`` is no multiple of 32.
+
+    Source: Simonyan & Zisserman 2014, arXiv 1409.1556, table 1, with one dense layer in place of its three.
+    """
     return _vgg(VGG16, block, num_classes, in_channels, image_size, width)
 
 
@@ -71,7 +87,13 @@ def vgg16(
 def vgg19(
     block: Block, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, width: float = 1.0
 ) -> nn.Module:
-    """VGG-19 (column E): 16 convolutions and one dense layer. ``width`` multiplies all widths."""
+    """VGG-19 (column E): 16 convolutions and one dense layer. ``width`` multiplies all widths.
+
+    Raises:
+        UsageError: ``image_size`` is no multiple of 32.
+
+    Source: Simonyan & Zisserman 2014, arXiv 1409.1556, table 1, with one dense layer in place of its three.
+    """
     return _vgg(VGG19, block, num_classes, in_channels, image_size, width)
 
 
@@ -79,5 +101,11 @@ def vgg19(
 def vgg_small(
     block: Block, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, width: float = 1.0
 ) -> nn.Module:
-    """VGG-small: 6 convolutions of 128 to 512 channels and one dense layer. ``width`` multiplies all widths."""
+    """VGG-small: 6 convolutions of 128 to 512 channels and one dense layer. ``width`` multiplies all widths.
+
+    Raises:
+        UsageError: ``image_size`` is no multiple of 8.
+
+    Source: the network of Courbariaux et al. 2016, arXiv 1602.02830, for CIFAR-10, without its hidden dense layers.
+    """
     return _vgg(VGG_SMALL, block, num_classes, in_channels, image_size, width)
