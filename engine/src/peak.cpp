@@ -54,6 +54,35 @@ constexpr int kChains = 12;
     for (Sum sum : {a, b, c, d, e, f, g, h, i, j, k, l}) LOWBIT_OPAQUE(sum); \
   }
 
+// Three nibbles of a pair of pixels and of a vector of channels, looked up and taken apart. In text: what a closure
+// captures the compiler leaves in memory.
+#define LOWBIT_LOOK_UP(first, second, shuffle)              \
+  {                                                         \
+    LOWBIT_OPAQUE(x);                                       \
+    const Bytes one = (Bytes)shuffle(x, w);                 \
+    LOWBIT_OPAQUE(x);                                       \
+    const Bytes two = one + (Bytes)shuffle(x, w);           \
+    LOWBIT_OPAQUE(x);                                       \
+    const Bytes three = two + (Bytes)shuffle(x, w);         \
+    first = (Vector)((Bytes)first + (three & 15));          \
+    second = (Vector)((Words)second + ((Words)three >> 4)); \
+  }
+#define LOWBIT_LOOK_UPS(name, Type, shuffle)                             \
+  void name(int64_t rounds) {                                            \
+    using Vector = Type;                                                 \
+    using Bytes = uint8_t __attribute__((vector_size(sizeof(Vector))));  \
+    using Words = uint16_t __attribute__((vector_size(sizeof(Vector)))); \
+    Vector a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, x{}, w{};             \
+    LOWBIT_OPAQUE(w);                                                    \
+    for (; rounds > 0; --rounds) {                                       \
+      LOWBIT_LOOK_UP(a, b, shuffle)                                      \
+      LOWBIT_LOOK_UP(c, d, shuffle)                                      \
+      LOWBIT_LOOK_UP(e, f, shuffle)                                      \
+      LOWBIT_LOOK_UP(g, h, shuffle)                                      \
+    }                                                                    \
+    for (Vector sum : {a, b, c, d, e, f, g, h}) LOWBIT_OPAQUE(sum);      \
+  }
+
 // Plain C++, as in kernels/scalar.cpp: what the compiler makes of it, in the L1 cache.
 constexpr int kPlain = 64;
 
@@ -96,31 +125,7 @@ __m256i carry_256(__m256i& sum, __m256i a, __m256i b) {
   return carried;
 }
 
-// Three nibbles of a pair of pixels and of 32 channels, looked up and taken apart.
-void look_up_256(__m256i& first, __m256i& second, __m256i& x, __m256i w, __m256i nibble) {
-  __m256i differ[3];
-#pragma GCC unroll 3
-  for (__m256i& looked_up : differ) {
-    LOWBIT_OPAQUE(x);
-    looked_up = _mm256_shuffle_epi8(x, w);
-  }
-  const __m256i three = _mm256_add_epi8(_mm256_add_epi8(differ[0], differ[1]), differ[2]);
-  first = _mm256_add_epi8(first, _mm256_and_si256(three, nibble));
-  second = _mm256_add_epi16(second, _mm256_srli_epi16(three, 4));
-}
-
-void look_ups_256(int64_t rounds) {
-  const __m256i nibble = _mm256_set1_epi8(15);
-  __m256i a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, x{}, w{};
-  LOWBIT_OPAQUE(w);
-  for (; rounds > 0; --rounds) {
-    look_up_256(a, b, x, w, nibble);
-    look_up_256(c, d, x, w, nibble);
-    look_up_256(e, f, x, w, nibble);
-    look_up_256(g, h, x, w, nibble);
-  }
-  for (__m256i sum : {a, b, c, d, e, f, g, h}) LOWBIT_OPAQUE(sum);
-}
+LOWBIT_LOOK_UPS(look_ups_256, __m256i, _mm256_shuffle_epi8)
 
 // Harley and Seal: eight words a round, one of which is counted.
 void carry_save_256(int64_t rounds) {
@@ -184,31 +189,7 @@ LOWBIT_CHAINS(maddubs_512, __m512i, __m512i, _mm512_add_epi16(sum, _mm512_maddub
 namespace lowbit {
 namespace {
 
-// As look_ups_256.
-void look_up_512(__m512i& first, __m512i& second, __m512i& x, __m512i w, __m512i nibble) {
-  __m512i differ[3];
-#pragma GCC unroll 3
-  for (__m512i& looked_up : differ) {
-    LOWBIT_OPAQUE(x);
-    looked_up = _mm512_shuffle_epi8(x, w);
-  }
-  const __m512i three = _mm512_add_epi8(_mm512_add_epi8(differ[0], differ[1]), differ[2]);
-  first = _mm512_add_epi8(first, _mm512_and_si512(three, nibble));
-  second = _mm512_add_epi16(second, _mm512_srli_epi16(three, 4));
-}
-
-void look_ups_512(int64_t rounds) {
-  const __m512i nibble = _mm512_set1_epi8(15);
-  __m512i a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, x{}, w{};
-  LOWBIT_OPAQUE(w);
-  for (; rounds > 0; --rounds) {
-    look_up_512(a, b, x, w, nibble);
-    look_up_512(c, d, x, w, nibble);
-    look_up_512(e, f, x, w, nibble);
-    look_up_512(g, h, x, w, nibble);
-  }
-  for (__m512i sum : {a, b, c, d, e, f, g, h}) LOWBIT_OPAQUE(sum);
-}
+LOWBIT_LOOK_UPS(look_ups_512, __m512i, _mm512_shuffle_epi8)
 
 void carry_save_512(int64_t rounds) {
   const __m512i digits = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
