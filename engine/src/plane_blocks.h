@@ -141,7 +141,7 @@ class PlaneBlocks {
     }
   }
 
-  // Takes what differs from the sums, by tiles; of panels that blocks take together the last may be spare, from `end` on.
+  // Takes what differs from the sums, by tiles; of panels that blocks take together, those from `end` on are spare.
   void subtract_tiles(const Call& call, const Item& item, int64_t end, const int64_t* offsets, BlockSums* sums) const {
     const size_t depth = product_.taps().size(), size_of_tile = depth * kTilePixels;
     auto* gathered = reinterpret_cast<uint64_t*>(item.memory);  // [tile][bit]

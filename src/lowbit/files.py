@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -13,14 +13,6 @@ from typing import IO
 from lowbit.errors import LowbitError
 
 PARTIAL = ".partial"  # how names of unfinished files end
-
-
-def _umask() -> int:
-    os.umask(mask := os.umask(0))
-    return mask
-
-
-UMASK = _umask()  # read once: reading sets it, for all threads
 
 
 @contextlib.contextmanager
@@ -35,22 +27,20 @@ def write_whole(path: Path) -> Iterator[IO[bytes]]:
             there is untouched.
     """
     temporary = None
-    path = Path(os.path.realpath(path))
     try:
         if path.exists() and not path.is_file():
             raise LowbitError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False
-        ) as file:
-            temporary = Path(file.name)
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
+        with unfinished.open("xb") as file:
+            temporary = unfinished
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~UMASK)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
         temporary = None
-        _flush_names(path.parent)
+        _flush_names(target.parent)
     except OSError as error:
         raise LowbitError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another place"

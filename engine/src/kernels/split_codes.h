@@ -1,10 +1,10 @@
-// Products of bytes of AVX2 and AVX-512 without VNNI. Where their pairs do not fit 16 bits, of each four codes the first and
-// third, then the second and fourth, become 16 bits wide. Pixels are split once for all panels and weights once for all
-// pixels, so many fours at a time as stay in the L1 cache. Included inside the target region, by a file that has
-// defined for its Vector:
-//   load(pointer), store(pointer, a), all_lanes(number of 32 bits) and
-//   add_products(sums, a, b), which adds products of 16 bits, two to each sum of 32 bits, and multiply_bytes<P>, as
-//   LOWBIT_BY_EIGHTS calls it below, for products whose pairs fit 16 bits.
+// Products of bytes of AVX2 and AVX-512 without VNNI. Where their pairs do not fit 16 bits, of each four codes the
+// first and third, then the second and fourth, become 16 bits wide. Pixels are split once for all panels and weights
+// once for all pixels, so many fours at a time as stay in the L1 cache. Included inside the target region, by a file
+// that has defined for its Vector:
+//   load(pointer), store(pointer, a), all_lanes(number of 32 bits);
+//   add_products(sums, a, b), which adds products of 16 bits, two to each sum of 32 bits;
+//   multiply_bytes<P>, for products whose pairs fit 16 bits, called below.
 #pragma once
 
 namespace lowbit {

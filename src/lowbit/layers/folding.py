@@ -46,9 +46,8 @@ def fold_batch_norms_(model: nn.Module) -> list[str]:
         raise UsageError(f"batch norms cannot be folded, for torch.fx cannot trace the model: {error}") from error
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
-    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    read_by_hand = {id(modules[name]) for name in read if name in modules}
-    times = Counter(id(modules[node.target]) for node in calls)
+    read_by_hand = [str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"]
+    times = Counter(id(modules[name]) for name in [*(str(node.target) for node in calls), *read_by_hand])
     holders = Counter(id(own) for module in model.modules() for own in module._parameters.values())
     folded = []
     for node in calls:
@@ -57,8 +56,6 @@ def fold_batch_norms_(model: nn.Module) -> list[str]:
             continue
         layer, norm = modules[str(source.target)], modules[node.target]
         if type(layer) not in _LAYERS or not _can_fold(norm) or times[id(layer)] > 1 or times[id(norm)] > 1:
-            continue
-        if read_by_hand & {id(layer), id(norm)}:
             continue
         if "weight" not in layer._parameters or max(holders[id(own)] for own in _parameters(layer)) > 1:
             continue

@@ -117,13 +117,8 @@ def load_run(path: str | Path) -> nn.Module:
             quantize_rest_(model, config["rest"])
     except LowbitError:
         raise
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RuntimeError,
-    ) as error:  # the last: too much memory, too
+    # RuntimeError: of too much memory, too; OverflowError: of a width without end.
+    except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise LowbitError(f"{run.config_path} is damaged ({briefly(error)}); train again with another --out") from None
     load_weights(model, run.weights_path)
     return model.eval()

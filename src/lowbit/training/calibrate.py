@@ -91,11 +91,9 @@ def calibrate_run(
             raise UsageError(_taken(made))
         if abandoned:
             remove_partial_files(made.path)
-        image_data = data.load(
-            config["data"]["spec"], data_dir or config["data"]["data_dir"], config["data"]["image_size"]
-        )
+        spec = config["data"]["spec"]
+        image_data = data.load(spec, data_dir or config["data"]["data_dir"], config["data"]["image_size"])
         if image_data.hash != config["data"]["hash"]:
-            spec = config["data"]["spec"]
             mend = "restore that folder" if spec.startswith("folder:") else "give --data-dir"
             raise LowbitError(f"{spec} is not the data that {source} was trained on; {mend}")
         chosen = _choose_images(image_data, images, seed, config)

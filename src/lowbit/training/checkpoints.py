@@ -68,6 +68,7 @@ class Checkpoint:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a model's state as safetensors, whole or not at all; what two names share is written twice."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    tensors = {name: own.detach().cpu().clone(memory_format=torch.contiguous_format) for name, own in state.items()}
     with write_whole(path) as file:
         file.write(safetensors.torch.save(tensors))
